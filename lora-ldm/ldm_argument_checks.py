@@ -1,0 +1,215 @@
+"""What is wrong with a set of settings, all of it at once, and what follows from the settings that were given."""
+
+from pathlib import Path
+
+HUB = "the trainer does not talk to a hub; upload the finished file with `hf upload`"
+DEEPSPEED = "DeepSpeed is not supported: a LoRA and its optimizer state fit on one device"
+FP8 = "fp8 base weights are not supported; use --mixed_precision bf16 or fp16"
+COMPILE = "torch.compile is not supported: it would hide the layers whose similarity is measured"
+
+# {flag: (takes a value, why it is refused)}
+REJECTED = {
+    "huggingface_repo_id": (True, HUB),
+    "huggingface_repo_type": (True, HUB),
+    "huggingface_path_in_repo": (True, HUB),
+    "huggingface_token": (True, HUB),
+    "huggingface_repo_visibility": (True, HUB),
+    "save_state_to_huggingface": (False, HUB),
+    "resume_from_huggingface": (False, HUB),
+    "async_upload": (False, HUB),
+    "deepspeed": (False, DEEPSPEED),
+    "zero_stage": (True, DEEPSPEED),
+    "offload_optimizer_device": (True, DEEPSPEED),
+    "offload_optimizer_nvme_path": (True, DEEPSPEED),
+    "offload_param_device": (True, DEEPSPEED),
+    "offload_param_nvme_path": (True, DEEPSPEED),
+    "zero3_init_flag": (False, DEEPSPEED),
+    "zero3_save_16bit_model": (False, DEEPSPEED),
+    "fp16_master_weights_and_gradients": (False, DEEPSPEED),
+    "fp8_base": (False, FP8),
+    "fp8_base_unet": (False, FP8),
+    "torch_compile": (False, COMPILE),
+    "dynamo_backend": (True, COMPILE),
+    "fused_backward_pass": (False, "it is meant for full fine-tuning; a LoRA's gradients are small"),
+    "cpu_offload_checkpointing": (False, "use --gradient_checkpointing, which keeps activations out of memory"),
+    "lowram": (False, "the base model is loaded once, in the precision of training, whatever the memory"),
+    "dataset_class": (True, "foreign dataset classes cannot be resumed bit for bit; use --dataset_config"),
+    "cache_info": (False, "image sizes are read fast enough without a cache"),
+    "skip_cache_check": (False, "every cached latent is checked against its image, its VAE and the resolution"),
+}
+REJECTED_CHOICES = {"save_model_as": {"diffusers": "a LoRA is one file", "diffusers_safetensors": "a LoRA is one file"}}
+
+POSITIVE = """
+    train_batch_size gradient_accumulation_steps max_train_steps max_train_epochs vae_batch_size network_dim
+    clip_skip save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps
+    sample_every_n_steps sample_every_n_epochs dataset_repeats multires_noise_iterations
+    validate_every_n_steps validate_every_n_epochs max_validation_steps bucket_reso_steps min_bucket_reso
+    max_bucket_reso valley initial_epoch lr_scheduler_num_cycles network_alpha huber_c huber_scale
+    min_snr_gamma scale_weight_norms snapshot_disk_gb cs_interval window_size
+""".split()
+NOT_NEGATIVE = """
+    learning_rate unet_lr max_grad_norm prior_loss_weight lr_warmup_steps lr_decay_steps
+    max_data_loader_n_workers initial_step keep_tokens noise_offset ip_noise_gamma
+    caption_dropout_every_n_epochs token_warmup_step
+    caption_dropout_rate caption_tag_dropout_rate
+""".split()
+FRACTION = "network_dropout validation_split".split()
+EXCLUDE = [
+    ("network_train_unet_only", "network_train_text_encoder_only"),
+    ("full_fp16", "full_bf16"),
+    ("xformers", "sdpa"),
+    ("xformers", "mem_eff_attn"),
+    ("sdpa", "mem_eff_attn"),
+    ("use_8bit_adam", "use_lion_optimizer"),
+    ("resume", "initial_step"),
+    ("resume", "initial_epoch"),
+    ("initial_step", "initial_epoch"),
+    ("cache_latents", "color_aug"),
+    ("cache_latents", "random_crop"),
+    ("cache_latents_to_disk", "color_aug"),
+    ("cache_latents_to_disk", "random_crop"),
+    ("scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"),
+]
+NEED = [
+    ("adaptive_noise_scale", "noise_offset"),
+    ("noise_offset_random_strength", "noise_offset"),
+    ("ip_noise_gamma_random_strength", "ip_noise_gamma"),
+    ("scale_v_pred_loss_like_noise_pred", "v_parameterization"),
+    ("dim_from_weights", "network_weights"),
+    ("in_json", "train_data_dir"),
+    ("base_weights_multiplier", "base_weights"),
+    ("skip_until_initial_step", "initial_step"),
+]
+FILES = "network_weights in_json dataset_config sample_prompts log_tracker_config".split()
+FOLDERS = "train_data_dir reg_data_dir conditioning_data_dir resume".split()
+
+
+def collect_problems(args, parser):
+    """Every problem of the settings as a list of lines; empty when there is none."""
+    problems = _refused(args, parser) + _missing(args) + _ranges(args) + _contradictions(args) + _paths(args)
+    return problems
+
+
+def _refused(args, parser):
+    lines = [
+        f"--{name} is not supported: {reason}"
+        for name, (_, reason) in REJECTED.items()
+        if getattr(args, name) != parser.get_default(name)
+    ]
+    for name, choices in REJECTED_CHOICES.items():
+        if getattr(args, name) in choices:
+            lines.append(f"--{name} {getattr(args, name)} is not supported: {choices[getattr(args, name)]}")
+    return lines
+
+
+def _missing(args):
+    lines = []
+    if not args.pretrained_model_name_or_path:
+        lines.append("--pretrained_model_name_or_path is missing: a diffusers folder, a checkpoint file or a hub name")
+    if not args.output_dir and not args.debug_dataset:
+        lines.append("--output_dir is missing: the folder for the LoRA and the report")
+    if not (args.train_data_dir or args.dataset_config):
+        lines.append("no images: give --train_data_dir (with <repeats>_<name> folders inside) or --dataset_config")
+    if not (args.resolution or args.dataset_config):
+        lines.append("--resolution is missing: the training size in pixels, for instance 512,512")
+    return lines
+
+
+def _ranges(args):
+    lines = []
+    for name in POSITIVE + NOT_NEGATIVE + FRACTION:
+        value = getattr(args, name)
+        if value is None or value == "auto":
+            continue
+        if name in POSITIVE and value <= 0:
+            lines.append(f"--{name} {value} is not allowed: it must be above 0")
+        elif not (value >= 0 and value < float("inf")):
+            lines.append(f"--{name} {value} is not allowed: it must be a finite number of at least 0")
+        elif name in FRACTION and value >= 1:
+            lines.append(f"--{name} {value} is not allowed: it is a fraction, at least 0 and below 1")
+        elif name.endswith("dropout_rate") and value > 1:
+            lines.append(f"--{name} {value} is not allowed: it is a fraction, at least 0 and at most 1")
+    for value in args.text_encoder_lr or []:
+        if not 0 <= value < float("inf"):
+            lines.append(f"--text_encoder_lr {value} is not allowed: it must be a finite number of at least 0")
+    if args.text_encoder_lr and len(args.text_encoder_lr) > 1:
+        lines.append(f"--text_encoder_lr has {len(args.text_encoder_lr)} values: these models have one text encoder")
+    low, high = args.min_timestep or 0, 1000 if args.max_timestep is None else args.max_timestep
+    if not 0 <= low < high <= 1000:
+        lines.append(f"--min_timestep {low} --max_timestep {high}: they must satisfy 0 <= min < max <= 1000")
+    return lines
+
+
+def _contradictions(args):
+    lines = [
+        f"--{one} and --{other} cannot be used together"
+        for one, other in EXCLUDE
+        if _given(args, one) and _given(args, other)
+    ]
+    lines += [f"--{one} needs --{other}" for one, other in NEED if _given(args, one) and not _given(args, other)]
+    for precision in ("fp16", "bf16"):
+        if getattr(args, f"full_{precision}") and args.mixed_precision != precision:
+            lines.append(f"--full_{precision} needs --mixed_precision {precision}, not '{args.mixed_precision}'")
+    if args.v_pred_like_loss is not None and args.v_parameterization:
+        lines.append("--v_pred_like_loss is for bases that predict noise; drop it or --v_parameterization")
+    if args.masked_loss and not (args.alpha_mask or args.conditioning_data_dir or args.dataset_config):
+        lines.append("--masked_loss needs masks: add --alpha_mask or --conditioning_data_dir")
+    if args.base_weights_multiplier and len(args.base_weights_multiplier) != len(args.base_weights or []):
+        lines.append(
+            f"--base_weights_multiplier has {len(args.base_weights_multiplier)} values for "
+            f"{len(args.base_weights or [])} --base_weights: give one for each"
+        )
+    if args.optimizer_type and (args.use_8bit_adam or args.use_lion_optimizer):
+        lines.append("--optimizer_type and --use_8bit_adam / --use_lion_optimizer both name an optimizer; keep one")
+    if args.cs_component == "unet" and args.network_train_text_encoder_only:
+        lines.append("--cs_component unet: the U-Net is not trained with --network_train_text_encoder_only")
+    if args.cs_component == "te" and args.network_train_unet_only:
+        lines.append("--cs_component te: the text encoder is not trained with --network_train_unet_only")
+    if args.clip_skip and args.clip_skip > 12:
+        lines.append(f"--clip_skip {args.clip_skip} is not allowed: the text encoder has 12 layers; 1 or 2 is usual")
+    return lines
+
+
+def _paths(args):
+    lines = [
+        f"--{name} {getattr(args, name)}: there is no such file"
+        for name in FILES
+        if getattr(args, name) and not Path(getattr(args, name)).is_file()
+    ]
+    lines += [
+        f"--base_weights {path}: there is no such file" for path in args.base_weights or [] if not Path(path).is_file()
+    ]
+    lines += [
+        f"--{name} {getattr(args, name)}: there is no such folder"
+        for name in FOLDERS
+        if getattr(args, name) and not Path(getattr(args, name)).is_dir()
+    ]
+    base = args.pretrained_model_name_or_path
+    if (
+        base
+        and (base.endswith((".safetensors", ".ckpt", ".pt")) or base.startswith((".", "/")))
+        and not Path(base).exists()
+    ):
+        lines.append(f"--pretrained_model_name_or_path {base}: there is no such file or folder")
+    return lines
+
+
+def _given(args, name):
+    value = getattr(args, name)
+    return value is not None and value is not False
+
+
+def complete(args):
+    """Fill in what follows from other flags; returns the same namespace."""
+    if args.caption_extention is not None:
+        args.caption_extension = args.caption_extention
+    args.cache_latents = args.cache_latents or args.cache_latents_to_disk
+    args.calculate_cs = bool(args.calculate_cs or args.early_stop)
+    args.save_model_as = args.save_model_as or "safetensors"
+    args.output_name = args.output_name or "last"
+    args.network_module = args.network_module or "networks.lora"
+    args.log_with = args.log_with or ("tensorboard" if args.logging_dir else None)
+    args.text_encoder_lr = args.text_encoder_lr[0] if args.text_encoder_lr else None
+    if not args.optimizer_type:
+        args.optimizer_type = "AdamW8bit" if args.use_8bit_adam else "Lion" if args.use_lion_optimizer else "AdamW"
+    return args
