@@ -1,0 +1,33 @@
+"""The vendored files are equal in both trees and run where they may be copied to."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+VENDORED = ("cs_fluctuation.py", "stop_rules.py", "cs_replay.py")
+ALLOWED_IMPORTS = {"torch", "numpy", "safetensors", "cs_fluctuation", "stop_rules"}
+
+
+@pytest.mark.parametrize("name", VENDORED)
+def test_both_trees_hold_the_same_bytes(name):
+    assert (ROOT / "lora-llm" / name).read_bytes() == (ROOT / "lora-ldm" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", VENDORED)
+def test_compiles_for_python_3_8(name):
+    ast.parse((ROOT / "lora-llm" / name).read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("name", VENDORED)
+def test_imports_only_what_an_old_environment_has(name):
+    """matplotlib is allowed inside functions only; built-in generics in annotations need Python 3.9."""
+    import sys
+
+    tree = ast.parse((ROOT / "lora-llm" / name).read_text(encoding="utf-8"))
+    top = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    top |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert top <= set(sys.stdlib_module_names) | ALLOWED_IMPORTS
+    subscripted = {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)}
+    assert not subscripted & {"list", "dict", "tuple", "set", "type"}
