@@ -1,0 +1,352 @@
+"""LoRA layers in a Stable Diffusion model: PEFT's layers, kohya's choice of modules, names and dropouts.
+
+Modules are found as kohya's ``networks.lora`` finds them: every linear layer and 1x1 convolution inside a
+Transformer2DModel of the U-Net, and of the attentions and MLPs of the text encoder; with a convolution rank also every
+layer of the residual, down- and upsampling blocks. Their forward pass is W x + (alpha / r) B A x.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import quiet_libraries  # noqa: F401  (before peft)
+import torch
+from cs_fluctuation import LoraLayer
+from lora_file import group_modules, load_lora, rename_text_encoder
+from peft import LoraConfig, inject_adapter_in_model
+from torch.nn import functional
+
+ADAPTER = "default"
+UNET_ATTENTION_BLOCKS = ("Transformer2DModel",)
+UNET_CONVOLUTION_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+TEXT_ENCODER_BLOCKS = ("CLIPAttention", "CLIPMLP")
+NETWORK_ARGS = {"conv_dim": int, "conv_alpha": float, "rank_dropout": float, "module_dropout": float}
+
+
+@dataclass
+class LoraModule:
+    """One adapted layer: ``layer`` is PEFT's, around the frozen one."""
+
+    name: str  # in kohya's files, without the part after the dot
+    component: str  # "unet", "te", "te1", "te2"
+    layer: torch.nn.Module
+    rank: int
+    alpha: float
+
+    @property
+    def down(self):
+        return self.layer.lora_A[ADAPTER].weight  # (r, in) or (r, in, kh, kw)
+
+    @property
+    def up(self):
+        return self.layer.lora_B[ADAPTER].weight  # (out, r) or (out, r, 1, 1)
+
+    @property
+    def weight(self):
+        return self.layer.get_base_layer().weight  # (out, in) or (out, in, kh, kw)
+
+
+class LoraNetwork:
+    """The trainable layers of a model. Build it with ``create_network``."""
+
+    def __init__(self, modules, *, dropout=0.0, rank_dropout=0.0, module_dropout=0.0):
+        self.modules = modules
+        self.dropout, self.rank_dropout, self.module_dropout = dropout or 0.0, rank_dropout or 0.0, module_dropout or 0.0
+        self.training = True
+        self._multiplier = 1.0
+        for module in modules:
+            for weight in (module.down, module.up):
+                weight.data = weight.data.float()  # trained in float32 unless .to() says otherwise (full fp16/bf16)
+                weight.requires_grad_(True)
+        if self.dropout or self.rank_dropout:
+            for module in modules:
+                module.layer.lora_A[ADAPTER].register_forward_hook(self._drop_ranks)
+        if self.module_dropout:
+            for module in modules:
+                module.layer.lora_B[ADAPTER].register_forward_hook(self._drop_module)
+
+    @property
+    def components(self):
+        """The adapted parts in order: "unet", "te" (or "te1", "te2")."""
+        return list(dict.fromkeys(module.component for module in self.modules))
+
+    @property
+    def multiplier(self):
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, value):
+        """Strength of the update in the forward pass; 0 gives the base model's output."""
+        self._multiplier = float(value)
+        for module in self.modules:
+            module.layer.scaling[ADAPTER] = self._multiplier * module.alpha / module.rank
+
+    def train(self, mode=True):
+        """Switch the dropouts on (the state after creation) or off. Independent of unet.train() and .eval()."""
+        self.training = mode
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+    def to(self, device=None, dtype=None):
+        """Move or cast the trainable tensors only, in place: references to them stay valid."""
+        for weight in self.tensors().values():
+            weight.data = weight.data.to(device=device, dtype=dtype)
+        return self
+
+    def parameters(self):
+        return list(self.tensors().values())
+
+    def parameter_groups(self, learning_rate, unet_lr=None, text_encoder_lr=None):
+        """Optimizer groups, one a component; ``text_encoder_lr`` may be a list, one rate an encoder.
+
+        A component whose rate is 0 is left out, as kohya leaves it out.
+        """
+        groups = []
+        text_rates = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr] * 2
+        for component in self.components:
+            specific = unet_lr if component == "unet" else text_rates[min(component == "te2", len(text_rates) - 1)]
+            rate = learning_rate if specific is None else specific
+            if rate == 0:
+                continue
+            weights = [weight for m in self.modules if m.component == component for weight in (m.down, m.up)]
+            groups.append({"params": weights, "lr": rate, "name": component})
+        return groups
+
+    def layers(self):
+        """What the CS metric looks at: live tensors, no copies. list[cs_fluctuation.LoraLayer]."""
+        return [LoraLayer(m.name, m.component, m.weight, m.down, m.up) for m in self.modules]
+
+    def tensors(self):
+        """{kohya key: live trainable tensor}."""
+        named = {}
+        for module in self.modules:
+            named[f"{module.name}.lora_down.weight"] = module.down
+            named[f"{module.name}.lora_up.weight"] = module.up
+        return named
+
+    def state_for_file(self, dtype=None):
+        """{kohya key: copy on the CPU}, the alphas included."""
+        state = {}
+        for module in self.modules:
+            state[f"{module.name}.alpha"] = torch.tensor(float(module.alpha))
+            state[f"{module.name}.lora_down.weight"] = module.down
+            state[f"{module.name}.lora_up.weight"] = module.up
+        return {name: value.detach().to("cpu", dtype, copy=True) for name, value in state.items()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors):
+        """Set the weights from {kohya key: tensor}; an ``alpha`` among them is folded in, not trained.
+
+        Modules that the tensors do not name keep their weights. Raises ValueError for modules or shapes that do not fit.
+        """
+        mine = {module.name: module for module in self.modules}
+        given = group_modules(rename_text_encoder(tensors, mine))
+        problems = []
+        for name, parts in given.items():
+            problems += _load_module(mine.get(name), name, parts)
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ValueError(f"the LoRA does not fit this network: {'; '.join(problems[:3])}{more}")
+
+    @torch.no_grad()
+    def scale_weight_norms(self, max_norm):
+        """Shrink updates whose norm ||alpha/r B A|| exceeds ``max_norm``. -> (scaled count, mean norm, largest norm)."""
+        scaled, norms = 0, []
+        for module in self.modules:
+            down, up = module.down.flatten(1).float(), module.up.flatten(1).float()
+            squared = ((down @ down.T) * (up.T @ up)).sum().clamp(min=0)  # ||BA||^2 without forming B A
+            norm = (squared.sqrt() * module.alpha / module.rank).item()
+            if norm > max_norm:
+                factor = (max_norm / norm) ** 0.5
+                module.down.mul_(factor)
+                module.up.mul_(factor)
+                scaled, norm = scaled + 1, max_norm
+            norms.append(norm)
+        return scaled, sum(norms) / len(norms), max(norms)
+
+    def _drop_ranks(self, _layer, _inputs, hidden):
+        """kohya's dropouts act on the r values between down and up: single ones, or whole ranks of a sample."""
+        if not self.training:
+            return hidden
+        hidden = functional.dropout(hidden, self.dropout)
+        if self.rank_dropout:
+            is_image = hidden.dim() == 4  # (B, r, h, w); else (B, ..., r)
+            shape = [hidden.shape[0]] + [1] * (hidden.dim() - 1)
+            shape[1 if is_image else -1] = hidden.shape[1 if is_image else -1]
+            kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
+            hidden = hidden * kept / (1 - self.rank_dropout)
+        return hidden
+
+    def _drop_module(self, _layer, _inputs, update):
+        if self.training and torch.rand(()).item() < self.module_dropout:
+            return torch.zeros_like(update)
+        return update
+
+
+def create_network(
+    model,
+    *,
+    rank=4,
+    alpha=1.0,
+    conv_rank=None,
+    conv_alpha=None,
+    dropout=0.0,
+    rank_dropout=0.0,
+    module_dropout=0.0,
+    train_unet=True,
+    train_text_encoder=True,
+    weights=None,
+    dim_from_weights=False,
+):
+    """Put LoRA layers into a model, in place.
+
+    Args:
+        model: SDModel (unet, text_encoders, lora_unet_name).
+        rank, alpha: of linear layers and 1x1 convolutions; an alpha of 0 or None means the rank.
+        conv_rank, conv_alpha: of 3x3 convolutions; None leaves the convolution blocks alone.
+        dropout, rank_dropout, module_dropout: chance that a value between down and up, a rank, a whole layer is off.
+        weights: a LoRA file or {kohya key: tensor} to start from.
+        dim_from_weights: take modules, ranks and alphas from ``weights``; rank, alpha and conv_* are then ignored.
+
+    Raises:
+        ValueError: nothing to train, or the weights do not fit.
+    """
+    if dim_from_weights and weights is None:
+        raise ValueError("--dim_from_weights needs --network_weights, the LoRA whose ranks are to be taken")
+    if isinstance(weights, (str, Path)):
+        weights = load_lora(weights)[0]
+    candidates = find_modules(model, train_unet, train_text_encoder, conv_rank is not None or dim_from_weights)
+    if not candidates:
+        raise ValueError("no layer to train: the U-Net and the text encoder are both switched off, or have no such layers")
+    if weights is not None:
+        weights = rename_text_encoder(weights, [name for _, _, name, _ in candidates])
+    if dim_from_weights:
+        sizes = sizes_from_weights(weights)
+        unknown = sorted(set(sizes) - {name for _, _, name, _ in candidates})
+        if unknown and train_unet and train_text_encoder:
+            raise ValueError(f"the LoRA has {len(unknown)} modules that this model lacks, the first is {unknown[0]}")
+    else:
+        linear = (rank, float(alpha or rank))
+        convolution = (conv_rank, float(conv_alpha or conv_rank)) if conv_rank else None
+        sizes = {name: linear if _is_pointwise(layer) else convolution for _, _, name, layer in candidates}
+    modules = _inject(model, candidates, {name: size for name, size in sizes.items() if size})
+    network = LoraNetwork(modules, dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
+    if weights is not None:
+        network.load_tensors({key: value for key, value in weights.items() if key.partition(".")[0] in sizes})
+    return network
+
+
+def parse_network_args(arguments):
+    """``["conv_dim=4", ...]`` of --network_args -> {"conv_rank": 4, ...}, arguments of ``create_network``.
+
+    Raises ValueError for what networks.lora does not know.
+    """
+    parsed, problems = {}, []
+    for argument in arguments or []:
+        name, separator, text = argument.partition("=")
+        if not separator or name not in NETWORK_ARGS:
+            problems.append(f"{argument!r}")
+            continue
+        try:
+            parsed["conv_rank" if name == "conv_dim" else name] = NETWORK_ARGS[name](text)
+        except ValueError:
+            problems.append(f"{argument!r} (not a number)")
+    if "conv_rank" in parsed:
+        parsed.setdefault("conv_alpha", 1.0)
+    if problems:
+        raise ValueError(
+            f"--network_args: {', '.join(problems)} not understood; "
+            f"networks.lora takes {', '.join(NETWORK_ARGS)} as NAME=VALUE"
+        )
+    return parsed
+
+
+def find_modules(model, train_unet=True, train_text_encoder=True, with_convolutions=False):
+    """[(component, path in its root, kohya name, frozen layer)] in the order of the file."""
+    found = []
+    if train_text_encoder:
+        several = len(model.text_encoders) > 1
+        for index, text_encoder in enumerate(model.text_encoders):
+            component = f"te{index + 1}" if several else "te"
+            for path, layer in _layers_inside(text_encoder, TEXT_ENCODER_BLOCKS):
+                # transformers 5 has no text_model level in CLIPTextModel; the names in the file keep it.
+                full_path = path if path.startswith("text_model.") else f"text_model.{path}"
+                found.append((component, path, f"lora_{component}_{full_path}".replace(".", "_"), layer))
+    if train_unet:
+        blocks = UNET_ATTENTION_BLOCKS + (UNET_CONVOLUTION_BLOCKS if with_convolutions else ())
+        for path, layer in _layers_inside(model.unet, blocks):
+            found.append(("unet", path, f"lora_unet_{model.lora_unet_name(path)}".replace(".", "_"), layer))
+    return found
+
+
+def component_roots(model):
+    """{component: the module that its layers' paths start from}."""
+    several = len(model.text_encoders) > 1
+    roots = {f"te{index + 1}" if several else "te": encoder for index, encoder in enumerate(model.text_encoders)}
+    return {**roots, "unet": model.unet}
+
+
+def sizes_from_weights(tensors):
+    """{module: (rank, alpha)} of a LoRA file; without an alpha it is the rank."""
+    sizes = {}
+    for name, parts in group_modules(tensors).items():
+        if "lora_down.weight" in parts:
+            rank = parts["lora_down.weight"].shape[0]
+            sizes[name] = (rank, float(parts.get("alpha", rank)))
+    if not sizes:
+        raise ValueError("the LoRA file holds no lora_down.weight, so that no rank can be taken from it")
+    return sizes
+
+
+def _layers_inside(root, block_names):
+    found = {}
+    for block_path, block in root.named_modules():
+        if type(block).__name__ not in block_names:
+            continue
+        for path, layer in block.named_modules(prefix=block_path):
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                found[path] = layer
+    return found.items()
+
+
+def _is_pointwise(layer):
+    return isinstance(layer, torch.nn.Linear) or layer.kernel_size == (1, 1)
+
+
+def _inject(model, candidates, sizes):
+    modules = []
+    for component, root in component_roots(model).items():
+        chosen = {path: name for part, path, name, _ in candidates if part == component and name in sizes}
+        if not chosen:
+            continue
+        config = LoraConfig(
+            target_modules=list(chosen),
+            rank_pattern={path: sizes[name][0] for path, name in chosen.items()},
+            alpha_pattern={path: sizes[name][1] for path, name in chosen.items()},
+        )
+        inject_adapter_in_model(config, root, ADAPTER)
+        for path, name in chosen.items():
+            modules.append(LoraModule(name, component, root.get_submodule(path), *sizes[name]))
+    return modules
+
+
+def _load_module(module, name, parts):
+    """Copy one module's tensors in; -> the list of what does not fit."""
+    if module is None:
+        return [f"no module {name} is trained here"]
+    unsupported = set(parts) - {"lora_down.weight", "lora_up.weight", "alpha"}
+    if unsupported:
+        return [f"{name} has {', '.join(sorted(unsupported))}, which is not plain LoRA"]
+    problems = []
+    for part, target in (("lora_down.weight", module.down), ("lora_up.weight", module.up)):
+        if part not in parts:
+            continue
+        value = parts[part].to(target.dtype)
+        if value.flatten(1).shape != target.flatten(1).shape:
+            problems.append(f"{name}.{part} is {tuple(value.shape)} instead of {tuple(target.shape)}")
+            continue
+        if part == "lora_up.weight":
+            value = value * (float(parts.get("alpha", module.alpha)) / module.alpha)
+        target.copy_(value.reshape(target.shape))
+    return problems
