@@ -162,6 +162,8 @@ def command_line_values(args, problems: list[str]) -> dict[str, Any]:
     values = {}
     for name, checks in {**schema(DatasetSettings), **schema(SubsetSettings, distinct=False)}.items():
         flag = FLAG_NAMES.get(name, name)
+        if name == "caption_extension" and getattr(args, "caption_extention", None):
+            flag = "caption_extention"  # upstream keeps the old misspelling as an alias
         value = getattr(args, flag, None)
         if value is None or value == "":
             continue
@@ -169,8 +171,6 @@ def command_line_values(args, problems: list[str]) -> dict[str, Any]:
             values[name] = checked_value("--" + flag, value, checks.metadata)
         except ValueError as error:
             problems.append(str(error))
-    if getattr(args, "caption_extention", None):  # upstream keeps the old misspelling as an alias
-        values["caption_extension"] = args.caption_extention
     return values
 
 

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Callable, Optional
 
 import numpy as np
 import torch
 from caption_processing import process_caption
 from dataset_metadata import dataset_metadata
-from dataset_settings import DatasetSettings, SubsetSettings
+from dataset_setup import BucketedDataset, PlacedImage, prepare_datasets
 from image_augmentation import load_sample
-from image_buckets import BucketSelector, Placement, Size
-from image_folders import ImageRecord, balance_regularisation, load_datasets, read_records, split_validation
-from image_loading import open_image
+from image_buckets import Size
 from latent_cache import CachedLatents, LatentFiles
 from tqdm import tqdm
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PlacedImage:
-    record: ImageRecord
-    placement: Placement
-
-
-@dataclass
-class BucketedDataset:
-    """One dataset of the configuration with its images sorted into buckets."""
-
-    settings: DatasetSettings
-    images: list[PlacedImage]
-    buckets: dict[Size, list[int]]  # indices into `images`, each as often as it repeats
 
 
 def build_datasets(args, num_processes: int = 1) -> tuple[ImageBatches, Optional[ImageBatches]]:
@@ -51,20 +29,8 @@ def build_datasets(args, num_processes: int = 1) -> tuple[ImageBatches, Optional
         ValueError: bad settings, no images, damaged images (unless --skip_bad_images); all of a kind in one message.
         FileNotFoundError: a missing folder or file.
     """
-    datasets = load_datasets(args)
     seed = getattr(args, "seed", None) or 0
-    records = [[record for subset in d.subsets for record in read_records(subset)] for d in datasets]
-    all_records = [record for group in records for record in group]
-    bad = set(check_images(all_records, bool(getattr(args, "skip_bad_images", False))))
-    train, held_out = [], []
-    for settings, group in zip(datasets, records):
-        assert_supported(settings, args)
-        group = [record for record in group if record.path not in bad]
-        train_records, validation_records = split_records(settings, group, args, seed)
-        train.append(bucketed(settings, balance_regularisation(train_records)))
-        held_out.append(bucketed(settings, validation_records))
-    if not any(not image.record.is_reg for dataset in train for image in dataset.images):
-        raise ValueError("there are no training images (regularisation images alone cannot be trained on)")
+    train, held_out = prepare_datasets(args, seed)
     common = {"seed": seed, "prior_loss_weight": getattr(args, "prior_loss_weight", 1.0)}
     common["is_user_config"] = bool(getattr(args, "dataset_config", None))
     batches_per_step = (getattr(args, "gradient_accumulation_steps", 1) or 1) * num_processes
@@ -77,88 +43,6 @@ def build_datasets(args, num_processes: int = 1) -> tuple[ImageBatches, Optional
 def total_steps(args, training: ImageBatches) -> Optional[int]:
     epochs = getattr(args, "max_train_epochs", None)
     return epochs * training.steps_per_epoch if epochs else getattr(args, "max_train_steps", None)
-
-
-def split_records(settings: DatasetSettings, records: list[ImageRecord], args, seed: int):
-    """(training, validation) records of one dataset; each subset is split by itself, regularisation images never."""
-    train, held_out = [], []
-    for subset in settings.subsets:
-        own = [record for record in records if record.subset is subset]
-        if subset.is_reg:
-            train += own
-            continue
-        split_seed = seed if subset.validation_seed is None else subset.validation_seed
-        kept, validation = split_validation(own, subset.validation_split, split_seed)
-        train += kept
-        held_out += validation
-    still: dict[int, SubsetSettings] = {id(s): without_chance(s) for s in settings.subsets}
-    return train, [replace(record, subset=still[id(record.subset)]) for record in held_out]
-
-
-def without_chance(subset: SubsetSettings) -> SubsetSettings:
-    """The settings of a subset for validation: nothing varies, nothing is left out."""
-    images = {"flip_aug": False, "color_aug": False, "random_crop": False, "face_crop_aug_range": None}
-    captions = {"shuffle_caption": False, "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0}
-    tags = {"caption_tag_dropout_rate": 0.0, "token_warmup_step": 0}
-    return replace(subset, **images, **captions, **tags)
-
-
-def assert_supported(settings: DatasetSettings, args):
-    """Raises ValueError for settings that exclude each other."""
-    caches = [flag for flag in ("cache_latents", "cache_latents_to_disk") if getattr(args, flag, False)]
-    varying = sorted({name for subset in settings.subsets for name in subset.varying_images})
-    if caches and varying:
-        fix = "leave one of them out (flip_aug works with cached latents)"
-        raise ValueError(f"--{caches[0]} keeps each image as it is, {', '.join(varying)} varies it: {fix}")
-    if getattr(args, "masked_loss", False) and not any(subset.has_masks for subset in settings.subsets):
-        raise ValueError("--masked_loss has no masks: give --alpha_mask or --conditioning_data_dir FOLDER")
-
-
-def bucketed(settings: DatasetSettings, records: list[ImageRecord]) -> BucketedDataset:
-    selector = BucketSelector(
-        settings.resolution,
-        enable_bucket=settings.enable_bucket,
-        min_px=settings.min_bucket_reso,
-        max_px=settings.max_bucket_reso,
-        step_px=settings.bucket_reso_steps,
-        no_upscale=settings.bucket_no_upscale,
-    )
-    images = [PlacedImage(record, selector.place(record.size_px)) for record in records]
-    buckets = defaultdict(list)
-    for index, image in enumerate(images):
-        buckets[image.placement.bucket_px] += [index] * image.record.repeats
-    return BucketedDataset(settings, images, dict(sorted(buckets.items())))
-
-
-def check_images(records: list[ImageRecord], skip_bad: bool) -> list:
-    """Decodes every image and mask and notes its size; returns the paths of damaged images.
-
-    Raises:
-        ValueError: names and counts the damaged ones, unless `skip_bad`.
-    """
-
-    def check(record: ImageRecord) -> Optional[str]:
-        try:
-            record.size_px = open_image(record.path).size
-            if record.mask_path:
-                open_image(record.mask_path)
-        except (ValueError, FileNotFoundError) as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        checks = pool.map(check, records)
-        results = list(tqdm(checks, total=len(records), desc="checking images", disable=len(records) < 50))
-    problems = [problem for problem in results if problem]
-    if problems and not skip_bad:
-        shown = "\n  ".join(problems)
-        advice = "repair or remove them, or leave them out with --skip_bad_images"
-        raise ValueError(f"{len(problems)} of {len(records)} images are damaged ({advice}):\n  {shown}")
-    for problem in problems:
-        logger.warning("left out: %s", problem)
-    if problems:
-        logger.warning("%d of %d images are damaged and left out", len(problems), len(records))
-    return [record.path for record, problem in zip(records, results) if problem]
 
 
 class ImageBatches(torch.utils.data.Dataset):

@@ -68,9 +68,7 @@ def load_datasets(args) -> list[DatasetSettings]:
                 logger.warning("--%s is not used: --dataset_config says where the images are", flag)
         return settings_from_toml(args.dataset_config, args)
     if not getattr(args, "train_data_dir", None):
-        raise ValueError(
-            "no images: give --train_data_dir FOLDER (with folders such as 10_name) or --dataset_config"
-        )
+        raise ValueError("no images: give --train_data_dir FOLDER (with folders such as 10_name) or --dataset_config")
     problems: list[str] = []
     values = command_line_values(args, problems)
     if "resolution" not in values and not problems:
