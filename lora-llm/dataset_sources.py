@@ -1,0 +1,332 @@
+"""Where training text comes from: a hub name, a local table or MMLU, split by a seed into train, evaluation and test.
+
+The flags mean what they mean in qlora: the evaluation split is taken from the training rows where the source has none
+of its own, `--max_train_samples` and `--max_eval_samples` truncate after the split. Beside them `--eval_dataset` names
+a separate held-out file and `--test_dataset_size` asks for a third split. What is held out never stays in train: not
+the row, and not a copy of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from datasets import Dataset, DatasetDict, load_dataset
+from instruction_formats import check_columns, check_format_name, convert_row, detect_format, to_input_output
+
+logger = logging.getLogger(__name__)
+
+# Name as qlora spells it -> arguments of datasets.load_dataset.
+HUB_DATASETS: dict[str, dict[str, str]] = {
+    "alpaca": {"path": "tatsu-lab/alpaca"},
+    "alpaca-clean": {"path": "yahma/alpaca-cleaned"},
+    "chip2": {"path": "laion/OIG", "data_files": "unified_chip2.jsonl"},
+    "self-instruct": {"path": "yizhongw/self_instruct", "name": "self_instruct"},
+    "hh-rlhf": {"path": "Anthropic/hh-rlhf"},
+    "longform": {"path": "akoksal/LongForm"},
+    "oasst1": {"path": "timdettmers/openassistant-guanaco"},
+}
+TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+_EVALUATION_NAMES = ("eval", "validation", "valid", "val")
+_CSV_FIELD_LIMIT_CHARS = 10_000_000
+Pools = dict[str, Optional[Dataset]]
+
+
+@dataclass
+class Splits:
+    """Three data sets of columns "input" and "output" (text); one that was not asked for is None."""
+
+    train: Dataset | None
+    evaluation: Dataset | None
+    test: Dataset | None
+    format: str
+    source: str
+
+
+def load_splits(args: Any) -> Splits:
+    """Loads `args.dataset`, converts it to {"input", "output"} and splits it.
+
+    args.dataset is a name in HUB_DATASETS, "mmlu" (with `train_subject`, `mmlu_dir`), a json/jsonl/csv/tsv file or any
+    other hub name. Sizes are rows, or a fraction of the training rows where below 1. The same seed (`data_seed`, else
+    `seed`) gives the same splits, whether `do_train` is set or not.
+
+    Raises FileNotFoundError or ValueError with one message that says what is wrong and what to do.
+    """
+    _check_arguments(args)
+    pools, format_name, source = _load_pools(args)
+    if getattr(args, "eval_dataset", None):
+        pools["evaluation"], _ = read_table_as_pairs(args.eval_dataset, args.dataset_format)
+        pools["train"] = _without_copies(pools["train"], pools["evaluation"])
+    pools = _hold_out(pools, args)
+    train, evaluation = pools["train"], pools["evaluation"]
+    if args.do_train and not len(train):
+        raise ValueError(f"no training rows are left of {source}: hold out fewer rows or give more data")
+    return Splits(
+        train=_truncated(train, args.max_train_samples) if args.do_train else None,
+        evaluation=_truncated(evaluation, args.max_eval_samples) if evaluation is not None else None,
+        test=pools["test"],
+        format=format_name,
+        source=source,
+    )
+
+
+def read_table_as_pairs(path: str | Path, format_name: str | None = None) -> tuple[Dataset, str]:
+    """A local table as (data set of "input"/"output", its format's name); without a name the columns tell the format.
+
+    Raises FileNotFoundError, or ValueError that names the line, on a broken line, a missing column, a cell that is no
+    text, an empty output and an empty file.
+    """
+    rows = read_table(path)
+    columns = sorted({column for _, row in rows for column in row})
+    try:
+        format_name = format_name or detect_format(columns, rows[0][1])
+        check_columns(columns, format_name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    pairs = [convert_row(row, format_name, f"{path}, line {line}") for line, row in rows]
+    empty = [str(line) for (line, _), pair in zip(rows, pairs) if not pair["output"].strip()]
+    if empty:
+        raise ValueError(
+            f"{path}: {len(empty)} row(s) have an empty output, first at line {', '.join(empty[:3])}: "
+            "there is nothing to learn from them, remove them or fill them in"
+        )
+    return Dataset.from_list(pairs), format_name
+
+
+def read_table(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """Rows of a json, jsonl, csv or tsv file with their line numbers (in a json list: the element's number)."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        raise ValueError(f"{path}: unknown kind of file '{path.suffix}'. Allowed: {', '.join(TABLE_SUFFIXES)}")
+    if not path.is_file():
+        what = "is a folder, give the file in it" if path.is_dir() else "does not exist, check the path"
+        raise FileNotFoundError(f"the data file {path} {what}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8 text: save the file as UTF-8") from None
+    reader = _read_json if path.suffix.lower() in (".json", ".jsonl") else _read_csv
+    rows = reader(path, text)
+    if not rows:
+        raise ValueError(f"{path} has no rows: give at least one")
+    return rows
+
+
+def _read_json(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    if text.lstrip().startswith("["):
+        try:
+            numbered = list(enumerate(json.loads(text), start=1))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from None
+    else:
+        numbered = [(n, _json_line(path, n, line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for number, row in numbered:
+        if not isinstance(row, dict):
+            raise ValueError(f'{path}, row {number}: {row!r:.60} is no object {{"column": "text", ...}}')
+    return numbered
+
+
+def _json_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: broken JSON at line {number}: {error.msg}. Give one object a line, or one list of objects"
+        ) from None
+
+
+def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(_CSV_FIELD_LIMIT_CHARS)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = []
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: more cells than the {len(reader.fieldnames)} columns "
+                    "of the first line: put cells with a separator in quotes"
+                )
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    return rows
+
+
+def _check_arguments(args: Any) -> None:
+    problems = []
+    if args.dataset_format is not None:
+        try:
+            check_format_name(args.dataset_format)
+        except ValueError as error:
+            problems.append(str(error))
+    for name in ("eval_dataset_size", "test_dataset_size"):
+        size = getattr(args, name, 0) or 0
+        if size < 0 or (size > 1 and size != int(size)):
+            problems.append(f"--{name} {size} is neither a number of rows (0, 1, 2, ...) nor a fraction below 1")
+    for name in ("max_train_samples", "max_eval_samples"):
+        limit = getattr(args, name)
+        if limit is not None and limit < 1:
+            problems.append(f"--{name} {limit}: at least 1 row is needed; leave the flag out for all rows")
+    if getattr(args, "train_subject", None) and args.dataset != "mmlu":
+        problems.append(f"--train_subject {args.train_subject} needs --dataset mmlu, not '{args.dataset}'")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _load_pools(args: Any) -> tuple[Pools, str, str]:
+    """The source's own splits named train, evaluation and test (None where it has none), its format and description."""
+    name = str(args.dataset)
+    if name == "mmlu":
+        return _load_mmlu(args)
+    if _is_path(name):
+        train, format_name = read_table_as_pairs(name, args.dataset_format)
+        return {"train": train, "evaluation": None, "test": None}, format_name, f"{name} ({len(train)} rows)"
+    return _load_from_hub(name, args)
+
+
+def _load_mmlu(args: Any) -> tuple[Pools, str, str]:
+    from mmlu_eval import train_split_for_subject  # not above: that module reads its files with the readers of this one
+
+    subject = getattr(args, "train_subject", None)
+    train, evaluation = (
+        Dataset.from_list(rows).select_columns(["input", "output"])
+        for rows in train_split_for_subject(args.mmlu_dir, subject, args.cache_dir)
+    )
+    test = None
+    n_test = _row_count(getattr(args, "test_dataset_size", 0), len(evaluation))
+    if n_test:  # a subject trains on a handful of questions, so the third split is taken from the many that evaluate
+        if n_test >= len(evaluation):
+            raise ValueError(f"--test_dataset_size {n_test}: MMLU has {len(evaluation)} held-out rows here, give fewer")
+        evaluation, test = _carve(evaluation, n_test, _seed(args))
+    source = f"MMLU {subject or 'all subjects'}: dev + validation questions to train, test questions to evaluate"
+    return {"train": train, "evaluation": evaluation, "test": test}, "mmlu", source
+
+
+def _is_path(name: str) -> bool:
+    # A folder is left to load_dataset: a hub repository that was downloaded whole loads from there.
+    if Path(name).expanduser().is_dir():
+        return False
+    return name.lower().endswith(TABLE_SUFFIXES) or name.startswith((".", "~", os.sep)) or Path(name).is_file()
+
+
+def _load_from_hub(name: str, args: Any) -> tuple[Pools, str, str]:
+    if name not in HUB_DATASETS and "/" not in name:
+        nearest = difflib.get_close_matches(name, [*HUB_DATASETS, "mmlu"], n=1, cutoff=0.7)
+        if nearest:
+            raise ValueError(f"--dataset '{name}' is unknown; did you mean '{nearest[0]}'?")
+    request = HUB_DATASETS.get(name, {"path": name})
+    loaded = hub_dataset(request, args.cache_dir)
+    train = loaded.get("train")
+    if train is None or not len(train):
+        raise ValueError(f"{request['path']} has no training rows; its splits are {', '.join(loaded)}")
+    format_name = args.dataset_format or detect_format(train.column_names, train[0], name)
+    own = {
+        "train": train,
+        "evaluation": next((loaded[key] for key in _EVALUATION_NAMES if key in loaded), None),
+        "test": loaded.get("test"),
+    }
+    sizes = {"evaluation": args.eval_dataset_size, "test": getattr(args, "test_dataset_size", 0)}
+    pools: Pools = {}
+    for key, pool in own.items():
+        if pool is None:
+            pools[key] = None
+            continue
+        if sizes.get(key):  # published held-out splits can be large: a sample of the size asked for
+            pool = _sample(pool, _row_count(sizes[key], len(train)), _seed(args))
+        pools[key] = _without_empty_outputs(to_input_output(pool, format_name), f"{name} {key}")
+    return pools, format_name, f"{request['path']} from the Hugging Face hub ({len(train)} rows)"
+
+
+def hub_dataset(request: dict[str, str], cache_dir: str | None = None) -> DatasetDict:
+    """All splits of a hub data set; FileNotFoundError that says what to do offline where the hub does not answer."""
+    hub_logger = logging.getLogger("huggingface_hub")
+    level = hub_logger.level
+    hub_logger.setLevel(logging.ERROR)  # five retry warnings would bury the one message below
+    try:
+        return load_dataset(**request, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:  # no network, no such repository, or a repository that is no table
+        raise FileNotFoundError(
+            f"cannot load '{request['path']}' from the Hugging Face hub ({type(error).__name__}: {error}). Offline: "
+            "download it on a machine with a network, as json, jsonl, csv or tsv, and give the file: "
+            "--dataset my_data.jsonl --dataset_format NAME"
+        ) from error
+    finally:
+        hub_logger.setLevel(level)
+
+
+def _without_empty_outputs(dataset: Dataset, what: str) -> Dataset:
+    """Published sets have a few empty answers that nobody here can fix (alpaca has 28): dropped, and said so."""
+    kept = dataset.filter(lambda output: bool(output.strip()), input_columns="output", desc="Empty outputs")
+    if len(kept) < len(dataset):
+        logger.warning("%s: %d rows with an empty output were left out", what, len(dataset) - len(kept))
+    return kept
+
+
+def _hold_out(pools: Pools, args: Any) -> Pools:
+    """Takes evaluation, then test rows out of train where the source has no such split of its own.
+
+    Evaluation comes first, so that asking for a test split does not change which rows evaluate.
+    """
+    train, evaluation, test = pools["train"], pools["evaluation"], pools["test"]
+    test_size = getattr(args, "test_dataset_size", 0)
+    wants_evaluation = args.do_eval or getattr(args, "do_predict", False)
+    n_evaluation = _row_count(args.eval_dataset_size, len(train)) if wants_evaluation and evaluation is None else 0
+    n_test = _row_count(test_size, len(train)) if test is None else 0
+
+    if wants_evaluation and evaluation is None and not n_evaluation:
+        raise ValueError("--eval_dataset_size 0 leaves the evaluation split empty: give 1 or more, or --do_eval False")
+    if n_evaluation + n_test > len(train) - bool(args.do_train):
+        raise ValueError(
+            f"--eval_dataset_size {args.eval_dataset_size} and --test_dataset_size {test_size} hold out "
+            f"{n_evaluation + n_test} rows, but there are only {len(train)} and training needs some: "
+            "hold out fewer, for example --eval_dataset_size 0.1 (a tenth)"
+        )
+    if n_evaluation:
+        train, evaluation = _carve(train, n_evaluation, _seed(args))
+    if n_test:
+        train, test = _carve(train, min(n_test, len(train)), _seed(args))
+    return {"train": train, "evaluation": evaluation if wants_evaluation else None, "test": test if test_size else None}
+
+
+def _seed(args: Any) -> int:
+    seeds = (getattr(args, "data_seed", None), getattr(args, "seed", None), 42)
+    return next(seed for seed in seeds if seed is not None)
+
+
+def _row_count(size: float | None, rows: int) -> int:
+    """Rows that a --..._size asks for: at least one for a fraction, as many as it says otherwise."""
+    size = size or 0
+    return max(1, round(size * rows)) if 0 < size < 1 else int(size)
+
+
+def _carve(dataset: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """(what stays, `count` rows drawn by the seed); copies of a drawn row do not stay either."""
+    if count == len(dataset):
+        return dataset.select([]), dataset
+    parts = dataset.train_test_split(test_size=count, shuffle=True, seed=seed)
+    return _without_copies(parts["train"], parts["test"]), parts["test"]
+
+
+def _without_copies(dataset: Dataset, held_out: Dataset) -> Dataset:
+    known = set(zip(held_out["input"], held_out["output"]))
+    kept = [index for index, pair in enumerate(zip(dataset["input"], dataset["output"])) if pair not in known]
+    if len(kept) == len(dataset):
+        return dataset
+    logger.warning("%d training rows that are also held out were left out of training", len(dataset) - len(kept))
+    return dataset.select(kept)
+
+
+def _sample(dataset: Dataset, count: int, seed: int) -> Dataset:
+    return dataset if count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))
+
+
+def _truncated(dataset: Dataset, limit: int | None) -> Dataset:
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
