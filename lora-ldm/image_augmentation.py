@@ -12,7 +12,7 @@ import numpy as np
 from dataset_settings import SubsetSettings
 from image_buckets import Placement, Size
 from image_folders import ImageRecord
-from image_loading import load_mask, load_rgb, resize
+from image_loading import load_mask, load_rgb, resize, resize_mask
 
 # Strengths of upstream's colour augmentation: a third of the images gets either a hue shift or a gamma change.
 COLOR_AUG_RATE = 0.33
@@ -52,7 +52,7 @@ def load_sample(record: ImageRecord, placement: Placement, rng: Optional[random.
     box = (*left_top, *placement.bucket_px)
     pixels = cut(resize(pixels, scaled_px, subset.resize_interpolation), box)
     if mask is not None:
-        mask = cut(resize(mask, scaled_px, subset.resize_interpolation), box)
+        mask = cut(resize_mask(mask, scaled_px), box)
     if rng and subset.color_aug:
         pixels = color_augmented(pixels, rng)
     return Sample(np.ascontiguousarray(pixels), mask, left_top)

@@ -72,7 +72,7 @@ def load_rgb(path: Path) -> tuple[np.ndarray, Optional[np.ndarray]]:
 def load_mask(path: Path, size_px: Size) -> np.ndarray:
     """Red channel of a mask picture as (H, W) uint8, scaled to the size of its image."""
     rgb, _ = load_rgb(path)
-    return resize(np.ascontiguousarray(rgb[:, :, 0]), size_px, None)
+    return resize_mask(np.ascontiguousarray(rgb[:, :, 0]), size_px)
 
 
 def resize(array: np.ndarray, size_px: Size, interpolation: Optional[str]) -> np.ndarray:
@@ -87,6 +87,12 @@ def resize(array: np.ndarray, size_px: Size, interpolation: Optional[str]) -> np
         # Pillow's filter widens with the reduction and so does not alias; OpenCV's has a fixed width.
         return np.array(Image.fromarray(array).resize(size_px, Image.Resampling.LANCZOS))
     return cv2.resize(array, size_px, interpolation=CV2_INTERPOLATIONS[interpolation])
+
+
+def resize_mask(mask: np.ndarray, size_px: Size) -> np.ndarray:
+    """(H, W) uint8 at another size, without the overshoot of the sharper filters."""
+    shrinks = size_px[0] <= mask.shape[1] and size_px[1] <= mask.shape[0]
+    return resize(mask, size_px, "area" if shrinks else "bilinear")
 
 
 def file_fingerprint(path: Path) -> str:
