@@ -424,8 +424,12 @@ class EarlyStopMonitor:
                 decision = replace(decision, keep_step=kept, reason=reason)
             self.snapshots.pin(kept)
         self.decision = decision
-        event = {"event": "turning_point", "step": decision.keep_step, "detected_at": decision.detected_step}
-        self._write({**event, "usable": list(decision.usable), "reason": decision.reason})
+        facts = {"detected_at": decision.detected_step, "usable": list(decision.usable), "reason": decision.reason}
+        self.note("turning_point", decision.keep_step, **facts)
+
+    def note(self, event: str, step: int, **facts: Any) -> None:
+        """Write an event into the history, such as an evaluation with its heldout_loss."""
+        self._write({"event": event, "step": step, **facts})
 
     def latest_snapshot_step(self) -> Optional[int]:
         """The newest step whose weights are kept; they are finite."""
@@ -445,13 +449,13 @@ class EarlyStopMonitor:
         """Go on from a saved state: series and rule see the recorded measurements again, the history is rewritten."""
         self._lines = list(state["lines"])
         for line in self._lines:
-            if "event" in line:
+            if line.get("event") == "turning_point":
                 self.decision = Decision(line["step"], line["detected_at"], tuple(line["usable"]), line["reason"])
-                continue
-            self.series.update(line["cs"][self.component])
-            self.measurements += 1
-            if self.decision is None:
-                self.rule.update(line)
+            elif "event" not in line:
+                self.series.update(line["cs"][self.component])
+                self.measurements += 1
+                if self.decision is None:
+                    self.rule.update(line)
         lines = [self.header, *self._lines] if self._lines else []
         write_text_whole(self.history_path, "".join(json.dumps(line) + "\n" for line in lines))
 

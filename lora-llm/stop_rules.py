@@ -95,8 +95,9 @@ class NthValley(StopRule):
             return None
         keep, detected = self._steps[0], record["step"]
         reason = (
-            f"CS-Fluctuation of {self.settings.component!r} passed its valley number {self.settings.valley} at step {detected}: the "
-            f"direction of the update has become steady. The turning point is step {keep}, where that window began."
+            f"CS-Fluctuation of {self.settings.component!r} passed its valley number {self.settings.valley} at step "
+            f"{detected}: the direction of the update has become steady. The turning point is step {keep}, where that "
+            "window began."
         )
         return Decision(keep, detected, (keep, detected), reason)
 

@@ -1,0 +1,275 @@
+"""Re-decide a recorded run under any rule, draw it, and write the report page.
+
+    python cs_replay.py HISTORY [--rule R|recorded] [--window M|auto] [--valley N] [--component C]
+                        [--json] [--plot FILE.png] [--html FILE.html]
+
+HISTORY is a cs_history.jsonl or the run folder that holds one. Python 3.8; matplotlib is needed for pictures only.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+from cs_fluctuation import HISTORY_FORMAT, HISTORY_NAME, Decision, FluctuationSeries, write_text_whole, write_whole
+from stop_rules import DEFAULT_RULE, RULES, RuleSettings, auto_window, make_rule, replay
+
+COLOURS = {"train": "#8a8f98", "heldout": "#c8553d", "kept": "#2a7f62", "detected": "#b58a00", "lines": "#2f5d8a"}
+
+
+@dataclass
+class History:
+    """A recorded run: the header, the measurements and the events (evaluations, the turning point)."""
+
+    header: Dict[str, Any]
+    records: List[Dict[str, Any]]
+    events: List[Dict[str, Any]]
+
+    def heldout(self) -> List[Tuple[int, float]]:
+        """(step, held-out loss), from the measurements and from evaluations between them, each step once."""
+        points = [(r["step"], r.get("heldout_loss")) for r in [*self.records, *self.events]]
+        return sorted({step: loss for step, loss in points if loss is not None}.items())
+
+    def last_step(self) -> int:
+        return max((line["step"] for line in [*self.records, *self.events]), default=0)
+
+
+def read_history(path: Union[str, Path]) -> History:
+    """Read a history file, or the one in a folder. A torn last line, which a kill leaves, is passed over.
+
+    Raises FileNotFoundError where there is none; ValueError, with the line number, where it is not a history.
+    """
+    path = Path(path) / HISTORY_NAME if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no history at {path}; give a {HISTORY_NAME} or the folder of a run with --calculate_cs")
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    parsed: List[Dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                parsed.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # not ended by a line break: it was being written
+                break
+            raise ValueError(f"{path}, line {number}: {error}; the file is damaged") from error
+    if not parsed or parsed[0].get("format") != HISTORY_FORMAT:
+        raise ValueError(f"{path}: its first line is no header of the format {HISTORY_FORMAT}")
+    body = parsed[1:]
+    return History(parsed[0], [r for r in body if "event" not in r], [r for r in body if "event" in r])
+
+
+def settings_for(history: History, rule: str, window=None, valley: Optional[int] = None, component: Optional[str] = None):
+    """(rule name, RuleSettings) for a replay; what is not given is the header's, the valley too where the rule is."""
+    header = history.header
+    recorded = rule in ("recorded", header.get("rule"))
+    name = header["rule"] if rule == "recorded" else rule
+    interval, per_epoch = header["cs_interval"], header["steps_per_epoch"]
+    m = header["window"] if window is None else auto_window(per_epoch, interval) if window == "auto" else int(window)
+    n = valley or (header.get("valley", 2) if recorded else 2)
+    return name, RuleSettings(m, component or header["decided_on"], per_epoch, interval, n)
+
+
+def redecide(history: History, rule: str = DEFAULT_RULE, window=None, valley=None, component=None) -> Dict[str, Any]:
+    """The verdict as one dictionary: rule, window, stopped, stop_step (detection), turning_step (kept), reason."""
+    name, settings = settings_for(history, rule, window, valley, component)
+    decision = replay(make_rule(name, settings), history.records)
+    verdict = {"rule": name, "window": settings.window, "stopped": decision is not None}
+    if decision is None:
+        reason = f"No evidence of overfitting in {len(history.records)} measurements up to step {history.last_step()}."
+        return {**verdict, "stop_step": None, "turning_step": None, "reason": reason}
+    return {**verdict, "stop_step": decision.detected_step, "turning_step": decision.keep_step, "reason": decision.reason}
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _valleys(fluctuation: Sequence[Tuple[int, float]]) -> List[Tuple[int, float]]:
+    values = [value for _, value in fluctuation]
+    return [fluctuation[i] for i in range(1, len(values) - 1) if values[i] < values[i - 1] and values[i] < values[i + 1]]
+
+
+def _fluctuation(history: History, window: int, component: str) -> List[Tuple[int, float]]:
+    series = FluctuationSeries(window)
+    points = [(r["step"], series.update(r["cs"][component]).fluctuation) for r in history.records]
+    return [(step, value) for step, value in points if value]  # the axis is logarithmic: no zeros
+
+
+def draw(history: History, decision: Optional[Decision], window: int, component: str):
+    """The figure of a run: losses, CS by component, CS-Fluctuation with its valleys, and the steps that matter."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8.2), layout="constrained")
+    loss_axis, cs_axis, fluctuation_axis = figure.subplots(3, 1, sharex=True)
+    train = [(r["step"], r["loss"]) for r in history.records if r.get("loss") is not None]
+    if train:
+        loss_axis.plot(*zip(*train), color=COLOURS["train"], label="training loss")
+    if history.heldout():
+        loss_axis.plot(*zip(*history.heldout()), color=COLOURS["heldout"], marker=".", label="held-out loss")
+    loss_axis.set_ylabel("loss")
+    components = [name for name in history.records[0]["cs"] if name != "all" or len(history.records[0]["cs"]) > 2]
+    for index, name in enumerate(components):
+        points = [(r["step"], r["cs"][name]) for r in history.records if name in r["cs"]]
+        colour, width = (COLOURS["lines"], 2) if name == component else (f"C{index + 3}", 1)
+        cs_axis.plot(*zip(*points), label=f"{name} ({history.header['reduction']})", color=colour, linewidth=width)
+    cs_axis.set_ylabel("CS (cosine similarity)")
+    fluctuation = _fluctuation(history, window, component)
+    if fluctuation:
+        label = f"CS-Fluctuation of {component}, M = {window}"
+        fluctuation_axis.plot(*zip(*fluctuation), color=COLOURS["lines"], label=label)
+        fluctuation_axis.set_yscale("log")
+        if _valleys(fluctuation):
+            fluctuation_axis.plot(*zip(*_valleys(fluctuation)), "v", color=COLOURS["heldout"], label="valley")
+    fluctuation_axis.set_ylabel("CS-Fluctuation")
+    fluctuation_axis.set_xlabel("step")
+    for axis in (loss_axis, cs_axis, fluctuation_axis):
+        if decision is not None:
+            axis.axvspan(*decision.usable, color=COLOURS["kept"], alpha=0.07)
+            axis.axvline(decision.keep_step, color=COLOURS["kept"], linewidth=2, label=f"kept: step {decision.keep_step}")
+            axis.axvline(decision.detected_step, color=COLOURS["detected"], linestyle="--", label="detected")
+        axis.axvline(history.last_step(), color="black", linestyle=":", label=f"last: step {history.last_step()}")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    per_epoch = history.header.get("steps_per_epoch")
+    if per_epoch:
+        epochs = loss_axis.secondary_xaxis("top", functions=(lambda s: s / per_epoch, lambda e: e * per_epoch))
+        epochs.set_xlabel("epoch")
+    return figure
+
+
+def _picture(history: History, decision: Optional[Decision], window: int, component: str) -> str:
+    """The figure as inline SVG, or a sentence where matplotlib is not installed or nothing was measured."""
+    if not history.records:
+        return "<p>Nothing was measured, so there is nothing to draw.</p>"
+    try:
+        figure = draw(history, decision, window, component)
+    except ImportError:
+        return "<p>The picture needs matplotlib: install it and run <code>cs_replay.py</code> on the history.</p>"
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+# ------------------------------------------------------------------------------------------------ the report page
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2126; background: #fbfbfa }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+.verdict { border-left: .4rem solid #2a7f62; background: #eef5f2; padding: .8rem 1rem; font-size: 1.1rem }
+table { border-collapse: collapse } td, th { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd }
+td { font-variant-numeric: tabular-nums } svg { width: 100%; height: auto; background: white }
+figure { display: inline-block; margin: .4rem } figcaption { font-size: .8rem; max-width: 16rem } img { max-width: 16rem }
+"""
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def cells(values, tag):
+        return "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<h2>{html.escape(title)}</h2><table><tr>{cells(head, 'th')}</tr>{body}</table>"
+
+
+def _redecided_rows(history: History) -> List[List[Any]]:
+    m, rows = history.header["window"], []
+    for rule in RULES:
+        for window in sorted({max(1, m // 2), m, 2 * m}):
+            verdict = redecide(history, rule, window)
+            kept = "does not stop" if not verdict["stopped"] else f"keeps step {verdict['turning_step']}"
+            rows.append([rule, window, kept, verdict["stop_step"] or ""])
+    return rows
+
+
+def write_report(
+    path: Union[str, Path],
+    history_path: Union[str, Path],
+    *,
+    verdict: str,
+    title: str = "ES-LoRA run",
+    decision: Optional[Decision] = None,
+    settings: Optional[Dict[str, Any]] = None,
+    tables: Sequence[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = (),
+    images: Sequence[Tuple[str, Union[str, Path]]] = (),
+) -> None:
+    """Write one self-contained HTML page: the verdict, the curves, tables, images in a grid, the settings.
+
+    verdict: one sentence. tables: (title, head, rows). images: (caption, PNG file). The page appears whole or not at all.
+    """
+    history = read_history(history_path)
+    header = history.header
+    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="verdict">{html.escape(verdict)}</p>']
+    parts.append(_picture(history, decision, header["window"], header["decided_on"]))
+    parts += [_table(*table) for table in tables]
+    if images:
+        parts.append("<h2>Pictures</h2>")
+    for caption, file in images:
+        data = base64.b64encode(Path(file).read_bytes()).decode("ascii")
+        label = html.escape(caption)
+        picture = f'<img alt="{label}" src="data:image/png;base64,{data}">'
+        parts.append(f"<figure>{picture}<figcaption>{label}</figcaption></figure>")
+    if history.records:
+        head = ["rule", "window M", "verdict", "detected at step"]
+        parts.append(_table("The same run under other rules and windows", head, _redecided_rows(history)))
+    facts = {**{key: value for key, value in header.items() if key != "format"}, **(settings or {})}
+    parts.append(_table("Settings", ["setting", "value"], sorted(facts.items(), key=lambda item: item[0])))
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f"{meta}<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    body = "".join(parts)
+    write_text_whole(Path(path), f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>')
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def _window(text: str) -> Union[int, str]:
+    if text != "auto" and not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of measurements (1 or more) nor auto")
+    return text if text == "auto" else int(text)
+
+
+def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Re-decide a recorded run under any rule and window.", allow_abbrev=False)
+    parser.add_argument("history", help=f"a {HISTORY_NAME} or the folder of a run")
+    names = [*RULES, "recorded"]
+    parser.add_argument("--rule", default=DEFAULT_RULE, choices=names, help="default: %(default)s; recorded: the run's own")
+    parser.add_argument("--window", type=_window, help="M in measurements, or auto: about one epoch (default: the run's)")
+    parser.add_argument("--valley", type=int, help="N of the rule nth-valley")
+    parser.add_argument("--component", help="whose CS decides (default: the run's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", type=Path, help="draw the run into this PNG file")
+    parser.add_argument("--html", type=Path, help="write the report page to this file")
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        history = read_history(arguments.history)
+        choice = (arguments.rule, arguments.window, arguments.valley, arguments.component)
+        verdict = redecide(history, *choice)
+        name, settings = settings_for(history, *choice)
+        decision = replay(make_rule(name, settings), history.records)
+        if arguments.plot:
+            figure = draw(history, decision, settings.window, settings.component)
+            write_whole(arguments.plot, lambda temporary: figure.savefig(temporary, format="png", dpi=140))
+        if arguments.html:
+            write_report(arguments.html, arguments.history, verdict=verdict["reason"], decision=decision)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"cs_replay: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps(verdict))
+    else:
+        print(f"{verdict['rule']}, window {verdict['window']}: {verdict['reason']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
