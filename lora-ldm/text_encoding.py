@@ -149,4 +149,7 @@ def _weight_states(states, weights):
     mean_before = states.float().mean(dim=(1, 2), keepdim=True)
     states = states * weights.to(states.dtype)[..., None]
     mean_after = states.float().mean(dim=(1, 2), keepdim=True)
-    return states * (mean_before / mean_after).to(states.dtype)
+    # A text encoder whose states average to nothing has no mean to keep; the quotient would be noise.
+    has_mean = mean_after.abs() > 1e-3 * states.float().std(dim=(1, 2), keepdim=True)
+    factor = torch.where(has_mean, mean_before / torch.where(has_mean, mean_after, 1.0), 1.0)
+    return states * factor.to(states.dtype)

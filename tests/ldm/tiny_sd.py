@@ -57,7 +57,9 @@ def tiny_sd(folder, seed=0, linear_projection=False, pad_token="<|endoftext|>"):
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
-    parts = [part.requires_grad_(False).eval() for part in (unet, vae, CLIPTextModel(text_config))]
+    text_encoder = CLIPTextModel(text_config)
+    torch.nn.init.constant_(text_encoder.final_layer_norm.bias, 0.2)  # trained encoders' states have a mean, too
+    parts = [part.requires_grad_(False).eval() for part in (unet, vae, text_encoder)]
     return SDModel(parts[0], parts[1], [parts[2]], [tokenizer], dict(scheduler.config), base_path=str(folder))
 
 
