@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
 from instruction_formats import check_columns, check_format_name, convert_row, detect_format, to_input_output
 
 logger = logging.getLogger(__name__)
@@ -251,8 +252,8 @@ def hub_dataset(request: dict[str, str], cache_dir: str | None = None) -> Datase
     level = hub_logger.level
     hub_logger.setLevel(logging.ERROR)  # five retry warnings would bury the one message below
     try:
-        return load_dataset(**request, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:  # no network, no such repository, or a repository that is no table
+        return _load_tables(request, cache_dir)
+    except (OSError, ValueError, DatasetsError) as error:  # no network, no such repository, no table in it
         raise FileNotFoundError(
             f"cannot load '{request['path']}' from the Hugging Face hub ({type(error).__name__}: {error}). Offline: "
             "download it on a machine with a network, as json, jsonl, csv or tsv, and give the file: "
@@ -260,6 +261,17 @@ def hub_dataset(request: dict[str, str], cache_dir: str | None = None) -> Datase
         ) from error
     finally:
         hub_logger.setLevel(level)
+
+
+def _load_tables(request: dict[str, str], cache_dir: str | None) -> DatasetDict:
+    try:
+        return load_dataset(**request, cache_dir=cache_dir)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+    # The hub keeps tables of old repositories that are a script, in a branch with one folder a configuration.
+    folder = {"data_dir": request["name"]} if "name" in request else {}
+    return load_dataset(request["path"], **folder, revision="refs/convert/parquet", cache_dir=cache_dir)
 
 
 def _without_empty_outputs(dataset: Dataset, what: str) -> Dataset:

@@ -355,7 +355,7 @@ class MMLUCallback(TrainerCallback):
         self._score("end", state, model)
 
     def _score(self, when: str, state: Any, model: torch.nn.Module) -> dict[str, float]:
-        weights = tuple(p.detach().double().sum().item() for p in model.parameters() if p.requires_grad)
+        weights = tuple(p.detach().sum(dtype=torch.float64).item() for p in model.parameters() if p.requires_grad)
         if self.results and weights == self._scored_weights:
             score = {key: self.results[-1][key] for key in ("accuracy", "per_subject", "loss", "count")}
         else:

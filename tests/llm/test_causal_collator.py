@@ -72,6 +72,12 @@ def test_lengths_are_those_of_the_batch():
     assert collator.lengths(rows) == [int(collator([row])["attention_mask"].sum()) for row in rows]
 
 
+def test_a_text_beyond_the_tokenizers_length_is_cut_without_a_warning(capfd):
+    tokenizer = word_tokenizer(model_max_length=3)
+    CausalCollator(tokenizer, 4, 4)([{"input": "a b c d e f", "output": "a b c d e f"}])
+    assert capfd.readouterr() == ("", "")
+
+
 def test_bad_settings_are_told_together():
     with pytest.raises(ValueError, match="--source_max_len is 0.*--target_max_len is -1.*no eos token"):
         CausalCollator(word_tokenizer(eos_token=None), 0, -1)

@@ -164,6 +164,21 @@ def test_empty_answers_of_a_hub_set_are_left_out_and_said(monkeypatch, caplog):
     assert "1 rows with an empty output" in caplog.text
 
 
+def test_a_repository_that_is_a_script_loads_from_the_hubs_tables(monkeypatch):
+    requests = []
+
+    def load(path, **options):
+        requests.append((path, options))
+        if "revision" not in options:
+            raise RuntimeError("Dataset scripts are no longer supported, but found self_instruct.py")
+        return DatasetDict(train=Dataset.from_list([HUB_ROWS["self-instruct"]] * 3))
+
+    monkeypatch.setattr(dataset_sources, "load_dataset", load)
+    assert load_splits(arguments("self-instruct", do_eval=False)).train[0] == {"input": "p", "output": "o"}
+    options = {"data_dir": "self_instruct", "revision": "refs/convert/parquet", "cache_dir": None}
+    assert requests[1:] == [("yizhongw/self_instruct", options)]
+
+
 def test_no_hub_says_what_to_do_offline(monkeypatch):
     def no_network(**_):
         raise ConnectionError("Couldn't reach the Hub")

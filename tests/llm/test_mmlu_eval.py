@@ -3,16 +3,20 @@
 import csv
 import io
 import json
+import math
+import re
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import dataset_sources
-import mmlu_eval
 import pytest
 import torch
+from causal_collator import CausalCollator
 from datasets import Dataset, DatasetDict
+from instruction_formats import mmlu_prompt, mmlu_question
 from mmlu_eval import MMLUCallback, MMLUScorer, fit_prompt, letter_token_ids, load_mmlu, train_split_for_subject
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -195,10 +199,8 @@ def test_the_real_validation_split():
     # Taken apart and put together again, every real prompt is what the prompt functions make of its parts.
     for row in rows:
         body = row["input"].split("\n\n", 1)[1]
-        stem, *choices = mmlu_eval.re.split(r"\n[ABCD]\. ", body.removesuffix("\nAnswer:"))
-        if len(choices) == 4:
-            made = mmlu_eval.mmlu_prompt(row["subject"], mmlu_eval.mmlu_question(stem, choices))
-            assert made == row["input"]
+        stem, *choices = re.split(r"\n[ABCD]\. ", body.removesuffix("\nAnswer:"))
+        assert mmlu_prompt(row["subject"], mmlu_question(stem, choices)) == row["input"]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -376,6 +378,22 @@ def test_a_model_that_always_says_c_is_right_where_c_is(archive, tokenizer):
     assert score["accuracy"] == 0.25
     assert set(model.modes) == {(False, False)}
     assert model.training
+
+
+def test_what_a_lora_learns_from_the_collator_the_scorer_sees(archive, tokenizer):
+    rows = load_mmlu(arguments(archive))
+    model = get_peft_model(tiny_llama(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    scorer = MMLUScorer(tokenizer, rows, 2048, 8)
+    before = scorer.score(model)
+    batch = CausalCollator(tokenizer, 512, 8)(rows)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = scorer.score(model)
+    assert after["accuracy"] == 1.0 > before["accuracy"]
+    assert after["loss"] < math.log(4) < before["loss"]  # log 4: a guess among the four letters
 
 
 def test_eval_mode_is_left_again_even_when_scoring_fails(archive, tokenizer):
