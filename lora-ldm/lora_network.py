@@ -53,6 +53,7 @@ class LoraNetwork:
         self.dropout, self.rank_dropout, self.module_dropout = dropout or 0.0, rank_dropout or 0.0, module_dropout or 0.0
         self.training = True
         self._multiplier = 1.0
+        self._layers = None
         for module in modules:
             for weight in (module.down, module.up):
                 weight.data = weight.data.float()  # trained in float32 unless .to() says otherwise (full fp16/bf16)
@@ -114,8 +115,10 @@ class LoraNetwork:
         return groups
 
     def layers(self):
-        """What the CS metric looks at: live tensors, no copies. list[cs_fluctuation.LoraLayer]."""
-        return [LoraLayer(m.name, m.component, m.weight, m.down, m.up) for m in self.modules]
+        """What the CS metric looks at: live tensors, no copies; the same objects every time (they keep ||W||)."""
+        if self._layers is None:
+            self._layers = [LoraLayer(m.name, m.component, m.weight, m.down, m.up) for m in self.modules]
+        return self._layers
 
     def tensors(self):
         """{kohya key: live trainable tensor}."""
