@@ -8,17 +8,15 @@ scalar ``NAME.alpha``; the update is ``alpha / r * up @ down``. NAME is ``lora_u
 import hashlib
 import io
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from tensor_file import read_tensors, write_whole
 
 DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PICKLE_SUFFIXES = (".pt", ".ckpt")
 LEGACY_HASH_OFFSET_BYTES, LEGACY_HASH_LENGTH_BYTES = 0x100000, 0x10000
 
 _DIFFUSERS_KEY = re.compile(
@@ -45,9 +43,9 @@ def save_lora(path, tensors, metadata=None, dtype=None):
     if path.suffix == ".safetensors":
         metadata = {name: str(value) for name, value in (metadata or {}).items()}
         metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = lora_hashes(tensors, metadata)
-        _write_whole(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
-    elif path.suffix in PICKLE_SUFFIXES:
-        _write_whole(path, lambda aside: torch.save(tensors, aside))
+        write_whole(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
+    elif path.suffix in (".pt", ".ckpt"):
+        write_whole(path, lambda aside: torch.save(tensors, aside))
     else:
         raise ValueError(f"{path} ends in {path.suffix!r}; a LoRA is saved as .safetensors, .pt or .ckpt")
 
@@ -59,20 +57,11 @@ def load_lora(path):
         FileNotFoundError: no such file. ValueError: damaged, empty, or no LoRA.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file; give a LoRA file (.safetensors, .pt, .ckpt)")
+    tensors = read_tensors(path)
     metadata = {}
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or save it again") from error
-    else:
-        from single_file import read_tensors
-
-        tensors = read_tensors(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
     if any(_DIFFUSERS_KEY.match(name) for name in tensors):
         tensors = from_diffusers_names(tensors, metadata)
     if not any(name.startswith("lora_") for name in tensors):
@@ -171,18 +160,3 @@ def _module_path(part, module):
     head, _, last = module.rpartition(".")
     module = f"{head}.{_TEXT_PROJECTIONS.get(last, last)}"
     return module if module.startswith("text_model.") else f"text_model.{module}"
-
-
-def _write_whole(path, write):
-    """Write aside in the same folder, flush to disk, then rename over the target."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    finally:
-        Path(aside).unlink(missing_ok=True)

@@ -4,52 +4,19 @@ The model configurations ship in sd_configs/. A checkpoint of another shape (a f
 own: a diffusers folder of configurations named like the file, with ``.config`` in place of ``.safetensors``.
 """
 
-import pickle
 from pathlib import Path
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, create_diffusers_clip_model_from_ldm
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from tensor_file import read_tensors
 from transformers import CLIPTextModel
 
 CONFIG_ROOT = Path(__file__).resolve().parent / "sd_configs"
 CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SDXL_KEY = "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
 OPEN_CLIP_KEY = "cond_stage_model.model.ln_final.weight"
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-
-
-def read_tensors(path):
-    """The tensors of a .safetensors file or of a pickle, the latter with weights only. {name: tensor} on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: damaged, or a pickle that holds more than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file; give a .safetensors or .ckpt checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix not in PICKLE_SUFFIXES:
-            allowed = ", ".join((".safetensors", *PICKLE_SUFFIXES))
-            raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; allowed are {allowed}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} cannot be read as tensors only ({str(error).splitlines()[0]}). A pickle may carry code, so nothing "
-            "else is read from it; convert the checkpoint to .safetensors with a tool you trust"
-        ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise ValueError(f"{path} holds no named tensors; give a model checkpoint")
-    return tensors
 
 
 def config_folder(path, tensors, v_parameterization):

@@ -1,0 +1,57 @@
+"""Files of named tensors: read them without running code, write them whole or not at all."""
+
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def read_tensors(path):
+    """The tensors of a .safetensors file or of a pickle, the latter with weights only. {name: tensor} on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: damaged, or a pickle that holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file; give a .safetensors or .ckpt file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix not in PICKLE_SUFFIXES:
+            allowed = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+            raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; allowed are {allowed}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again") from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors only ({str(error).splitlines()[0]}). A pickle may carry code, so nothing "
+            "else is read from it; convert the checkpoint to .safetensors with a tool you trust"
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no named tensors; give a model checkpoint")
+    return tensors
+
+
+def write_whole(path, write):
+    """``write(aside)`` writes aside in the same folder, flush to disk, then rename over the target."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
