@@ -1,0 +1,62 @@
+"""Names of what a run saves on its way, and which older ones it may delete. Names and meaning as in sd-scripts."""
+
+import shutil
+from pathlib import Path
+
+
+class CheckpointFiles:
+    """The files `NAME-000003.safetensors`, `NAME-step00000300.safetensors` and the state folders beside them."""
+
+    def __init__(self, args, total_epochs):
+        self.args, self.folder = args, Path(args.output_dir)
+        ending = args.save_model_as
+        self.suffix = f".{ending}"
+        self.every_epochs = args.save_every_n_epochs
+        if args.save_n_epoch_ratio:
+            self.every_epochs = max(1, total_epochs // args.save_n_epoch_ratio)
+        self.total_epochs = total_epochs
+
+    def path(self, part=""):
+        """The normal name, or with a part: `-last`, `-turning-point`."""
+        return self.folder / f"{self.args.output_name}{part}{self.suffix}"
+
+    def state_path(self, part=""):
+        return self.folder / f"{self.args.output_name}{part}-state"
+
+    def epoch_part(self, epoch):
+        return f"-{epoch:06d}"
+
+    def step_part(self, step):
+        return f"-step{step:08d}"
+
+    def epoch_due(self, epochs_done):
+        return bool(self.every_epochs) and epochs_done % self.every_epochs == 0 and epochs_done < self.total_epochs
+
+    def step_due(self, step):
+        return bool(self.args.save_every_n_steps) and step % self.args.save_every_n_steps == 0
+
+    def forget_epochs(self, epochs_done):
+        """Delete the checkpoint, and the state, that --save_last_n_epochs (.._state) no longer keeps."""
+        keep, keep_state = self.args.save_last_n_epochs, self.args.save_last_n_epochs_state
+        if keep:
+            self._delete_file(self.epoch_part(epochs_done - keep * self.every_epochs))
+        if keep_state or keep:
+            self._delete_state(self.epoch_part(epochs_done - (keep_state or keep) * self.every_epochs))
+
+    def forget_steps(self, step):
+        """Delete what lies further back than --save_last_n_steps (.._state) steps."""
+        keep, keep_state = self.args.save_last_n_steps, self.args.save_last_n_steps_state
+        if keep:
+            self._delete_file(self.step_part(self._last_too_old(step, keep)))
+        if keep_state or keep:
+            self._delete_state(self.step_part(self._last_too_old(step, keep_state or keep)))
+
+    def _last_too_old(self, step, keep):
+        too_old = step - keep - 1
+        return too_old - too_old % self.args.save_every_n_steps
+
+    def _delete_file(self, part):
+        self.path(part).unlink(missing_ok=True)
+
+    def _delete_state(self, part):
+        shutil.rmtree(self.state_path(part), ignore_errors=True)

@@ -1,0 +1,46 @@
+"""Early stopping in this trainer: the monitor made from the command line, and the verdict of each trained part."""
+
+from cs_fluctuation import EarlyStopMonitor
+from cs_replay import read_history, redecide
+from stop_rules import DEFAULT_RULE, RuleSettings, make_rule, plan_measurements
+
+
+def plan(args, components, steps_per_epoch, total_steps):
+    """(rule, MeasurementPlan) of the command line. components: the trained parts, "unet" and/or "te"."""
+    component = args.cs_component or ("unet" if "unet" in components else components[0])
+    if component != "all" and component not in components:
+        raise ValueError(f"--cs_component {component}: trained are {', '.join(components)}")
+    name = args.stop_rule or DEFAULT_RULE
+    chosen = plan_measurements(
+        name,
+        component,
+        steps_per_epoch,
+        total_steps,
+        None if args.cs_interval == "auto" else args.cs_interval,
+        None if args.window_size == "auto" else args.window_size,
+        args.valley,
+    )
+    settings = RuleSettings(chosen.window, component, steps_per_epoch, chosen.cs_interval, args.valley)
+    return make_rule(name, settings), chosen
+
+
+def make_monitor(args, rule, cs_interval, network, header):
+    """The EarlyStopMonitor over the network's live layers, its history in --output_dir."""
+    return EarlyStopMonitor(
+        args.output_dir,
+        rule,
+        network.layers(),
+        network.tensors,
+        cs_interval=cs_interval,
+        reduction=args.cs_reduction,
+        header=header,
+        snapshot_disk_bytes=args.snapshot_disk_gb * 1e9,
+        resume_from=args.resume,
+    )
+
+
+def verdict_of_each_part(monitor):
+    """{component: the rule's verdict on its own CS}, as cs_replay gives it: stopped, turning_step, stop_step, reason."""
+    history = read_history(monitor.history_path)
+    parts = [name for name in (history.records[-1]["cs"] if history.records else {}) if name != "all"]
+    return {part: redecide(history, "recorded", component=part) for part in parts}

@@ -1,0 +1,662 @@
+"""Train a LoRA for Stable Diffusion 1.x / 2.x and stop at its turning point.
+
+    python es_lora_ldm.py --pretrained_model_name_or_path BASE --train_data_dir IMAGES --resolution 512 --output_dir OUT \
+        --early_stop --max_train_epochs 15
+
+Flags, folders and files are those of sd-scripts' train_network.py; `--help` lists them. `step` always means a completed
+optimizer step. Exit codes: 0 trained or stopped early, 2 bad arguments or data, 3 diverged, 130 interrupted.
+"""
+
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import quiet_libraries  # noqa: F401  (before diffusers)
+import torch
+from accelerate.utils import broadcast, set_seed
+from checkpoint_files import CheckpointFiles
+from cs_fluctuation import NonFiniteWeightsError
+from diffusion_loss import (
+    NoiseSchedule,
+    add_noise,
+    draw_batch,
+    draw_noise,
+    rescale_to_zero_terminal_snr,
+    sample_generator,
+    sample_losses,
+    target,
+)
+from early_stopping import make_monitor, plan, verdict_of_each_part
+from image_dataset import build_datasets
+from ldm_arguments import parse_arguments
+from lora_file import DTYPES, load_lora, save_lora
+from lora_metadata import build_metadata, minimum_metadata
+from lora_network import create_network
+from run_outcome import Outcome, last_lines, verdict_metadata, write_result, write_run_report
+from sample_images import Sampler, read_prompts
+from sd_model import load_sd_model, set_attention
+from tqdm import tqdm
+from training_optimizers import averaged_weights, make_optimizer, make_scheduler
+from training_setup import (
+    PRECISIONS,
+    choose_attention,
+    make_accelerator,
+    make_loader,
+    network_from_arguments,
+    picture_name,
+    start_trackers,
+    step_indices,
+    vae_key,
+)
+from training_state import Progress, load_state, read_progress, save_state
+
+VALIDATION_TIMESTEPS = 4  # evenly spaced, the same for every picture and every validation
+
+
+class NetworkTrainer:
+    """One training run: `set_up`, `train`, `finish`. Another model family overrides the methods of the first block."""
+
+    def __init__(self, args):
+        self.args = args
+
+    # ------------------------------------------------------------------------------- what depends on the base model
+
+    def assert_supported(self):
+        """Refuse what fits this model family's flags but not this base. Raises ValueError."""
+        if self.args.zero_terminal_snr and self.model.prediction_type != "v_prediction":
+            raise ValueError("--zero_terminal_snr needs a base that predicts v: at the last timestep epsilon is the input")
+
+    def load_model(self):
+        args = self.args
+        return load_sd_model(
+            args.pretrained_model_name_or_path,
+            v2=args.v2,
+            v_parameterization=args.v_parameterization,
+            vae=args.vae,
+            dtype=self.weight_dtype,
+            tokenizer_cache_dir=args.tokenizer_cache_dir,
+        )
+
+    def encode_text(self, captions):
+        """Text states (B, tokens, D); with gradients where the text encoder is trained."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_text):
+            return self.model.encode_text(
+                captions,
+                max_token_length=self.args.max_token_length,
+                clip_skip=self.args.clip_skip,
+                weighted=self.args.weighted_captions,
+            )
+
+    @torch.no_grad()
+    def encode_images(self, pixels, generator):
+        """pixels (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), float32."""
+        return self.model.encode_images(pixels, generator).float()
+
+    def predict_noise(self, noisy, timesteps, text_states, batch):
+        """The U-Net's prediction (B, 4, h, w). `batch` has what other families condition on (sizes, crops)."""
+        return self.model.predict_noise(noisy.to(self.weight_dtype), timesteps, text_states)
+
+    # ------------------------------------------------------------------------------- set up
+
+    def set_up(self):
+        """Everything before the first step. Raises ValueError / FileNotFoundError with one message."""
+        args = self.args
+        self.prompts = read_prompts(args.sample_prompts) if args.sample_prompts else []
+        self.accelerator = make_accelerator(args)
+        self.is_main = self.accelerator.is_main_process
+        resumed = read_progress(args.resume) if args.resume else None
+        self.seed = args.seed = resumed.seed if resumed else self._agreed_seed()
+        set_seed(self.seed)
+        self.batches, self.validation_batches = build_datasets(args, self.accelerator.num_processes)
+        self.weight_dtype = PRECISIONS[args.mixed_precision]
+        self.model = self.load_model()
+        self.assert_supported()
+        self._fold_base_weights()
+        self.network, self.network_args = self.create_network()
+        self.trains_text = any(component.startswith("te") for component in self.network.components)
+        self._place_model()
+        alphas = self.model.alphas_cumprod
+        alphas = rescale_to_zero_terminal_snr(alphas) if args.zero_terminal_snr else alphas
+        self.schedule = NoiseSchedule(alphas, self.model.prediction_type)
+        self._cache_latents()
+        self.loader, self.order = make_loader(args, self.batches, args.cache_latents and not args.cache_latents_to_disk)
+        self._count_steps(resumed)
+        self._make_optimizer()
+        self._make_monitor()
+        if resumed:
+            load_state(args.resume, self.accelerator, self.network, self.optimizer, self.scheduler)
+        elif self.accelerator.process_index:
+            torch.manual_seed(self.seed + self.accelerator.process_index)  # dropouts differ between processes
+        start_trackers(self.accelerator, args)
+        self.outcome_name, self.interrupted = None, False
+
+    def create_network(self):
+        """(network with LoRA layers in the model, the parsed --network_args)."""
+
+        def make_lycoris(*words, **settings):
+            from lycoris_network import create_lycoris_network
+
+            return create_lycoris_network(*words, **settings)
+
+        return network_from_arguments(self.args, self.model, create_network, make_lycoris)
+
+    def _agreed_seed(self):
+        """--seed, or one drawn by the first process for all of them."""
+        drawn = random.SystemRandom().randrange(2**31) if self.args.seed is None else self.args.seed
+        return int(broadcast(torch.tensor([drawn], device=self.accelerator.device))[0])
+
+    def _fold_base_weights(self):
+        if not self.args.base_weights:
+            return
+        from merge_lora import fold_lora
+
+        multipliers = self.args.base_weights_multiplier or [1.0] * len(self.args.base_weights)
+        for path, multiplier in zip(self.args.base_weights, multipliers):
+            fold_lora(self.model, load_lora(path)[0], multiplier)
+
+    def _place_model(self):
+        args, device = self.args, self.accelerator.device
+        set_attention(self.model.unet, choose_attention(args, device))
+        self.model.unet.to(device)
+        for encoder in self.model.text_encoders:
+            encoder.to(device)
+            if args.gradient_checkpointing and self.trains_text:
+                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                encoder.train()  # transformers checkpoints in training mode only
+        if args.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+        self.model.vae.to(device, torch.float32 if args.no_half_vae else self.weight_dtype)
+        self.network.to(device, self.weight_dtype if args.full_fp16 or args.full_bf16 else torch.float32)
+
+    def _cache_latents(self):
+        args = self.args
+        if not args.cache_latents:
+            return
+
+        def encode(pixels):
+            return self.encode_images(pixels, torch.Generator().manual_seed(self.seed)).cpu()
+
+        key = vae_key(self.model.vae)
+        settings = {"to_disk": args.cache_latents_to_disk, "batch_size": args.vae_batch_size}
+        for batches in filter(None, (self.batches, self.validation_batches)):
+            if args.cache_latents_to_disk and not self.is_main:
+                self.accelerator.wait_for_everyone()  # the first process writes
+            batches.cache_latents(encode, key, **settings, write=self.is_main)
+            if args.cache_latents_to_disk and self.is_main:
+                self.accelerator.wait_for_everyone()
+        if not args.highvram:
+            self.model.vae.to("cpu")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _count_steps(self, resumed):
+        args, processes = self.args, self.accelerator.num_processes
+        indices = step_indices(len(self.batches), processes, 0, args.gradient_accumulation_steps)
+        steps_per_epoch = len(indices)
+        self.total_steps = args.max_train_epochs * steps_per_epoch if args.max_train_epochs else args.max_train_steps
+        self.total_epochs = -(-self.total_steps // steps_per_epoch)
+        self.progress = resumed or Progress(self.seed, steps_per_epoch)
+        if resumed and resumed.steps_per_epoch != steps_per_epoch:
+            raise ValueError(
+                f"--resume {args.resume}: that run had {resumed.steps_per_epoch} steps an epoch, this one has "
+                f"{steps_per_epoch}: use the same images, batch size and accumulation"
+            )
+        if not resumed:
+            start = args.initial_step or (args.initial_epoch - 1 if args.initial_epoch else 0) * steps_per_epoch
+            whole_epochs = start - start % steps_per_epoch
+            self.progress.step = start if args.skip_until_initial_step else whole_epochs
+        if self.progress.step >= self.total_steps:
+            raise ValueError(
+                f"nothing left to train: {self.progress.step} of {self.total_steps} steps are done; raise "
+                "--max_train_steps or --max_train_epochs"
+            )
+        self.files = CheckpointFiles(args, self.total_epochs)
+
+    def _make_optimizer(self):
+        args = self.args
+        groups = self.network.parameter_groups(args.learning_rate, args.unet_lr, args.text_encoder_lr)
+        self.parameters = [weight for group in groups for weight in group["params"]]
+        optimizer = make_optimizer(args, groups)
+        self.scheduler = make_scheduler(args, optimizer, self.total_steps)
+        self.raw_optimizer, self.optimizer = optimizer, self.accelerator.prepare(optimizer)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+
+    def _make_monitor(self):
+        """The first process measures and decides; the others hear of it after each measurement."""
+        args, self.monitor = self.args, None
+        self.safety_copy, self.safety_interval = (0, None), max(1, self.progress.steps_per_epoch // 10)
+        if not args.calculate_cs:
+            return
+        rule, chosen = plan(args, self.network.components, self.progress.steps_per_epoch, self.total_steps)
+        self.cs_interval = chosen.cs_interval
+        if self.is_main:
+            header = {"trainer": "es_lora_ldm", "seed": self.seed, "total_steps": self.total_steps}
+            self.monitor = make_monitor(args, rule, chosen.cs_interval, self.network, header)
+            self.say(f"CS every {chosen.cs_interval} steps, window {chosen.window}, rule {rule.name}", *chosen.notices)
+            if self.monitor.snapshots is not None and self.monitor.snapshots.every > 1:
+                self.say(f"snapshots of every {self.monitor.snapshots.every}th measurement fit into --snapshot_disk_gb")
+
+    def say(self, *lines):
+        if self.is_main:
+            for line in lines:
+                tqdm.write(line, file=sys.stdout)
+
+    # ------------------------------------------------------------------------------- train
+
+    def train(self):
+        """Run to the budget, the turning point, an interruption or a divergence; sets `outcome_name`."""
+        progress, first = self.progress, self.progress.step
+        self.started_at = time.time()
+        self.say(
+            f"{len(self.batches)} batches and {progress.steps_per_epoch} steps an epoch, {self.total_epochs} epochs, "
+            f"{self.total_steps} steps, seed {self.seed}, on {self.accelerator.device}"
+        )
+        self._keep_safety_copy()
+        if self.args.sample_at_first and first == 0:
+            self.save_previews("-000000")
+        with (
+            _signals_noted(self),
+            tqdm(total=self.total_steps, initial=first, disable=not self.is_main, desc="steps") as bar,
+        ):
+            while self.outcome_name is None:
+                self._train_epoch(bar)
+        self.train_seconds = time.time() - self.started_at
+
+    def _train_epoch(self, bar):
+        progress = self.progress
+        epoch, done = progress.epoch
+        if done == 0:
+            progress.begin_epoch()
+        for batches in self._steps_of_epoch(epoch, done):
+            loss = self.train_step(batches)
+            if self.outcome_name is not None:
+                return
+            bar.update()
+            bar.set_postfix(loss=f"{progress.epoch_mean_loss:.4f}", refresh=False)
+            self._after_step(loss)
+            if self.outcome_name is None and progress.step >= self.total_steps:
+                self.outcome_name = "budget_reached"
+            if self.outcome_name is not None:
+                return
+        self._after_epoch(epoch + 1)
+
+    def _steps_of_epoch(self, epoch, done):
+        """The micro-batches of each remaining optimizer step of an epoch, as lists."""
+        args, accelerator = self.args, self.accelerator
+        self.batches.set_epoch(epoch)
+        steps = step_indices(
+            len(self.batches), accelerator.num_processes, accelerator.process_index, args.gradient_accumulation_steps
+        )[done:]
+        self.order.indices = [index for step in steps for index in step]
+        batches = iter(self.loader)
+        for step in steps:
+            yield [next(batches) for _ in step]
+
+    def train_step(self, batches):
+        """One optimizer step over its micro-batches; returns the mean loss over all processes."""
+        seen, total = Counter(), torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            loss = self.batch_loss(batch, self._generators(batch, seen)) / len(batches)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        self._share_gradients()
+        loss, interrupted = self._agree(total)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or float("inf"))
+        finite = torch.isfinite(loss) and (self.accelerator.scaler is not None or torch.isfinite(norm))
+        if not finite:  # with a scaler, gradients that overflow are part of its search
+            self.outcome_name = "diverged"
+            return float("nan")
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.args.scale_weight_norms:
+            self.norm_facts = self.network.scale_weight_norms(self.args.scale_weight_norms)
+        self.progress.step += 1
+        self.progress.add_loss(loss.item())
+        self.interrupted = bool(interrupted)
+        return loss.item()
+
+    def batch_loss(self, batch, generators):
+        """The mean weighted loss of a micro-batch, a scalar with gradients."""
+        device = self.accelerator.device
+        latents = self._latents(batch, generators)  # (B, 4, h, w)
+        noise, input_noise, timesteps = draw_batch(self.args, self.schedule, latents, generators)
+        noisy = add_noise(self.schedule, latents, input_noise, timesteps)
+        with self.accelerator.autocast():
+            states = self.encode_text(batch["captions"])
+            prediction = self.predict_noise(noisy, timesteps, states, batch)
+        wanted = target(self.schedule, latents, noise, timesteps)
+        masks = None if batch["alpha_masks"] is None else batch["alpha_masks"].to(device)
+        weights = batch["loss_weights"].to(device)
+        return sample_losses(self.args, self.schedule, prediction, wanted, timesteps, weights, masks).mean()
+
+    def _latents(self, batch, generators):
+        if batch["latents"] is not None:
+            return batch["latents"].to(self.accelerator.device)
+        return self.encode_images(batch["images"], generators[0]).to(self.accelerator.device)
+
+    def _generators(self, batch, seen):
+        """One random stream a picture: of (seed, step, picture, how often it came in this step, process)."""
+        result = []
+        for key in map(picture_name, batch["image_keys"]):
+            result.append(sample_generator(self.seed, self.progress.step, key, (seen[key], self.accelerator.process_index)))
+            seen[key] += 1
+        return result
+
+    def _share_gradients(self):
+        """Mean of the gradients over the processes: one transfer a step, however many micro-batches it had."""
+        if self.accelerator.num_processes == 1:
+            return
+        for weight in self.parameters:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        flat = self.accelerator.reduce(torch.cat([weight.grad.flatten() for weight in self.parameters]), "mean")
+        for weight, part in zip(self.parameters, flat.split([weight.numel() for weight in self.parameters])):
+            weight.grad.copy_(part.view_as(weight))
+
+    def _agree(self, loss):
+        """(mean loss, whether any process was interrupted), equal on all processes."""
+        facts = torch.stack([loss.float(), torch.tensor(float(self.interrupted), device=loss.device)])
+        return self.accelerator.reduce(facts, "mean") if self.accelerator.num_processes > 1 else facts
+
+    # ------------------------------------------------------------------------------- after steps and epochs
+
+    def _after_step(self, loss):
+        args, step = self.args, self.progress.step
+        with averaged_weights(self.raw_optimizer):
+            self._measure()
+            if step % self.safety_interval == 0 and self.outcome_name is None:
+                self._keep_safety_copy()
+        self._log_step(loss)
+        if args.sample_every_n_steps and step % args.sample_every_n_steps == 0:
+            self.save_previews(self.files.step_part(step))
+        if args.validate_every_n_steps and step % args.validate_every_n_steps == 0:
+            self.validate()
+        if self.files.step_due(step):
+            self.save_checkpoint(self.files.step_part(step))
+            self.files.forget_steps(step)
+        if self.interrupted and self.outcome_name is None:
+            self.outcome_name = "interrupted"
+
+    def _after_epoch(self, epochs_done):
+        args = self.args
+        self.accelerator.log({"loss/epoch_average": self.progress.epoch_mean_loss}, step=self.progress.step)
+        every = args.validate_every_n_epochs or (None if args.validate_every_n_steps else 1)
+        if every and epochs_done % every == 0:
+            self.validate()
+        if args.sample_every_n_epochs and epochs_done % args.sample_every_n_epochs == 0 and not args.sample_every_n_steps:
+            self.save_previews(self.files.epoch_part(epochs_done))
+        if self.files.epoch_due(epochs_done):
+            self.save_checkpoint(self.files.epoch_part(epochs_done))
+            self.files.forget_epochs(epochs_done)
+
+    def _measure(self):
+        """Measure CS where it is due, and stop everywhere where the rule says so and --early_stop is on."""
+        step = self.progress.step
+        if not self.args.calculate_cs or step % self.cs_interval:
+            return
+        told = torch.zeros(1, device=self.accelerator.device)  # 1: a decision, 2: the weights have diverged
+        if self.monitor is not None:
+            mean_loss, epoch = self.progress.take_mean_loss(), step / self.progress.steps_per_epoch
+            try:
+                found = self.monitor.measure(step, epoch, loss=mean_loss, lr=float(self.scheduler.get_last_lr()[0]))
+                told += found is not None
+                self._log_measurement()
+            except NonFiniteWeightsError:
+                told += 2
+        if self.accelerator.num_processes > 1:
+            told = broadcast(told)
+        if told.item() == 2:
+            self.outcome_name = "diverged"
+        elif told.item() == 1 and self.args.early_stop:
+            self.outcome_name = "stopped_early"
+
+    def _log_measurement(self):
+        lines = self.monitor.state_dict()["lines"]
+        record = next(line for line in reversed(lines) if "event" not in line)
+        values = {f"{part}_cs/step": value for part, value in record["cs"].items() if part != "all"}
+        values["total_cs/step"] = record["cs"]["all"]
+        if record["fluctuation"] is not None:
+            values["fluctuation/step"] = record["fluctuation"]
+        self.accelerator.log(values, step=record["step"])
+
+    def _log_step(self, loss):
+        if not self.accelerator.trackers:
+            return
+        names = {"unet": "unet", "te": "textencoder"}
+        values = {"loss/current": loss, "loss/average": self.progress.epoch_mean_loss}
+        for group, rate in zip(self.raw_optimizer.param_groups, self.scheduler.get_last_lr()):
+            name = names.get(group.get("name"), group.get("name"))
+            values[f"lr/{name}"] = float(rate)
+            if "d" in group:
+                values[f"lr/d*lr/{name}"] = float(group["d"] * rate)
+        if self.args.scale_weight_norms:
+            scaled, mean, largest = self.norm_facts
+            values |= {"max_norm/keys_scaled": scaled, "max_norm/average_key_norm": mean, "max_norm/max_key_norm": largest}
+        self.accelerator.log(values, step=self.progress.step)
+
+    def _keep_safety_copy(self):
+        """Weights to fall back on should training diverge; only finite ones are kept."""
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.network.tensors().items()}
+        if all(torch.isfinite(tensor).all() for tensor in copies.values()):
+            self.safety_copy = (self.progress.step, copies)
+
+    @torch.no_grad()
+    def validate(self):
+        """Mean loss over the held-out pictures with the same noise and timesteps every time; logged, never decides."""
+        if self.validation_batches is None or not self.is_main:
+            return None
+        self.network.eval()
+        low, high = self.args.min_timestep or 0, self.args.max_timestep or len(self.schedule)
+        times = torch.linspace(low, high, VALIDATION_TIMESTEPS + 2)[1:-1].long().tolist()
+        count = min(len(self.validation_batches), self.args.max_validation_steps or len(self.validation_batches))
+        losses = []
+        with averaged_weights(self.raw_optimizer):
+            for index in range(count):
+                losses += self._validation_losses(self.validation_batches[index], times)
+        self.network.train()
+        mean = sum(losses) / len(losses)
+        self.accelerator.log({"loss/validation": mean}, step=self.progress.step)
+        if self.monitor is not None:
+            self.monitor.note("evaluation", self.progress.step, heldout_loss=mean)
+        return mean
+
+    def _validation_losses(self, batch, times):
+        """The loss of each picture of a batch at each of the timesteps, a flat list."""
+        device, seed = self.accelerator.device, self.args.validation_seed or self.seed
+        generators = [sample_generator(seed, "validation", picture_name(key), 0) for key in batch["image_keys"]]
+        latents = self._latents(batch, generators)
+        noise = torch.stack([draw_noise(self.args, *pair) for pair in zip(latents, generators)]).to(latents)
+        weights = batch["loss_weights"].to(device)
+        result = []
+        for time_value in times:
+            timesteps = torch.full((len(latents),), time_value, device=device)
+            noisy = add_noise(self.schedule, latents, noise, timesteps)
+            with self.accelerator.autocast():
+                prediction = self.predict_noise(noisy, timesteps, self.encode_text(batch["captions"]), batch)
+            wanted = target(self.schedule, latents, noise, timesteps)
+            result += sample_losses(self.args, self.schedule, prediction, wanted, timesteps, weights).tolist()
+        return result
+
+    def save_previews(self, part, folder="sample"):
+        """Pictures of --sample_prompts with the present weights; -> [(Prompt, PNG path)]. Random states stay as they are."""
+        if not self.prompts or not self.is_main:
+            return []
+        self.network.eval()
+        with torch.no_grad(), averaged_weights(self.raw_optimizer), self.accelerator.autocast():
+            sampler = Sampler(self.model, self.encode_text, sampler=self.args.sample_sampler, device=self.accelerator.device)
+            made = sampler.save_pictures(
+                self.prompts, Path(self.args.output_dir) / folder, f"{self.args.output_name}{part}", self.seed
+            )
+        self.network.train()
+        return made
+
+    # ------------------------------------------------------------------------------- save
+
+    def save_checkpoint(self, part):
+        """The present weights under the name with this part, and the state where --save_state asks for it."""
+        with averaged_weights(self.raw_optimizer):
+            self.save_weights(part, self.network.state_for_file(DTYPES[self.args.save_precision]))
+        if self.args.save_state:
+            self.save_state(part)
+
+    def save_weights(self, part, tensors, outcome=None):
+        """Write {kohya key: tensor} as a LoRA file; returns its path."""
+        path = self.files.path(part)
+        if self.is_main:
+            save_lora(path, tensors, self.metadata(outcome), DTYPES[self.args.save_precision])
+        return path
+
+    def weights_of(self, tensors):
+        """state_for_file with other trainable tensors (a snapshot's), the live ones unchanged."""
+        state = self.network.state_for_file()
+        return {name: tensors.get(name, value) for name, value in state.items()}
+
+    def save_state(self, part=""):
+        path = self.files.state_path(part)
+        tensors = self.network.tensors()
+        save_state(path, self.accelerator, self.progress, tensors, self.optimizer, self.scheduler, self.monitor)
+        return path
+
+    def metadata(self, outcome=None):
+        """Everything the file says about its training: ss_*, modelspec.* and the verdict."""
+        args, progress = self.args, self.progress
+        optimizer = type(self.raw_optimizer)
+        training = {
+            "session_id": self.seed,
+            "training_started_at": self.started_at,
+            "training_finished_at": time.time(),
+            "output_name": args.output_name,
+            "optimizer": f"{optimizer.__module__}.{optimizer.__name__}" + (str(tuple(args.optimizer_args or ())) or ""),
+            "num_epochs": self.total_epochs,
+            "epoch": progress.epoch[0],
+            "max_train_steps": self.total_steps,
+            "steps": progress.step,
+            "seed": self.seed,
+        }
+        data = self.batches.metadata()
+        metadata = build_metadata(
+            vars(args), base=self.model.base_hashes, network_args=self.network_args, data=data, training=training
+        )
+        metadata = minimum_metadata(metadata) if args.no_metadata else metadata
+        return {**metadata, **(verdict_metadata(outcome) if outcome else {})}
+
+    def finish(self):
+        """Save what the outcome asks for, the result and the report; returns the Outcome."""
+        args = self.args
+        outcome = Outcome(self.outcome_name, self.progress.step, self.total_steps, measured=args.calculate_cs)
+        if self.monitor is not None:
+            outcome.decision, outcome.parts = self.monitor.decision, verdict_of_each_part(self.monitor)
+            if outcome.name == "budget_reached" and outcome.decision is None:
+                outcome.name = "no_turning_point"
+        if outcome.name == "interrupted":
+            outcome.files["state"] = self.save_state(self.files.step_part(self.progress.step))
+        elif outcome.name != "diverged" and (args.save_state or args.save_state_on_train_end):
+            outcome.files["state"] = self.save_state()
+        if self.is_main:
+            with averaged_weights(self.raw_optimizer):
+                pictures = self._save_results(outcome)
+            write_result(args.output_dir, outcome, args, self.seed)
+            if self.monitor is not None:
+                write_run_report(args.output_dir, outcome, args, self.monitor, pictures)
+                self.monitor.close()
+        self.accelerator.end_training()
+        return outcome
+
+    def _save_results(self, outcome):
+        """The LoRA files that this outcome leaves; returns pictures for the report, [(caption, path)]."""
+        last = self.network.state_for_file()
+        found = self.monitor.load_snapshot(outcome.decision.keep_step) if outcome.decision else None
+        if outcome.name == "interrupted":
+            return []
+        if outcome.name == "diverged":
+            outcome.kept_step, tensors = self.safety_copy
+            outcome.files["kept"] = self.save_weights("", self.weights_of(tensors), outcome)
+            return []
+        if outcome.name == "stopped_early":
+            outcome.kept_step = outcome.decision.keep_step
+            outcome.files["kept"] = self.save_weights("", self.weights_of(found), outcome)
+            outcome.files["last"] = self.save_weights("-last", last, outcome)
+        else:
+            outcome.kept_step = outcome.last_step
+            outcome.files["kept"] = self.save_weights("", last, outcome)
+            if found:
+                outcome.files["turning_point"] = self.save_weights("-turning-point", self.weights_of(found), outcome)
+        return self._compare(found)
+
+    def _compare(self, found):
+        """Pictures without LoRA, of the turning point and of the last weights, at the same seeds."""
+        kinds = [("no LoRA", "-base"), ("turning point", "-turning-point"), ("last", "-last")]
+        live = {name: tensor.detach().clone() for name, tensor in self.network.tensors().items()}
+        made = []
+        for caption, part in kinds:
+            if caption == "turning point" and not found:
+                continue
+            self.network.load_tensors(found if caption == "turning point" else live)
+            self.network.multiplier = 0.0 if caption == "no LoRA" else 1.0
+            made.append([(f"{caption}: {p.prompt} (seed {p.seed})", path) for p, path in self.save_previews(part)])
+        self.network.multiplier = 1.0
+        self.network.load_tensors(live)
+        return [picture for of_one_prompt in zip(*made) for picture in of_one_prompt]
+
+
+class _signals_noted:
+    """Ctrl-C and SIGTERM end the run after the present step; a second one ends it at once."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number, _frame):
+        self.trainer.interrupted = True
+        signal.signal(number, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def show_data(args):
+    """--debug_dataset: what the first epoch would train on."""
+    args.seed = args.seed or 0
+    batches, _ = build_datasets(args)
+    for index in range(len(batches)):
+        batch = batches[index]
+        for key, caption, weight in zip(batch["image_keys"], batch["captions"], batch["loss_weights"].tolist()):
+            print(f"batch {index}: {key} | loss weight {weight:g} | {caption}")
+
+
+def main(argv=None, trainer_class=NetworkTrainer):
+    """Run the trainer; returns the exit code."""
+    trainer = None
+    try:
+        args = parse_arguments(argv)
+        if args.debug_dataset:
+            show_data(args)
+            return 0
+        trainer = trainer_class(args)
+        trainer.set_up()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        for line in str(error).splitlines():
+            print(f"es_lora_ldm: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("es_lora_ldm: interrupted before the first step; nothing was written", file=sys.stderr)
+        return 130
+    trainer.train()
+    outcome = trainer.finish()
+    if trainer.is_main:
+        prompt = trainer.prompts[0].prompt if trainer.prompts else trainer.batches[0]["captions"][0]
+        print("\n".join(last_lines(outcome, args, prompt)))
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

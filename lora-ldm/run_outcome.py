@@ -1,0 +1,157 @@
+"""What a run leaves for its reader: result.json, report.html, and the last lines on the screen."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+from cs_fluctuation import Decision, write_text_whole
+from cs_replay import write_report
+
+EXIT_CODES = {"stopped_early": 0, "budget_reached": 0, "no_turning_point": 0, "interrupted": 130, "diverged": 3}
+PACKAGES = "torch diffusers transformers peft accelerate safetensors".split()
+
+
+@dataclass
+class Outcome:
+    """How a run ended. files: {"kept": path, "last": path, "turning_point": path, "state": path} as far as they exist."""
+
+    name: str
+    last_step: int
+    total_steps: int
+    decision: Optional[Decision] = None
+    parts: dict = field(default_factory=dict)  # {component: verdict of its own CS}
+    kept_step: Optional[int] = None  # whose weights lie under the normal name
+    files: dict = field(default_factory=dict)
+    measured: bool = False
+
+    @property
+    def exit_code(self):
+        return EXIT_CODES[self.name]
+
+    def sentence(self):
+        """The verdict in plain words."""
+        last, found = self.last_step, self.decision
+        if self.name == "diverged":
+            kept = f"The weights of step {self.kept_step} are kept." if self.kept_step is not None else "Nothing was saved."
+            return f"Training diverged (NaN or Inf) in step {last + 1}. {kept} Lower the learning rate and start again."
+        if self.name == "interrupted":
+            return f"Interrupted after step {last} of {self.total_steps}; the state is saved."
+        if self.name == "stopped_early":
+            return (
+                f"Stopped after step {last} of {self.total_steps}: overfitting began at about step {found.keep_step}, and "
+                f"the weights of that step are the result. {found.reason}"
+            )
+        if found is not None:
+            return (
+                f"Trained all {last} steps, as asked. The turning point was step {found.keep_step}; its weights lie beside "
+                f"the last ones. {found.reason}"
+            )
+        if self.measured:
+            return f"Trained all {last} steps. No evidence of overfitting yet: the last weights are the result."
+        return f"Trained all {last} steps."
+
+
+def versions():
+    installed = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **installed}
+
+
+def write_result(folder, outcome, args, seed):
+    """result.json: the outcome as one JSON object."""
+    found = outcome.decision
+    content = {
+        "outcome": outcome.name,
+        "exit_code": outcome.exit_code,
+        "kept_step": outcome.kept_step,
+        "turning_step": found.keep_step if found else None,
+        "detection_step": found.detected_step if found else None,
+        "usable_steps": list(found.usable) if found else None,
+        "last_step": outcome.last_step,
+        "total_steps": outcome.total_steps,
+        "reason": found.reason if found else outcome.sentence(),
+        "parts": outcome.parts,
+        "files": {name: Path(path).name for name, path in outcome.files.items()},
+        "seed": seed,
+        "versions": versions(),
+        "settings": plain_settings(args),
+    }
+    write_text_whole(Path(folder) / "result.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def plain_settings(args):
+    """The settings that were given or differ from nothing, as JSON values, without keys and tokens."""
+    hidden = ("wandb_api_key", "huggingface_token")
+    chosen = {key: value for key, value in vars(args).items() if value not in (None, False, "") and key not in hidden}
+    return {key: value if isinstance(value, (int, float, str, list)) else str(value) for key, value in chosen.items()}
+
+
+def write_run_report(folder, outcome, args, monitor, pictures):
+    """report.html beside the history. pictures: [(caption, PNG path)]."""
+    head = ["part", "turning point (step)", "detected at step", "verdict"]
+    rows = [[part, v["turning_step"] or "none", v["stop_step"] or "", v["reason"]] for part, v in outcome.parts.items()]
+    files = [[name.replace("_", " "), Path(path).name] for name, path in outcome.files.items()]
+    write_report(
+        Path(folder) / "report.html",
+        monitor.history_path,
+        verdict=outcome.sentence(),
+        title=f"ES-LoRA: {args.output_name}",
+        decision=outcome.decision,
+        settings=plain_settings(args),
+        tables=[("Each part by itself", head, rows), ("Files", ["what", "file"], files)],
+        images=pictures,
+    )
+
+
+def verdict_metadata(outcome):
+    """What a LoRA file says about its early stop."""
+    found = outcome.decision
+    facts = {"outcome": outcome.name, "last_step": outcome.last_step}
+    if found is not None:
+        facts.update(turning_step=found.keep_step, detection_step=found.detected_step, reason=found.reason)
+    return {f"es_lora_{name}": str(value) for name, value in facts.items()}
+
+
+def last_lines(outcome, args, prompt):
+    """The verdict, each part's own, the files, and the command to go on with."""
+    lines = ["", outcome.sentence()]
+    for part, verdict in outcome.parts.items() if len(outcome.parts) > 1 else ():
+        name = {"unet": "U-Net", "te": "text encoder"}.get(part, part)
+        lines.append(
+            f"  {name} alone: " + (f"turning point {verdict['turning_step']}" if verdict["stopped"] else "none yet")
+        )
+    for name, path in outcome.files.items():
+        lines.append(f"  {name.replace('_', ' ')}: {show(path)}")
+    report = Path(args.output_dir) / "report.html"
+    if report.exists():
+        lines.append(f"  report: {show(report)}")
+    if outcome.name == "interrupted":
+        words = [word for word in _words_without_resume(sys.argv)]
+        lines += ["Carry on with:", f"  python {shlex.join([*words, '--resume', show(outcome.files['state'])])}"]
+    elif "kept" in outcome.files:
+        script = show(Path(__file__).with_name("sample_images.py"))
+        kind = (["--v2"] if args.v2 else []) + (["--v_parameterization"] if args.v_parameterization else [])
+        kind += ["--clip_skip", str(args.clip_skip)] if args.clip_skip else []
+        command = [script, "--base", args.pretrained_model_name_or_path, *kind, "--lora", show(outcome.files["kept"])]
+        lines += ["Try it:", f"  python {shlex.join([*command, '--prompt', prompt])}"]
+    return lines
+
+
+def show(path):
+    """A path as a person at this place would type it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.path.join("..", "..")) else relative
+
+
+def _words_without_resume(words):
+    result, skip = [], False
+    for word in words:
+        if not (skip or word == "--resume" or word.startswith("--resume=")):
+            result.append(word)
+        skip = word == "--resume"
+    return result
