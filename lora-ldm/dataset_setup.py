@@ -14,7 +14,7 @@ from dataset_settings import DatasetSettings, SubsetSettings
 from image_augmentation import face_in_name
 from image_buckets import BucketSelector, Placement, Size
 from image_folders import ImageRecord, balance_regularisation, load_datasets, read_records, split_validation
-from image_loading import open_image
+from image_loading import UnreadableImageError, open_image
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def check_images(records: list[ImageRecord], skip_bad: bool) -> list[Path]:
             record.size_px = open_image(record.path).size
             if record.mask_path:
                 open_image(record.mask_path)
-        except (ValueError, FileNotFoundError) as error:
+        except (UnreadableImageError, FileNotFoundError) as error:
             return str(error)
         return None
 

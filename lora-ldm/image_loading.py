@@ -23,8 +23,17 @@ CV2_INTERPOLATIONS = {
 }
 
 
+class UnreadableImageError(ValueError):
+    """A damaged file, or one that is no picture; the message names it."""
+
+
 def open_image(path: Path) -> Image.Image:
-    """The decoded first frame, upright as its EXIF orientation says. Raises ValueError that names the file."""
+    """The decoded first frame, upright as its EXIF orientation says.
+
+    Raises:
+        UnreadableImageError: a ValueError that names the file.
+        FileNotFoundError: no such file.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged EXIF block is no reason to leave a picture out
@@ -34,9 +43,9 @@ def open_image(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path} does not exist") from None
     except UnidentifiedImageError:
-        raise ValueError(f"image {path} cannot be read: it is no picture in a known format") from None
+        raise UnreadableImageError(f"image {path} cannot be read: it is no picture in a known format") from None
     except IMAGE_ERRORS as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
+        raise UnreadableImageError(f"image {path} cannot be read: {error}") from error
 
 
 def to_eight_bit(image: Image.Image) -> Image.Image:
