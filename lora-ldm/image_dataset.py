@@ -188,8 +188,8 @@ class ImageBatches(torch.utils.data.Dataset):
             to_disk: keep npz files beside the images or in `folder`, which later runs use; else in memory.
             write: False on ranks other than 0, which are to call this after rank 0 has finished.
         Raises:
-            RuntimeError: NaN in latents, or an entry that rank 0 should have written is missing.
-            OSError: the cache cannot be written.
+            ValueError: NaN in latents, or the cache cannot be written.
+            RuntimeError: an entry that rank 0 should have written is missing.
         """
         files = LatentFiles(vae_key, folder) if to_disk else None
         todo = self._entries_to_encode(files)
@@ -234,13 +234,13 @@ class ImageBatches(torch.utils.data.Dataset):
 
 
 def encoded(encode, pixels: torch.Tensor, images: list[PlacedImage]) -> list[np.ndarray]:
-    """Latents of a batch as float32 arrays. Raises RuntimeError that names an image whose latents are not finite."""
+    """Latents of a batch as float32 arrays. Raises ValueError that names an image whose latents are not finite."""
     with torch.no_grad():
         latents = encode(pixels).detach().float().cpu()  # (B, 4, H/8, W/8)
     for image, one in zip(images, latents):
         if not torch.isfinite(one).all():
             message = f"the VAE gives NaN for {image.record.path}: use --no_half_vae or another --vae"
-            raise RuntimeError(message)
+            raise ValueError(message)
     return [one.numpy().copy() for one in latents]
 
 

@@ -86,7 +86,7 @@ class LatentFiles:
         return entry
 
     def write(self, record: ImageRecord, placement: Placement, entry: CachedLatents):
-        """Raises OSError with the way out where the folder cannot be written to."""
+        """Raises ValueError with the way out where the folder cannot be written to."""
         path = self.path(record, placement)
         arrays = {"key": np.array(cache_key(record, placement, self.vae_key)), "latents": entry.latents}
         if entry.flipped is not None:
@@ -104,4 +104,4 @@ class LatentFiles:
         except OSError as error:
             aside.unlink(missing_ok=True)
             message = f"latent cache {path} cannot be written ({error.strerror}): use --cache_latents without _to_disk"
-            raise OSError(message) from error
+            raise ValueError(message) from error

@@ -183,7 +183,7 @@ def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("latent_cache.os.fsync", full)
-    with pytest.raises(OSError, match="cannot be written .*No space left.*without _to_disk"):
+    with pytest.raises(ValueError, match="cannot be written .*No space left.*without _to_disk"):
         cached(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["0.png", "1.png", "2.png"]
 
@@ -202,7 +202,7 @@ def test_only_rank_zero_writes(tmp_path):
 def test_nan_latents_name_the_image(tmp_path):
     folder = make_folder(tmp_path)
     batches = build(tmp_path)
-    with pytest.raises(RuntimeError, match="NaN for .*0.png: use --no_half_vae"):
+    with pytest.raises(ValueError, match="NaN for .*0.png: use --no_half_vae"):
         batches.cache_latents(lambda pixels: torch.full((len(pixels), 4, 2, 2), float("nan")), "vae", to_disk=True)
     assert not list(folder.glob("*.npz"))
 
