@@ -12,6 +12,7 @@ DATASET = Path(__file__).resolve().parents[2] / "dataset"
 SETS = {
     "devils_dictionary": (160, 80, ("input", "output"), 8, 65, "public domain"),
     "kitchen_notes": (130, 60, ("input", "output"), 25, 60, "CC0-1.0"),
+    "law_terms": (140, 70, ("input", "output"), 8, 40, "CC0-1.0"),
     "commit_messages": (125, 60, ("instruction", "input", "output"), 10, 40, "CC0-1.0"),
 }
 
