@@ -8,7 +8,6 @@ optimizer step. Exit codes: 0 trained or stopped early, 2 bad arguments or data,
 """
 
 import random
-import signal
 import sys
 import time
 from collections import Counter
@@ -23,22 +22,22 @@ from diffusion_loss import (
     NoiseSchedule,
     add_noise,
     draw_batch,
-    draw_noise,
     rescale_to_zero_terminal_snr,
     sample_generator,
     sample_losses,
     target,
 )
-from early_stopping import make_monitor, plan, verdict_of_each_part
+from early_stopping import make_monitor, plan
 from image_dataset import build_datasets
 from ldm_arguments import parse_arguments
 from lora_file import DTYPES, load_lora, save_lora
-from lora_metadata import build_metadata, minimum_metadata
 from lora_network import create_network
-from run_outcome import Outcome, last_lines, verdict_metadata, write_result, write_run_report
+from run_outcome import last_lines
+from run_results import finish, lora_metadata
 from sample_images import Sampler, read_prompts
 from sd_model import load_sd_model, set_attention
 from tqdm import tqdm
+from training_logs import log_measurement, log_step
 from training_optimizers import averaged_weights, make_optimizer, make_scheduler
 from training_setup import (
     PRECISIONS,
@@ -47,13 +46,13 @@ from training_setup import (
     make_loader,
     network_from_arguments,
     picture_name,
+    signals_noted,
     start_trackers,
     step_indices,
     vae_key,
 )
 from training_state import Progress, load_state, read_progress, save_state
-
-VALIDATION_TIMESTEPS = 4  # evenly spaced, the same for every picture and every validation
+from validation_loss import validation_loss
 
 
 class NetworkTrainer:
@@ -259,7 +258,7 @@ class NetworkTrainer:
         if self.args.sample_at_first and first == 0:
             self.save_previews("-000000")
         with (
-            _signals_noted(self),
+            signals_noted(self),
             tqdm(total=self.total_steps, initial=first, disable=not self.is_main, desc="steps") as bar,
         ):
             while self.outcome_name is None:
@@ -324,7 +323,7 @@ class NetworkTrainer:
     def batch_loss(self, batch, generators):
         """The mean weighted loss of a micro-batch, a scalar with gradients."""
         device = self.accelerator.device
-        latents = self._latents(batch, generators)  # (B, 4, h, w)
+        latents = self.latents_of(batch, generators)  # (B, 4, h, w)
         noise, input_noise, timesteps = draw_batch(self.args, self.schedule, latents, generators)
         noisy = add_noise(self.schedule, latents, input_noise, timesteps)
         with self.accelerator.autocast():
@@ -335,7 +334,8 @@ class NetworkTrainer:
         weights = batch["loss_weights"].to(device)
         return sample_losses(self.args, self.schedule, prediction, wanted, timesteps, weights, masks).mean()
 
-    def _latents(self, batch, generators):
+    def latents_of(self, batch, generators):
+        """Scaled latents (B, 4, h, w) on the device: cached ones, or encoded now."""
         if batch["latents"] is not None:
             return batch["latents"].to(self.accelerator.device)
         return self.encode_images(batch["images"], generators[0]).to(self.accelerator.device)
@@ -372,7 +372,7 @@ class NetworkTrainer:
             self._measure()
             if step % self.safety_interval == 0 and self.outcome_name is None:
                 self._keep_safety_copy()
-        self._log_step(loss)
+        log_step(self, loss)
         if args.sample_every_n_steps and step % args.sample_every_n_steps == 0:
             self.save_previews(self.files.step_part(step))
         if args.validate_every_n_steps and step % args.validate_every_n_steps == 0:
@@ -406,7 +406,7 @@ class NetworkTrainer:
             try:
                 found = self.monitor.measure(step, epoch, loss=mean_loss, lr=float(self.scheduler.get_last_lr()[0]))
                 told += found is not None
-                self._log_measurement()
+                log_measurement(self.accelerator, self.monitor)
             except NonFiniteWeightsError:
                 told += 2
         if self.accelerator.num_processes > 1:
@@ -416,72 +416,20 @@ class NetworkTrainer:
         elif told.item() == 1 and self.args.early_stop:
             self.outcome_name = "stopped_early"
 
-    def _log_measurement(self):
-        lines = self.monitor.state_dict()["lines"]
-        record = next(line for line in reversed(lines) if "event" not in line)
-        values = {f"{part}_cs/step": value for part, value in record["cs"].items() if part != "all"}
-        values["total_cs/step"] = record["cs"]["all"]
-        if record["fluctuation"] is not None:
-            values["fluctuation/step"] = record["fluctuation"]
-        self.accelerator.log(values, step=record["step"])
-
-    def _log_step(self, loss):
-        if not self.accelerator.trackers:
-            return
-        names = {"unet": "unet", "te": "textencoder"}
-        values = {"loss/current": loss, "loss/average": self.progress.epoch_mean_loss}
-        for group, rate in zip(self.raw_optimizer.param_groups, self.scheduler.get_last_lr()):
-            name = names.get(group.get("name"), group.get("name"))
-            values[f"lr/{name}"] = float(rate)
-            if "d" in group:
-                values[f"lr/d*lr/{name}"] = float(group["d"] * rate)
-        if self.args.scale_weight_norms:
-            scaled, mean, largest = self.norm_facts
-            values |= {"max_norm/keys_scaled": scaled, "max_norm/average_key_norm": mean, "max_norm/max_key_norm": largest}
-        self.accelerator.log(values, step=self.progress.step)
-
     def _keep_safety_copy(self):
         """Weights to fall back on should training diverge; only finite ones are kept."""
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.network.tensors().items()}
         if all(torch.isfinite(tensor).all() for tensor in copies.values()):
             self.safety_copy = (self.progress.step, copies)
 
-    @torch.no_grad()
     def validate(self):
-        """Mean loss over the held-out pictures with the same noise and timesteps every time; logged, never decides."""
+        """The held-out loss goes to the logs and the history; it never decides."""
         if self.validation_batches is None or not self.is_main:
-            return None
-        self.network.eval()
-        low, high = self.args.min_timestep or 0, self.args.max_timestep or len(self.schedule)
-        times = torch.linspace(low, high, VALIDATION_TIMESTEPS + 2)[1:-1].long().tolist()
-        count = min(len(self.validation_batches), self.args.max_validation_steps or len(self.validation_batches))
-        losses = []
-        with averaged_weights(self.raw_optimizer):
-            for index in range(count):
-                losses += self._validation_losses(self.validation_batches[index], times)
-        self.network.train()
-        mean = sum(losses) / len(losses)
+            return
+        mean = validation_loss(self)
         self.accelerator.log({"loss/validation": mean}, step=self.progress.step)
         if self.monitor is not None:
             self.monitor.note("evaluation", self.progress.step, heldout_loss=mean)
-        return mean
-
-    def _validation_losses(self, batch, times):
-        """The loss of each picture of a batch at each of the timesteps, a flat list."""
-        device, seed = self.accelerator.device, self.args.validation_seed or self.seed
-        generators = [sample_generator(seed, "validation", picture_name(key), 0) for key in batch["image_keys"]]
-        latents = self._latents(batch, generators)
-        noise = torch.stack([draw_noise(self.args, *pair) for pair in zip(latents, generators)]).to(latents)
-        weights = batch["loss_weights"].to(device)
-        result = []
-        for time_value in times:
-            timesteps = torch.full((len(latents),), time_value, device=device)
-            noisy = add_noise(self.schedule, latents, noise, timesteps)
-            with self.accelerator.autocast():
-                prediction = self.predict_noise(noisy, timesteps, self.encode_text(batch["captions"]), batch)
-            wanted = target(self.schedule, latents, noise, timesteps)
-            result += sample_losses(self.args, self.schedule, prediction, wanted, timesteps, weights).tolist()
-        return result
 
     def save_previews(self, part, folder="sample"):
         """Pictures of --sample_prompts with the present weights; -> [(Prompt, PNG path)]. Random states stay as they are."""
@@ -509,13 +457,8 @@ class NetworkTrainer:
         """Write {kohya key: tensor} as a LoRA file; returns its path."""
         path = self.files.path(part)
         if self.is_main:
-            save_lora(path, tensors, self.metadata(outcome), DTYPES[self.args.save_precision])
+            save_lora(path, tensors, lora_metadata(self, outcome), DTYPES[self.args.save_precision])
         return path
-
-    def weights_of(self, tensors):
-        """state_for_file with other trainable tensors (a snapshot's), the live ones unchanged."""
-        state = self.network.state_for_file()
-        return {name: tensors.get(name, value) for name, value in state.items()}
 
     def save_state(self, part=""):
         path = self.files.state_path(part)
@@ -523,104 +466,9 @@ class NetworkTrainer:
         save_state(path, self.accelerator, self.progress, tensors, self.optimizer, self.scheduler, self.monitor)
         return path
 
-    def metadata(self, outcome=None):
-        """Everything the file says about its training: ss_*, modelspec.* and the verdict."""
-        args, progress = self.args, self.progress
-        optimizer = type(self.raw_optimizer)
-        training = {
-            "session_id": self.seed,
-            "training_started_at": self.started_at,
-            "training_finished_at": time.time(),
-            "output_name": args.output_name,
-            "optimizer": f"{optimizer.__module__}.{optimizer.__name__}" + (str(tuple(args.optimizer_args or ())) or ""),
-            "num_epochs": self.total_epochs,
-            "epoch": progress.epoch[0],
-            "max_train_steps": self.total_steps,
-            "steps": progress.step,
-            "seed": self.seed,
-        }
-        data = self.batches.metadata()
-        metadata = build_metadata(
-            vars(args), base=self.model.base_hashes, network_args=self.network_args, data=data, training=training
-        )
-        metadata = minimum_metadata(metadata) if args.no_metadata else metadata
-        return {**metadata, **(verdict_metadata(outcome) if outcome else {})}
-
     def finish(self):
         """Save what the outcome asks for, the result and the report; returns the Outcome."""
-        args = self.args
-        outcome = Outcome(self.outcome_name, self.progress.step, self.total_steps, measured=args.calculate_cs)
-        if self.monitor is not None:
-            outcome.decision, outcome.parts = self.monitor.decision, verdict_of_each_part(self.monitor)
-            if outcome.name == "budget_reached" and outcome.decision is None:
-                outcome.name = "no_turning_point"
-        if outcome.name == "interrupted":
-            outcome.files["state"] = self.save_state(self.files.step_part(self.progress.step))
-        elif outcome.name != "diverged" and (args.save_state or args.save_state_on_train_end):
-            outcome.files["state"] = self.save_state()
-        if self.is_main:
-            with averaged_weights(self.raw_optimizer):
-                pictures = self._save_results(outcome)
-            write_result(args.output_dir, outcome, args, self.seed)
-            if self.monitor is not None:
-                write_run_report(args.output_dir, outcome, args, self.monitor, pictures)
-                self.monitor.close()
-        self.accelerator.end_training()
-        return outcome
-
-    def _save_results(self, outcome):
-        """The LoRA files that this outcome leaves; returns pictures for the report, [(caption, path)]."""
-        last = self.network.state_for_file()
-        found = self.monitor.load_snapshot(outcome.decision.keep_step) if outcome.decision else None
-        if outcome.name == "interrupted":
-            return []
-        if outcome.name == "diverged":
-            outcome.kept_step, tensors = self.safety_copy
-            outcome.files["kept"] = self.save_weights("", self.weights_of(tensors), outcome)
-            return []
-        if outcome.name == "stopped_early":
-            outcome.kept_step = outcome.decision.keep_step
-            outcome.files["kept"] = self.save_weights("", self.weights_of(found), outcome)
-            outcome.files["last"] = self.save_weights("-last", last, outcome)
-        else:
-            outcome.kept_step = outcome.last_step
-            outcome.files["kept"] = self.save_weights("", last, outcome)
-            if found:
-                outcome.files["turning_point"] = self.save_weights("-turning-point", self.weights_of(found), outcome)
-        return self._compare(found)
-
-    def _compare(self, found):
-        """Pictures without LoRA, of the turning point and of the last weights, at the same seeds."""
-        kinds = [("no LoRA", "-base"), ("turning point", "-turning-point"), ("last", "-last")]
-        live = {name: tensor.detach().clone() for name, tensor in self.network.tensors().items()}
-        made = []
-        for caption, part in kinds:
-            if caption == "turning point" and not found:
-                continue
-            self.network.load_tensors(found if caption == "turning point" else live)
-            self.network.multiplier = 0.0 if caption == "no LoRA" else 1.0
-            made.append([(f"{caption}: {p.prompt} (seed {p.seed})", path) for p, path in self.save_previews(part)])
-        self.network.multiplier = 1.0
-        self.network.load_tensors(live)
-        return [picture for of_one_prompt in zip(*made) for picture in of_one_prompt]
-
-
-class _signals_noted:
-    """Ctrl-C and SIGTERM end the run after the present step; a second one ends it at once."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _note(self, number, _frame):
-        self.trainer.interrupted = True
-        signal.signal(number, signal.default_int_handler)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        return finish(self)
 
 
 def show_data(args):

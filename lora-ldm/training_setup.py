@@ -1,8 +1,10 @@
 """What a run needs before its first step, each made from the command line's settings: accelerator, network, loaders."""
 
+import contextlib
 import datetime
 import hashlib
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -154,3 +156,20 @@ def picture_name(key):
     """folder/file of an image: the same on every machine."""
     path = Path(key)
     return f"{path.parent.name}/{path.name}"
+
+
+@contextlib.contextmanager
+def signals_noted(trainer):
+    """Ctrl-C and SIGTERM set trainer.interrupted, which ends the run after the present step; a second one, at once."""
+
+    def note(_number, _frame):
+        trainer.interrupted = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

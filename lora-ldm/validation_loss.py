@@ -1,0 +1,45 @@
+"""The loss over held-out pictures, with the same noise and the same timesteps every time."""
+
+import torch
+from diffusion_loss import add_noise, draw_noise, sample_generator, sample_losses, target
+from training_optimizers import averaged_weights
+from training_setup import picture_name
+
+TIMESTEPS = 4  # evenly spaced between --min_timestep and --max_timestep
+
+
+@torch.no_grad()
+def validation_loss(trainer):
+    """Mean over trainer.validation_batches (at most --max_validation_steps of them) and TIMESTEPS timesteps.
+
+    Draws nothing from the random state of training, and switches the network's dropouts off meanwhile.
+    """
+    args, batches = trainer.args, trainer.validation_batches
+    low, high = args.min_timestep or 0, args.max_timestep or len(trainer.schedule)
+    timesteps = torch.linspace(low, high, TIMESTEPS + 2)[1:-1].long().tolist()
+    losses = []
+    trainer.network.eval()
+    with averaged_weights(trainer.raw_optimizer):
+        for index in range(min(len(batches), args.max_validation_steps or len(batches))):
+            losses += _picture_losses(trainer, batches[index], timesteps)
+    trainer.network.train()
+    return sum(losses) / len(losses)
+
+
+def _picture_losses(trainer, batch, timesteps):
+    """The loss of each picture of a batch at each of the timesteps, a flat list."""
+    args, schedule, device = trainer.args, trainer.schedule, trainer.accelerator.device
+    seed = trainer.seed if args.validation_seed is None else args.validation_seed
+    generators = [sample_generator(seed, "validation", picture_name(key), 0) for key in batch["image_keys"]]
+    latents = trainer.latents_of(batch, generators)  # (B, 4, h, w)
+    noise = torch.stack([draw_noise(args, *pair) for pair in zip(latents, generators)]).to(latents)
+    weights = batch["loss_weights"].to(device)
+    losses = []
+    for timestep in timesteps:
+        times = torch.full((len(latents),), timestep, device=device)  # (B,)
+        noisy = add_noise(schedule, latents, noise, times)
+        with trainer.accelerator.autocast():
+            prediction = trainer.predict_noise(noisy, times, trainer.encode_text(batch["captions"]), batch)
+        wanted = target(schedule, latents, noise, times)
+        losses += sample_losses(args, schedule, prediction, wanted, times, weights).tolist()
+    return losses
