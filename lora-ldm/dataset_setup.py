@@ -51,7 +51,8 @@ def prepare_datasets(args, seed: int) -> tuple[list[BucketedDataset], list[Bucke
         train.append(bucketed(settings, balance_regularisation(train_records)))
         held_out.append(bucketed(settings, validation_records))
     if not any(not image.record.is_reg for dataset in train for image in dataset.images):
-        raise ValueError("there are no training images (regularisation images alone cannot be trained on)")
+        other = "all others are regularisation images, held out by validation_split, or damaged"
+        raise ValueError(f"there are no training images: {other}")
     return train, held_out
 
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff", ".gif")
 CONVERT_FIRST = (".heic", ".heif", ".jxl", ".psd", ".svg")  # often met, not read by Pillow alone
 CAPTION_EXTENSIONS = (".caption", ".txt")
-REPEAT_FOLDER = re.compile(r"(\d+)_(.*)")
+REPEAT_FOLDER = re.compile(r"(\d+)(?:_(.*))?")
 
 
 @dataclass
@@ -330,6 +330,9 @@ def split_validation(
     random.Random(f"validation/{seed}").shuffle(shuffled)
     count = math.ceil(len(shuffled) * (1 - split))
     held_out = [replace(record, repeats=1) for record in shuffled[count:]]
+    if not held_out:
+        message = "validation_split %s of %d images in %s is less than one image: nothing is held out"
+        logger.warning(message, split, len(records), records[0].path.parent)
     return sorted(shuffled[:count], key=lambda r: r.path), sorted(held_out, key=lambda r: r.path)
 
 

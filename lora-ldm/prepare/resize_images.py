@@ -25,13 +25,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset_settings import INTERPOLATIONS, checked_resolution  # noqa: E402
 from image_buckets import BucketSelector, Size  # noqa: E402
-from image_folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS  # noqa: E402
+from image_folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER  # noqa: E402
 from image_loading import UnreadableImageError, open_image, resize, resize_mask, to_rgb_and_alpha  # noqa: E402
 from prepare.smart_crop import METHODS, crop_box, face_finder  # noqa: E402
 
 HEIF_EXTENSIONS = (".heic", ".heif")
 FORMATS = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95}}
 DEFAULT_DUPLICATE_BITS = 4  # of the 64 bits of a difference hash
+DUPLICATE_COLOUR_LEVELS = 12  # mean difference of 8 x 8 colours, of 255
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Report:
     damaged: list[str] = field(default_factory=list)
     duplicates: list[tuple[Path, Path]] = field(default_factory=list)  # (picture, the earlier one it resembles)
     sizes: Counter = field(default_factory=Counter)
-    hashes: list[tuple[Path, object]] = field(default_factory=list)
+    hashes: list[tuple] = field(default_factory=list)  # (picture, difference hash, 8 x 8 colours)
 
 
 def parse_arguments(argv: Optional[list[str]]) -> argparse.Namespace:
@@ -193,8 +194,13 @@ def nearest_earlier(path: Path, image: Image.Image, report: Report, max_bits: in
     except ImportError:
         raise ValueError("near-duplicates need ImageHash: pip install imagehash, or --duplicate_bits -1") from None
     fingerprint = imagehash.dhash(image)
-    match = next((earlier for earlier, other in report.hashes if fingerprint - other <= max_bits), None)
-    report.hashes.append((path, fingerprint))
+    colours = np.asarray(image.resize((8, 8), Image.Resampling.BOX)).astype(np.int16)  # the hash sees brightness only
+    match = None
+    for earlier, other, other_colours in report.hashes:
+        if fingerprint - other <= max_bits and np.abs(colours - other_colours).mean() <= DUPLICATE_COLOUR_LEVELS:
+            match = earlier
+            break
+    report.hashes.append((path, fingerprint, colours))
     return match
 
 
@@ -243,6 +249,11 @@ def print_report(report: Report, total: int, args: argparse.Namespace):
     pairs = [f"{path} resembles {twin}" for path, twin in report.duplicates]
     print_list("near-duplicates, left out" if args.skip_duplicates else "near-duplicates", pairs)
     print_list("damaged and left out", report.damaged, sys.stderr)
+    if report.written and not REPEAT_FOLDER.fullmatch(args.output.resolve().name):
+        name = args.output.resolve().name
+        print(
+            f"to train on them, name the folder <repeats>_<name>, such as 10_{name}, and give its parent as --train_data_dir"
+        )
 
 
 def print_list(title: str, items: list, file=None):

@@ -246,6 +246,9 @@ def test_nothing_left_to_train_on(tmp_path):
     (folder / "0.png").write_bytes(b"")
     with pytest.raises(ValueError, match="no training images"):
         build_datasets(arguments(tmp_path, skip_bad_images=True))
+    make_folder(tmp_path / "1_b", 2)
+    with pytest.raises(ValueError, match="held out by validation_split"):
+        build_datasets(arguments(tmp_path, skip_bad_images=True, validation_split=1.0))
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ def test_repeats_and_captions_from_folder_names_and_files(tmp_path):
     ]  # fmt: skip
 
 
+def test_folder_with_a_number_only(tmp_path):
+    make_images(tmp_path / "7", ["a.png"])
+    assert [(r.caption, r.repeats) for r in all_records(arguments(train_data_dir=str(tmp_path)))] == [("", 7)]
+
+
 def test_regularisation_folder(tmp_path):
     make_images(tmp_path / "train" / "1_cat", ["a.png"])
     make_images(tmp_path / "reg" / "2_animal", ["r.png"])
@@ -181,7 +186,7 @@ def test_masks_by_name_and_missing_ones(tmp_path):
         all_records(args)
 
 
-def test_validation_split_is_seeded_and_complete(tmp_path):
+def test_validation_split_is_seeded_and_complete(tmp_path, caplog):
     folder = make_images(tmp_path / "5_cat", [f"{i}.png" for i in range(10)])
     records = read_records(SubsetSettings(image_dir=str(folder), num_repeats=5))
     train, held_out = split_validation(records, 0.25, seed=1)
@@ -193,6 +198,7 @@ def test_validation_split_is_seeded_and_complete(tmp_path):
     others = {tuple(r.path.name for r in split_validation(records, 0.25, seed=s)[1]) for s in range(10)}
     assert len(others) > 5
     assert split_validation(records, 0.0, seed=1) == (records, [])
+    assert split_validation(records, 0.05, seed=1)[1] == [] and "nothing is held out" in caplog.text
 
 
 @pytest.mark.parametrize(

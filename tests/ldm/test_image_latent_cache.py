@@ -80,6 +80,23 @@ def test_masks_are_cached_with_their_latents(tmp_path):
         assert batches[0]["alpha_masks"][0, 0, 0].tolist() == [0.0] * 8 + [1.0] * 8
 
 
+def test_cached_masks_are_flipped_with_their_latents(tmp_path):
+    folder = make_folder(tmp_path, 1)
+    rgba = np.zeros((16, 24, 4), np.uint8)
+    rgba[:, 12:] = [0, 0, 0, 255]  # black and opaque on the right, white and transparent on the left
+    Image.fromarray(rgba).save(folder / "0.png")
+    for to_disk in (False, True):
+        batches, _ = cached(tmp_path, to_disk=to_disk, alpha_mask=True, flip_aug=True)
+        sides = set()
+        for epoch in range(8):
+            batches.set_epoch(epoch)
+            for latents, mask in zip(batches[0]["latents"], batches[0]["alpha_masks"]):
+                dark = int(latents[0, 0].argmin())  # 0 or 1: the half that is black
+                assert mask[0, 0].reshape(2, 8).mean(dim=1).tolist() == [1.0 - dark, float(dark)]
+                sides.add(dark)
+        assert sides == {0, 1}
+
+
 def test_second_run_encodes_nothing(tmp_path):
     make_folder(tmp_path)
     assert cached(tmp_path)[1] == 3

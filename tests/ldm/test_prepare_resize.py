@@ -178,13 +178,15 @@ def test_same_names_and_subfolders(tmp_path):
 
 
 def test_near_duplicates_are_reported_or_left_out(tmp_path, capsys):
-    source = photos(tmp_path, a=noise(200, 200), b=noise(200, 200).resize((150, 150)), c=noise(200, 200, 5))
+    recoloured = Image.merge("RGB", noise(200, 200).split()[::-1])
+    plain = {"d": Image.new("RGB", (80, 80), "red"), "e": Image.new("RGB", (80, 80), "blue"), "f": recoloured}
+    source = photos(tmp_path, a=noise(200, 200), b=noise(200, 200).resize((150, 150)), c=noise(200, 200, 5), **plain)
     assert run(source, tmp_path / "out", "--size", 64) == 0
     out = capsys.readouterr().out
     assert "1 near-duplicates" in out and "b.png resembles" in out and "c.png" not in out
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert "such as 10_out" in out and len(list((tmp_path / "out").iterdir())) == 6
     assert run(source, tmp_path / "fewer", "--size", 64, "--skip_duplicates") == 0
-    assert sorted(path.name for path in (tmp_path / "fewer").iterdir()) == ["a.png", "c.png"]
+    assert sorted(path.name for path in (tmp_path / "fewer").iterdir()) == [f"{name}.png" for name in "acdef"]
 
 
 def test_damaged_pictures_are_named_and_the_rest_is_done(tmp_path, capsys):
