@@ -219,7 +219,7 @@ def create_network(
         raise ValueError("--dim_from_weights needs --network_weights, the LoRA whose ranks are to be taken")
     if isinstance(weights, (str, Path)):
         weights = load_lora(weights)[0]
-    candidates = find_modules(model, train_unet, train_text_encoder, conv_rank is not None or dim_from_weights)
+    candidates = find_modules(model, train_unet, train_text_encoder, bool(conv_rank), everywhere=dim_from_weights)
     if not candidates:
         raise ValueError("no layer to train: the U-Net and the text encoder are both switched off, or have no such layers")
     if weights is not None:
@@ -265,20 +265,25 @@ def parse_network_args(arguments):
     return parsed
 
 
-def find_modules(model, train_unet=True, train_text_encoder=True, with_convolutions=False):
-    """[(component, path in its root, kohya name, frozen layer)] in the order of the file."""
+def find_modules(model, train_unet=True, train_text_encoder=True, with_convolutions=False, everywhere=False):
+    """[(component, path in its root, kohya name, frozen layer)] in the order of the file.
+
+    ``everywhere`` finds all linear layers and convolutions: files of other trainers may have any of them.
+    """
     found = []
+    text_blocks = None if everywhere else TEXT_ENCODER_BLOCKS
+    unet_blocks = UNET_ATTENTION_BLOCKS + (UNET_CONVOLUTION_BLOCKS if with_convolutions else ())
     if train_text_encoder:
         several = len(model.text_encoders) > 1
         for index, text_encoder in enumerate(model.text_encoders):
             component = f"te{index + 1}" if several else "te"
-            for path, layer in _layers_inside(text_encoder, TEXT_ENCODER_BLOCKS):
+            for path, layer in _layers_inside(text_encoder, text_blocks):
                 # transformers 5 has no text_model level in CLIPTextModel; the names in the file keep it.
-                full_path = path if path.startswith("text_model.") else f"text_model.{path}"
+                inner = path.startswith(("text_model.", "text_projection"))
+                full_path = path if inner else f"text_model.{path}"
                 found.append((component, path, f"lora_{component}_{full_path}".replace(".", "_"), layer))
     if train_unet:
-        blocks = UNET_ATTENTION_BLOCKS + (UNET_CONVOLUTION_BLOCKS if with_convolutions else ())
-        for path, layer in _layers_inside(model.unet, blocks):
+        for path, layer in _layers_inside(model.unet, None if everywhere else unet_blocks):
             found.append(("unet", path, f"lora_unet_{model.lora_unet_name(path)}".replace(".", "_"), layer))
     return found
 
@@ -305,7 +310,7 @@ def sizes_from_weights(tensors):
 def _layers_inside(root, block_names):
     found = {}
     for block_path, block in root.named_modules():
-        if type(block).__name__ not in block_names:
+        if block_names is not None and type(block).__name__ not in block_names:
             continue
         for path, layer in block.named_modules(prefix=block_path):
             if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):

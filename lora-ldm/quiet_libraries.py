@@ -2,7 +2,8 @@
 
 xformers warns when its compiled part does not match the installed torch, transformers when torchvision is missing.
 Neither says anything about the run: xformers is only used when asked for (and then its own error is shown), and no
-image processor of transformers is used at all.
+image processor of transformers is used at all. LyCORIS logs every setting to the screen unless its logger has a
+handler already; its warnings are kept.
 """
 
 import logging
@@ -12,3 +13,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("xformers").setLevel(logging.ERROR)
+
+_lycoris_warnings = logging.StreamHandler()
+_lycoris_warnings.setLevel(logging.WARNING)
+if not logging.getLogger("LyCORIS").handlers:
+    logging.getLogger("LyCORIS").addHandler(_lycoris_warnings)

@@ -43,7 +43,7 @@ def read_tensors(path):
 
 
 def write_whole(path, write):
-    """``write(aside)`` writes aside in the same folder, flush to disk, then rename over the target."""
+    """Let ``write(aside)`` write a file in the same folder, flush it to disk, then rename it over ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
