@@ -1,0 +1,238 @@
+"""Fold one or more weighted LoRAs into a checkpoint, so that it needs no LoRA any more.
+
+    python merge_lora.py --sd_model BASE --models a.safetensors b.safetensors --ratios 0.8 0.5 --save_to merged
+
+A diffusers folder becomes a folder; a single file becomes a .safetensors file in the same original layout (everything
+but the adapted weights is kept as it is) or, where --save_to has no ending, a folder. LoRAs of kohya's and diffusers'
+naming are read, and LyCORIS' locon, loha and lokr.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from lora_file import DTYPES, group_modules, load_lora, rename_text_encoder
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tensor_file import read_tensors, write_whole
+
+OPEN_CLIP_PREFIX = "cond_stage_model.model.transformer.resblocks."
+CLIP_PREFIX = "cond_stage_model.transformer."
+
+
+@torch.no_grad()
+def fold_lora(model, tensors, weight=1.0):
+    """Add ``weight`` times a LoRA to the weights of a model, in place. Before LoRA layers are put into it.
+
+    Args:
+        model: SDModel. tensors: {kohya key: tensor}, as load_lora gives them.
+
+    Raises:
+        ValueError: names the modules that the model lacks or that do not fit; nothing is changed then.
+    """
+    from lora_network import find_modules
+
+    layers = {name: layer for _, _, name, layer in find_modules(model, everywhere=True)}
+    _fold(tensors, weight, {name: layer.weight.data for name, layer in layers.items()})
+
+
+@torch.no_grad()
+def fold_into_tensors(checkpoint, tensors, weight=1.0, layers_per_block=2):
+    """The same for the tensors of a single file in the original layout, in place."""
+    _fold(tensors, weight, original_weights(checkpoint, layers_per_block))
+
+
+def original_weights(checkpoint, layers_per_block=2):
+    """{kohya module name: weight} of a single file's U-Net and text encoder; views, not copies."""
+    from single_file import unet_original_names
+
+    weights = {}
+    for name, original in unet_original_names(checkpoint, layers_per_block).items():
+        if name.endswith(".weight"):
+            weights["lora_unet_" + name.removesuffix(".weight").replace(".", "_")] = checkpoint[original]
+    for name, value in checkpoint.items():
+        if name.startswith(CLIP_PREFIX) and name.endswith(".weight"):
+            path = name.removeprefix(CLIP_PREFIX).removesuffix(".weight")
+            path = path if path.startswith("text_model.") else f"text_model.{path}"
+            weights["lora_te_" + path.replace(".", "_")] = value
+        elif name.startswith(OPEN_CLIP_PREFIX):
+            weights |= _open_clip_weights(name, value)
+    return weights
+
+
+def update_of(parts):
+    """The dense update alpha / r * B A of one module in float32, or None for a kind that is not known.
+
+    Args:
+        parts: {"lora_down.weight": ..., "alpha": ...} or LyCORIS' ``hada_*`` / ``lokr_*``.
+    """
+    parts = {name: value.float() for name, value in parts.items()}
+    alpha = parts.pop("alpha", None)
+
+    def scale(rank):
+        return 1.0 if alpha is None else alpha.item() / rank
+
+    if parts.keys() == {"lora_down.weight", "lora_up.weight"}:
+        down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+        return scale(down.shape[0]) * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+    if parts.keys() == {"lora_down.weight", "lora_up.weight", "lora_mid.weight"}:  # a convolution in Tucker form
+        down, up, middle = (parts[f"lora_{name}.weight"] for name in ("down", "up", "mid"))
+        return scale(down.shape[0]) * torch.einsum("or,rskl,si->oikl", up.flatten(1), middle, down.flatten(1))
+    if parts.keys() == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+        first, second = parts["hada_w1_a"] @ parts["hada_w1_b"], parts["hada_w2_a"] @ parts["hada_w2_b"]
+        return scale(parts["hada_w1_b"].shape[0]) * first * second
+    if parts and all(name.startswith("lokr_") for name in parts):
+        ranks = [parts[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in parts]
+        first, second = (_lokr_factor(parts, name) for name in ("lokr_w1", "lokr_w2"))
+        first = first.reshape(*first.shape, *[1] * (second.dim() - 2))
+        return (scale(ranks[-1]) if ranks else 1.0) * torch.kron(first, second.contiguous())
+    return None
+
+
+def main(argv=None):
+    """Command line. Returns the exit code: 0, or 2 with one line on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        ratios = _check(args)
+        loras = [(load_lora(path)[0], ratio) for path, ratio in zip(args.models, ratios)]
+        base, target = Path(args.sd_model), Path(args.save_to)
+        if base.is_file() and target.suffix:
+            _merge_file(base, target, loras, args)
+        else:
+            _merge_folder(args.sd_model, target, loras, args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"merge_lora: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.save_to}: {args.sd_model} with {len(args.models)} LoRA(s) folded in")
+    return 0
+
+
+def _fold(tensors, weight, weights):
+    modules = group_modules(rename_text_encoder(tensors, weights))
+    updates, problems = {}, []
+    for name, parts in modules.items():
+        target = weights.get(name)
+        if target is None:
+            problems.append(f"{name} is not in the model")
+            continue
+        update = update_of(parts)
+        if update is None:
+            problems.append(f"{name} has {', '.join(sorted(parts))}, which is no LoRA, locon, loha or lokr")
+        elif update.numel() != target.numel() or update.shape[0] != target.shape[0]:
+            problems.append(f"{name} is {tuple(update.shape)}, the model's layer {tuple(target.shape)}")
+        else:
+            updates[name] = update
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(f"the LoRA does not fit the model: {'; '.join(problems[:3])}{more}")
+    for name, update in updates.items():
+        target = weights[name]
+        target.copy_(target.float() + weight * update.to(target.device).reshape(target.shape))
+
+
+def _lokr_factor(parts, name):
+    if name in parts:
+        return parts[name]
+    if f"{name}_a" not in parts or f"{name}_b" not in parts:
+        raise ValueError(f"the LoRA has a lokr module without {name} (and without {name}_a and {name}_b)")
+    left, right = parts[f"{name}_a"], parts[f"{name}_b"]
+    if "lokr_t2" in parts and name == "lokr_w2":
+        return torch.einsum("rskl,ra,sb->abkl", parts["lokr_t2"], left, right)
+    return (left @ right.flatten(1)).reshape(left.shape[0], *right.shape[1:])
+
+
+def _open_clip_weights(name, value):
+    """The kohya names of one OpenCLIP tensor (SD 2.x); query, key and value stand in one tensor there."""
+    number, _, part = name.removeprefix(OPEN_CLIP_PREFIX).partition(".")
+    stem = f"lora_te_text_model_encoder_layers_{number}_"
+    single = {
+        "attn.out_proj.weight": "self_attn_out_proj",
+        "mlp.c_fc.weight": "mlp_fc1",
+        "mlp.c_proj.weight": "mlp_fc2",
+    }
+    if part == "attn.in_proj_weight":
+        return {f"{stem}self_attn_{which}_proj": block for which, block in zip("qkv", value.chunk(3))}
+    return {stem + single[part]: value} if part in single else {}
+
+
+def _merge_file(base, target, loras, args):
+    checkpoint = read_tensors(base)
+    config = base.with_suffix(".config") / "unet" / "config.json"
+    layers_per_block = json.loads(config.read_text())["layers_per_block"] if config.is_file() else 2
+    for tensors, ratio in loras:
+        fold_into_tensors(checkpoint, tensors, ratio, layers_per_block)
+    dtype = DTYPES[args.save_precision]
+    if dtype is not None:
+        checkpoint = {k: value.to(dtype) if value.is_floating_point() else value for k, value in checkpoint.items()}
+    metadata = {}
+    if base.suffix == ".safetensors":
+        with safe_open(base, "pt") as file:
+            metadata = file.metadata() or {}
+    metadata["modelspec.merged_from"] = ", ".join(Path(path).stem for path in (base, *args.models))
+    checkpoint = {name: value.contiguous() for name, value in checkpoint.items()}
+    write_whole(target, lambda aside: save_file(checkpoint, aside, metadata))
+
+
+def _merge_folder(base, target, loras, args):
+    from sd_model import load_sd_model
+
+    dtype = DTYPES[args.save_precision] or torch.float32
+    model = load_sd_model(
+        base, v2=args.v2, v_parameterization=args.v_parameterization, tokenizer_cache_dir=args.tokenizer_cache_dir
+    )
+    for tensors, ratio in loras:
+        fold_lora(model, tensors, ratio)
+    for part in (model.unet, model.vae, *model.text_encoders):
+        part.to(dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        model.save_pipeline(aside)
+        os.chmod(aside, 0o755)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check(args):
+    """The ratios, one a LoRA. Raises ValueError with every problem of the arguments."""
+    problems, target = [], Path(args.save_to)
+    ratios = args.ratios or [1.0] * len(args.models)
+    if len(ratios) != len(args.models):
+        problems.append(f"--ratios has {len(ratios)} numbers for {len(args.models)} LoRAs; give one for each")
+    if target.suffix not in ("", ".safetensors"):
+        problems.append(f"--save_to ends in {target.suffix}; give a .safetensors file or a folder without an ending")
+    if target.suffix and Path(args.sd_model).is_dir():
+        problems.append(f"--sd_model is a folder, so --save_to must be one, too: leave {target.suffix} out")
+    if target.exists() and target.samefile(args.sd_model):
+        problems.append(f"--save_to is the base model itself ({target}); give another path")
+    elif target.is_dir() and any(target.iterdir()):
+        problems.append(f"--save_to {target} is a folder with files in it; give a new one")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return ratios
+
+
+def _parser():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sd_model", required=True, help="base: diffusers folder, .safetensors or .ckpt file, hub name")
+    parser.add_argument("--models", required=True, nargs="+", metavar="LORA", help="LoRA files")
+    parser.add_argument("--ratios", nargs="+", type=float, help="strength of each LoRA (default 1)")
+    parser.add_argument("--save_to", required=True, help="new .safetensors file (from a file) or new folder")
+    parser.add_argument(
+        "--save_precision", "--precision", choices=["float", "fp16", "bf16"],
+        help="of the saved weights; the sum is computed in float32 (default: as the base file, float for a folder)",
+    )  # fmt: skip
+    parser.add_argument("--v2", action="store_true", help="the base is SD 2.x")
+    parser.add_argument("--v_parameterization", action="store_true", help="the base predicts velocity")
+    parser.add_argument("--tokenizer_cache_dir", help="where the CLIP vocabulary lies, for file to folder")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
