@@ -38,16 +38,21 @@ class NonFiniteWeightsError(RuntimeError):
 class DenseWeight:
     """A frozen weight held as a tensor (out, in) or, for a convolution, (out, in, kh, kw).
 
-    Other kinds of weight (quantised ones) implement the same two methods and never form the whole dense matrix.
+    A kind of weight that is stored otherwise (quantised, transposed) overrides `dense`.
     """
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: Any):
         self.weight = weight
 
+    def dense(self) -> torch.Tensor:
+        """W as stored, or made for this one use and dropped after it."""
+        return self.weight
+
     def _row_blocks(self):
-        rows = max(1, BLOCK_VALUES // max(1, self.weight[0].numel()))
-        for start in range(0, self.weight.shape[0], rows):
-            block = self.weight[start : start + rows].detach().flatten(1)  # (rows, in)
+        weight = self.dense().detach()
+        rows = max(1, BLOCK_VALUES // max(1, weight[0].numel()))
+        for start in range(0, weight.shape[0], rows):
+            block = weight[start : start + rows].flatten(1)  # (rows, in)
             yield block.to(torch.promote_types(block.dtype, torch.float32))
 
     def project(self, down: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Fine-tune a language model with a LoRA that stops at its turning point.
+# Edit the settings, then run:  bash early_stop_lora_llm.sh
+# Further flags go to the trainer and win over the settings:  bash early_stop_lora_llm.sh --learning_rate 1e-4
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+# ------------------------------------------------------------------ settings
+# As they stand, everything is in this project: a small base model and a small data set, minutes on a CPU.
+base_model="$here/lora-llm/tiny_base"                  # a folder in Hugging Face format, or a hub name
+training_data="$here/dataset/kitchen_notes/train.jsonl" # json, jsonl, csv or tsv with input and output columns
+heldout_data="$here/dataset/kitchen_notes/heldout.jsonl" # examples to score on, never trained on; "" for none
+output="$here/output/llm-$(date +%Y%m%d-%H%M%S)"       # where everything goes; a new folder for every run
+
+bits=4                      # the frozen base in 4, 8, 16 or 32 bits (4 fits the largest models)
+rank=16                     # LoRA rank
+alpha=32                    # LoRA alpha
+learning_rate=2e-3          # 1e-4 to 2e-4 for a base of billions of parameters
+epochs=12                   # the budget: training stops earlier, at the turning point
+batch_size=8                # examples at once; lower it if memory runs out ...
+accumulation=1              # ... and raise this: optimizer steps see batch_size x accumulation examples
+longest_source=128          # tokens of the input; the rest is cut off
+longest_target=128          # tokens of the output
+precision=""                # --bf16 on a recent GPU, --fp16 on an older one, empty on a CPU
+recompute=False             # True saves memory for large models (gradient checkpointing), and costs a third of the time
+
+early_stop=True             # False trains to the budget and saves the turning point beside the last weights
+window=auto                 # measurements of CS that the decision looks at; auto: about one epoch
+cs_interval=auto            # optimizer steps between measurements; auto: ten an epoch
+# For a model of your own on a GPU:  base_model=mistralai/Mistral-7B-v0.3  learning_rate=2e-4  epochs=5
+#   batch_size=1  accumulation=16  longest_source=1024  longest_target=512  precision=--bf16  recompute=True
+
+# ------------------------------------------------------------------ environment
+environment="$here/.venv-llm"
+if [ ! -f "$environment/.installed" ] || ! cmp -s "$here/requirements-llm.txt" "$environment/.installed"; then
+  echo "Installing the language-model environment into $environment (once) ..."
+  python3 -m venv "$environment"
+  "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-llm.txt"
+  cp "$here/requirements-llm.txt" "$environment/.installed"
+fi
+
+# ------------------------------------------------------------------ training
+flags=(
+  --model_name_or_path "$base_model" --dataset "$training_data" --output_dir "$output"
+  --bits "$bits" --lora_r "$rank" --lora_alpha "$alpha" --learning_rate "$learning_rate" --num_train_epochs "$epochs"
+  --per_device_train_batch_size "$batch_size" --gradient_accumulation_steps "$accumulation"
+  --source_max_len "$longest_source" --target_max_len "$longest_target" --gradient_checkpointing "$recompute"
+  --early_stop "$early_stop" --window_size "$window" --cs_interval "$cs_interval"
+  --logging_steps 10 --save_strategy epoch --save_total_limit 2 --report_to tensorboard
+)
+if [ -n "$heldout_data" ]; then
+  flags+=(--do_eval --eval_dataset "$heldout_data" --eval_strategy epoch --per_device_eval_batch_size 16)
+fi
+if [ -n "$precision" ]; then
+  flags+=("$precision")
+fi
+exec "$environment/bin/python" "$here/lora-llm/es_lora_llm.py" "${flags[@]}" "$@"

@@ -1,0 +1,306 @@
+"""Early stopping for any Hugging Face Trainer with a PEFT LoRA: one import, one line.
+
+    trainer = Trainer(..., callbacks=[EarlyStopCallback()])
+
+Needs only the vendored files beside it (cs_fluctuation.py, stop_rules.py). It measures CS after every cs_interval
+optimizer steps, stops the Trainer cleanly, saves the last weights as `adapter-last` in the output folder and puts the
+weights of the turning point back into the model before anything after training sees it.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Optional, Union
+
+import torch
+from cs_fluctuation import STATE_NAME, Decision, DenseWeight, EarlyStopMonitor, LoraLayer, NonFiniteWeightsError
+from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from stop_rules import DEFAULT_RULE, MeasurementPlan, RuleSettings, make_rule, plan_measurements
+from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+
+class QuantisedWeight(DenseWeight):
+    """The weight of a bitsandbytes 4-bit or 8-bit layer: dequantised for one use, one layer at a time."""
+
+    def dense(self) -> torch.Tensor:
+        return dequantize_module_weight(self.weight)  # here `weight` is the whole layer
+
+
+def frozen_weight(layer: torch.nn.Module) -> DenseWeight:
+    """The frozen weight W (out, in) of an adapted layer's base layer, without a copy of it."""
+    if hasattr(layer.weight, "quant_state") or type(layer.weight).__name__ == "Int8Params":
+        return QuantisedWeight(layer)
+    return DenseWeight(layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
+
+
+def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> list[LoraLayer]:
+    """The LoRA layers of the model's active adapter, with live references to their matrices.
+
+    Embeddings with a LoRA are left out: they have no matrix product with an input. For DoRA only B A is measured.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        if not isinstance(module, PeftLoraLayer):
+            continue
+        for adapter in module.active_adapters:
+            if adapter in module.lora_A:
+                down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+                layers.append(LoraLayer(name, component, frozen_weight(module.get_base_layer()), down, up))
+    return layers
+
+
+def trainable_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """{name: live tensor} of everything that is trained: LoRA matrices, biases, modules_to_save."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def load_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy the tensors of a snapshot into the model, in place. Raises KeyError where the model has no such parameter."""
+    live = trainable_tensors(model)
+    for name, tensor in tensors.items():
+        live[name].copy_(tensor)
+
+
+@contextmanager
+def weights_swapped_in(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The model with the tensors of a snapshot, and with its own again afterwards."""
+    own = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
+    load_tensors(model, tensors)
+    try:
+        yield
+    finally:
+        load_tensors(model, own)
+
+
+def save_adapter(model: Any, folder: Path, facts: dict[str, Any]) -> None:
+    """Save a PEFT model's adapter as a folder that appears whole, with facts (JSON) in its metadata under `es_lora`."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(str(temporary))
+    for file in temporary.rglob("adapter_model.safetensors"):
+        with safe_open(str(file), framework="pt") as handle:
+            metadata = handle.metadata() or {}
+        save_file(load_file(str(file)), str(file), metadata={**metadata, "es_lora": json.dumps(facts)})
+    for file in temporary.rglob("*.*"):
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+# What rank 0 tells the others after a measurement.
+GO_ON, STOP, DIVERGED, FAILED = range(4)
+
+
+class EarlyStopCallback(TrainerCallback):
+    """Measures CS inside a Trainer, stops it at the turning point and restores the weights of that step.
+
+    early_stop: stop the training; otherwise only measure and report. stop_rule, valley: as in stop_rules.
+    cs_interval: optimizer steps between measurements; window_size: M in measurements; None: chosen from the epoch's length.
+    cs_reduction: "row" or "matrix". snapshot_disk_gb: disk that the snapshots may use. header: more facts for the history.
+    say: takes the plain sentences for the person (default: print). before_restore: called before the kept weights are put
+    back. Raises ValueError at the start of training where the model has no LoRA layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        early_stop: bool = True,
+        stop_rule: str = DEFAULT_RULE,
+        cs_interval: Optional[int] = None,
+        window_size: Optional[int] = None,
+        valley: int = 2,
+        cs_reduction: str = "row",
+        cs_component: str = "lm",
+        snapshot_disk_gb: float = 20.0,
+        header: Optional[dict[str, Any]] = None,
+        say: Callable[[str], None] = print,
+        before_restore: Optional[Callable[[], None]] = None,
+    ):
+        self.early_stop, self.stop_rule, self.valley = early_stop, stop_rule, valley
+        self.cs_interval, self.window_size = cs_interval, window_size
+        self.cs_reduction, self.cs_component = cs_reduction, cs_component
+        self.snapshot_disk_gb, self.header, self.say = snapshot_disk_gb, header or {}, say
+        self.before_restore = before_restore
+        self.monitor: Optional[EarlyStopMonitor] = None  # on rank 0 only
+        self.plan: Optional[MeasurementPlan] = None
+        self.diverged: Optional[str] = None
+        self._loss_sum: Union[torch.Tensor, float] = 0.0
+        self._loss_from_step: Optional[int] = None
+        self._learning_rate: Optional[float] = None
+        self._logged_loss: Optional[float] = None
+
+    @property
+    def decision(self) -> Optional[Decision]:
+        return self.monitor.decision if self.monitor is not None else None
+
+    # -------------------------------------------------------------------------------------- set up
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
+        try:
+            steps_per_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+        except TypeError:
+            if self.cs_interval is None or self.window_size is None:
+                raise ValueError("the training data has no length, so give cs_interval and window_size") from None
+            steps_per_epoch = self.cs_interval * self.window_size
+        self.plan = plan_measurements(
+            self.stop_rule,
+            self.cs_component,
+            steps_per_epoch,
+            state.max_steps,
+            self.cs_interval,
+            self.window_size,
+            self.valley,
+        )
+        self._loss_from_step = state.global_step
+        if not state.is_world_process_zero:
+            return
+        interval, window = self.plan.cs_interval, self.plan.window
+        self.monitor = EarlyStopMonitor(
+            args.output_dir,
+            make_rule(self.stop_rule, RuleSettings(window, self.cs_component, steps_per_epoch, interval, self.valley)),
+            peft_lora_layers(model),
+            lambda: trainable_tensors(model),
+            cs_interval=interval,
+            reduction=self.cs_reduction,
+            header=self.header,
+            snapshot_disk_bytes=self.snapshot_disk_gb * 1e9,
+            resume_from=self._resumed_checkpoint(args, state),
+        )
+        epoch = f"an epoch has {steps_per_epoch} optimizer steps"
+        self.say(f"CS is measured every {interval} steps, window M = {window} measurements ({epoch}; rule {self.stop_rule}).")
+        every = self.monitor.snapshots.every
+        if every > 1:
+            self.say(f"The snapshots' disk limit lets only every {every}th measurement be kept.")
+        for notice in self.plan.notices:
+            self.say(notice)
+
+    def _resumed_checkpoint(self, args, state) -> Optional[Path]:
+        if state.global_step == 0:
+            return None
+        given = args.resume_from_checkpoint
+        if isinstance(given, str) and Path(given).is_dir() and (Path(given) / "trainer_state.json").is_file():
+            return Path(given)
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+    # -------------------------------------------------------------------------------------- while training
+
+    def observe_loss(self, loss: torch.Tensor) -> None:
+        """Add one micro-step's share of the training loss, for the history's `loss`; without it the logged one is taken."""
+        self._loss_sum = self._loss_sum + loss.detach()
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self._logged_loss = (logs or {}).get("loss", self._logged_loss)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self._learning_rate = optimizer.param_groups[0]["lr"]
+
+    def _mean_loss(self, step: int) -> Optional[float]:
+        """Mean training loss of the optimizer steps since the last measurement."""
+        if not isinstance(self._loss_sum, torch.Tensor):
+            return self._logged_loss
+        loss = self._loss_sum.item() / max(1, step - self._loss_from_step)
+        self._loss_sum, self._loss_from_step = 0.0, step
+        return loss
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self.plan.cs_interval:
+            return
+        answer, error = GO_ON, None
+        if self.monitor is not None:
+            try:
+                answer = self._measure(state)
+            except Exception as failure:  # the other ranks must hear of it before it is raised
+                answer, error = FAILED, failure
+        answer = heard_by_all(answer, args)
+        if error is not None:
+            raise error
+        if answer == FAILED:
+            raise RuntimeError("measuring CS failed on the main process; its message says why")
+        if answer == DIVERGED:
+            self.diverged = self.diverged or "training has diverged"
+        if answer != GO_ON:
+            control.should_training_stop = True
+
+    def _measure(self, state) -> int:
+        epoch, loss = float(state.epoch or 0.0), self._mean_loss(state.global_step)
+        try:
+            decision = self.monitor.measure(state.global_step, epoch, loss=loss, lr=self._learning_rate)
+        except NonFiniteWeightsError as error:
+            self.diverged = str(error)
+            return DIVERGED
+        if decision is not None:
+            self.say(f"\n{decision.reason}")
+        return STOP if decision is not None and self.early_stop else GO_ON
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        if self.monitor is not None and loss is not None and math.isfinite(loss):
+            self.monitor.note("evaluation", state.global_step, heldout_loss=loss)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """The last thing written into a checkpoint: where the monitor's state is, the checkpoint is whole."""
+        if self.monitor is not None:
+            self.monitor.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    # -------------------------------------------------------------------------------------- the end
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        if self.diverged is not None or not self.stopped(args):
+            return
+        if self.before_restore is not None:
+            self.before_restore()
+        if self.monitor is not None:
+            save_adapter(model, Path(args.output_dir) / "adapter-last", self.facts(state.global_step))
+            load_tensors(model, self.monitor.load_snapshot(self.decision.keep_step))
+            self.say(f"The model holds the weights of step {self.decision.keep_step} again.")
+        same_on_all(model, args)
+
+    def stopped(self, args) -> bool:
+        """Whether the rule has stopped this run; the same on every rank."""
+        decided = self.early_stop and self.decision is not None
+        return heard_by_all(STOP if decided else GO_ON, args) == STOP
+
+    def facts(self, last_step: int) -> dict[str, Any]:
+        """The verdict in plain values, for metadata and reports."""
+        facts: dict[str, Any] = {"stop_rule": self.stop_rule, "last_step": last_step}
+        if self.decision is not None:
+            facts["kept_step"], facts["detected_step"] = self.decision.keep_step, self.decision.detected_step
+            facts["usable_steps"], facts["reason"] = list(self.decision.usable), self.decision.reason
+        return facts
+
+
+def _device(args) -> torch.device:
+    return torch.device("cpu") if torch.distributed.get_backend() == "gloo" else args.device
+
+
+def heard_by_all(answer: int, args) -> int:
+    """Rank 0's answer, on every rank."""
+    if args.world_size == 1:
+        return answer
+    tensor = torch.tensor([answer], device=_device(args))
+    torch.distributed.broadcast(tensor, 0)
+    return int(tensor.item())
+
+
+def same_on_all(model: torch.nn.Module, args) -> None:
+    """Give every rank the trained weights of rank 0."""
+    if args.world_size > 1:
+        for tensor in trainable_tensors(model).values():
+            torch.distributed.broadcast(tensor.data, 0)
+
+
+def complete_checkpoints(output_dir: Path, with_monitor: bool) -> list[Path]:
+    """The checkpoints of a run that were written to their end, oldest first."""
+    marker = STATE_NAME if with_monitor else "trainer_state.json"
+    folders = [folder for folder in output_dir.glob("checkpoint-*") if (folder / marker).is_file()]
+    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))

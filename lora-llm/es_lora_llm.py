@@ -1,0 +1,487 @@
+"""LoRA fine-tuning of a language model (QLoRA by default) that stops at its turning point.
+
+    python es_lora_llm.py --model_name_or_path FOLDER --dataset FILE.jsonl --early_stop --output_dir OUTPUT
+
+Exit codes: 0 trained to budget or stopped early; 2 bad arguments, configuration or data; 3 training diverged; 130 interrupted.
+"""
+
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import quiet_libraries  # noqa: F401  (first, before the libraries speak)
+import torch
+from base_model import attach_lora, fit_embeddings, load_base, load_tokenizer, trainable_parameters
+from causal_collator import CausalCollator
+from cs_fluctuation import HISTORY_NAME, SNAPSHOT_FOLDER, write_text_whole
+from dataset_sources import Splits, load_splits
+from early_stop_callback import (
+    EarlyStopCallback,
+    complete_checkpoints,
+    heard_by_all,
+    load_tensors,
+    save_adapter,
+    trainable_tensors,
+    weights_swapped_in,
+)
+from llm_arguments import Settings, parse_arguments
+from mmlu_eval import MMLUCallback, MMLUScorer, load_mmlu
+from run_outcome import EXIT_CODES, next_commands, verdict_sentence, versions, write_result, write_run_report
+from tqdm import tqdm
+from transformers import Seq2SeqTrainer, TrainerCallback, set_seed
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is NaN or infinite."""
+
+
+class LoraTrainer(Seq2SeqTrainer):
+    """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any process."""
+
+    early_stop: Optional[EarlyStopCallback] = None
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        finite = torch.isfinite(loss).all()
+        if self.args.world_size > 1:
+            finite = self.accelerator.reduce(finite.float(), "sum") == self.args.world_size
+        if not finite:
+            raise TrainingDiverged("the training loss is NaN or infinite")
+        if self.early_stop is not None:
+            self.early_stop.observe_loss(loss)
+        return loss
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C or SIGTERM ends the training after the step under way, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: dict[int, Any] = {}
+
+    def _note(self, number, frame) -> None:
+        self.interrupted = True
+        for known, handler in self._previous.items():
+            signal.signal(known, handler)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if args.world_size > 1:  # whoever hears the signal, all stop at the same step
+            flag = torch.tensor([float(self.interrupted)], device=args.device)
+            torch.distributed.all_reduce(flag)
+            self.interrupted = bool(flag.item())
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Run:
+    """Everything a run needs, ready to train."""
+
+    settings: Settings
+    splits: Splits
+    collator: CausalCollator
+    model: Any
+    trainer: LoraTrainer
+    interrupt: InterruptCallback
+    early_stop: Optional[EarlyStopCallback]
+    mmlu: Optional[MMLUCallback]
+    resume: Optional[str]
+    argv: list[str]
+    parameters: dict[str, Any]
+    heldout: dict[str, Optional[float]] = field(default_factory=dict)
+    diverged_reason: Optional[str] = None
+    diverged_kept: Optional[str] = None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.settings.training.output_dir)
+
+    @property
+    def is_main(self) -> bool:
+        return self.trainer.is_world_process_zero()
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)
+
+
+# ------------------------------------------------------------------------------------------------ set up
+
+
+def set_up(settings: Settings, argv: list[str]) -> Run:
+    """Load and check everything before the first step. Raises ValueError or FileNotFoundError on bad input."""
+    training = settings.training
+    resume = _checkpoint_to_resume(settings)
+    set_seed(training.seed)
+    flat = settings.flat()
+    tokenizer = load_tokenizer(
+        settings.model.model_name_or_path,
+        cache_dir=training.cache_dir,
+        trust_remote_code=settings.model.trust_remote_code,
+        token=settings.model.use_auth_token,
+    )
+    splits = load_splits(flat)
+    collator = CausalCollator(tokenizer, settings.data.source_max_len, settings.data.target_max_len, training.train_on_source)
+    mmlu_rows = load_mmlu(flat) if training.do_mmlu_eval else None
+    _check_evaluation(settings, splits)
+    if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
+        _delete_earlier_run(Path(training.output_dir))
+    base = load_base(settings)
+    fit_embeddings(base, tokenizer)
+    model = base if training.full_finetune else attach_lora(base, training)
+    if training.group_by_length:
+        _add_lengths(splits, collator, training.length_column_name)
+    return _assemble(settings, splits, collator, model, mmlu_rows, resume, argv)
+
+
+def _checkpoint_to_resume(settings: Settings) -> Optional[str]:
+    """The checkpoint of --resume_from_checkpoint: a checkpoint folder, a run's folder, or true for the output folder."""
+    if settings.resume is None:
+        return None
+    training = settings.training
+    folder = Path(training.output_dir) if settings.resume is True else Path(settings.resume)
+    if (folder / "trainer_state.json").is_file():
+        return str(folder)
+    checkpoints = complete_checkpoints(folder, settings.early_stop.calculate_cs)
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint: {folder} holds no complete checkpoint; give a checkpoint-N folder or the folder of a "
+            "run that saved one (--save_steps), or start anew"
+        )
+    training.resume_from_checkpoint = str(checkpoints[-1])
+    return str(checkpoints[-1])
+
+
+def _add_lengths(splits: Splits, collator: CausalCollator, column: str) -> None:
+    """What the Trainer groups by: the tokens of every example, in a column."""
+    for name in ("train", "evaluation", "test"):
+        rows = getattr(splits, name)
+        if rows is not None:
+            setattr(splits, name, rows.add_column(column, collator.lengths(rows)))
+
+
+def _check_evaluation(settings: Settings, splits: Splits) -> None:
+    evaluates = str(settings.training.eval_strategy) not in ("no", "IntervalStrategy.NO")
+    if evaluates and splits.evaluation is None:
+        raise ValueError("--eval_strategy asks for evaluations and there are no evaluation examples; add --do_eval")
+
+
+def _delete_earlier_run(folder: Path) -> None:
+    """--overwrite_output_dir: remove what a run leaves, and nothing else that may lie there."""
+    for name in (HISTORY_NAME, "result.json", "report.html", "predictions.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for pattern in ("checkpoint-*", "adapter", "adapter-*", SNAPSHOT_FOLDER, "runs", "model"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run:
+    training = settings.training
+    interrupt, early_stop, mmlu = InterruptCallback(), None, None
+    callbacks: list[TrainerCallback] = [interrupt]
+    if settings.early_stop.calculate_cs:
+        early_stop = _early_stop_callback(settings)
+        callbacks.append(early_stop)
+    trainer = LoraTrainer(
+        model=model,
+        args=training,
+        data_collator=collator,
+        train_dataset=splits.train,
+        eval_dataset=splits.evaluation,
+        processing_class=collator.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.early_stop = early_stop
+    if mmlu_rows is not None:
+        scorer = MMLUScorer(collator.tokenizer, mmlu_rows, training.mmlu_source_max_len, training.per_device_eval_batch_size)
+        mmlu = MMLUCallback(trainer, scorer)
+        trainer.add_callback(mmlu)
+    run = Run(
+        settings, splits, collator, model, trainer, interrupt, early_stop, mmlu, resume, argv, trainable_parameters(model)
+    )
+    if early_stop is not None:
+        early_stop.say = run.say
+        early_stop.before_restore = lambda: _score_last(run)
+    return run
+
+
+def _early_stop_callback(settings: Settings) -> EarlyStopCallback:
+    stop, training = settings.early_stop, settings.training
+    return EarlyStopCallback(
+        early_stop=stop.early_stop,
+        stop_rule=stop.stop_rule,
+        cs_interval=settings.cs_interval,
+        window_size=settings.window_size,
+        valley=stop.valley,
+        cs_reduction=stop.cs_reduction,
+        cs_component=stop.cs_component,
+        snapshot_disk_gb=stop.snapshot_disk_gb,
+        header={
+            "model": settings.model.model_name_or_path,
+            "dataset": settings.data.dataset,
+            "bits": training.bits,
+            "lora_r": training.lora_r,
+            "learning_rate": training.learning_rate,
+            "seed": training.seed,
+        },
+    )
+
+
+# ------------------------------------------------------------------------------------------------ train
+
+
+def train(run: Run) -> str:
+    """Train to the stop or the budget and return the outcome; the model then holds the weights to keep."""
+    _announce(run)
+    if run.splits.evaluation is not None and run.resume is None:
+        run.heldout["before"] = _loss(run, "before")
+    try:
+        run.trainer.train(resume_from_checkpoint=run.resume)
+    except TrainingDiverged as error:
+        return _diverged(run, str(error))
+    if run.interrupt.interrupted:
+        return "interrupted"
+    if run.early_stop is None:
+        return "budget_reached"
+    if run.early_stop.diverged is not None:
+        return _diverged(run, run.early_stop.diverged)
+    if run.early_stop.stopped(run.settings.training):
+        return "stopped_early"
+    decided = heard_by_all(int(run.early_stop.decision is not None), run.settings.training)
+    return "budget_reached" if decided else "no_turning_point"
+
+
+def _announce(run: Run) -> None:
+    training, count = run.settings.training, run.parameters
+    sizes = {"training": run.splits.train, "evaluation": run.splits.evaluation, "test": run.splits.test}
+    present = ", ".join(f"{len(rows)} {name}" for name, rows in sizes.items() if rows is not None)
+    run.say(f"Data: {present} examples ({run.splits.format}) from {run.splits.source}.")
+    where = "CPU" if training.use_cpu else str(training.device)
+    run.say(f"Base: {run.settings.model.model_name_or_path}, {training.bits} bits, on {where}.")
+    run.say(f"Trainable parameters: {count['trainable']:,} of {count['total']:,} ({count['percent']} %).")
+    for notice in run.settings.notices:
+        run.say(notice)
+    run.say(f"Everything goes to {run.output_dir.resolve()}; watch it with: tensorboard --logdir {run.output_dir.resolve()}")
+
+
+def _loss(run: Run, name: str) -> Optional[float]:
+    """Held-out loss of the weights as they are, or None without evaluation examples."""
+    if run.splits.evaluation is None:
+        return None
+    return run.trainer.evaluate(metric_key_prefix=name)[f"{name}_loss"]
+
+
+def _score_last(run: Run) -> None:
+    """Held-out loss of the last step, before the weights of the turning point are put back."""
+    state = run.trainer.state
+    known = [log["eval_loss"] for log in state.log_history if log["step"] == state.global_step and "eval_loss" in log]
+    run.heldout["last"] = known[-1] if known else _loss(run, "last")
+    if run.is_main and run.heldout["last"] is not None and not known:
+        run.early_stop.monitor.note("evaluation", state.global_step, heldout_loss=run.heldout["last"])
+
+
+def _diverged(run: Run, reason: str) -> str:
+    """Put the last finite weights back: those at hand if the loss went first, else the newest snapshot."""
+    run.diverged_reason = reason
+    monitor = run.early_stop.monitor if run.early_stop is not None else None
+    if all(bool(torch.isfinite(tensor).all()) for tensor in trainable_tensors(run.model).values()):
+        run.diverged_kept = "The weights of that moment are finite and kept."
+    elif monitor is not None and monitor.latest_snapshot_step() is not None:
+        step = monitor.latest_snapshot_step()
+        load_tensors(run.model, monitor.load_snapshot(step))
+        run.diverged_kept = f"The weights of step {step}, the last finite ones measured, are kept."
+    else:
+        run.diverged_kept = None
+    return "diverged"
+
+
+# ------------------------------------------------------------------------------------------------ the end
+
+
+def finish(run: Run, outcome: str, seconds: float) -> dict[str, Any]:
+    """Evaluate and save what is kept, write result.json and report.html; the result, on every process."""
+    training, state, early_stop = run.settings.training, run.trainer.state, run.early_stop
+    decision = early_stop.decision if early_stop is not None else None
+    facts = early_stop.facts(state.global_step) if early_stop is not None else {"last_step": state.global_step}
+    facts["outcome"] = outcome
+    adapters: dict[str, str] = {}
+    if outcome == "stopped_early":
+        run.heldout["kept"] = _loss(run, "kept")
+        _save(run, "adapter", facts, adapters)
+        adapters["last"] = "adapter-last"
+    elif outcome in ("budget_reached", "no_turning_point"):
+        _score_last_of_full_run(run)
+        _save(run, "adapter", facts, adapters)
+        if early_stop is not None and heard_by_all(int(decision is not None), training):
+            _save_turning_point(run, facts, adapters)
+    elif outcome == "diverged" and run.diverged_kept:
+        _save(run, "adapter", facts, adapters)
+    test_loss = None
+    if outcome in ("stopped_early", "budget_reached", "no_turning_point"):
+        if run.splits.test is not None:
+            test_loss = run.trainer.evaluate(run.splits.test, metric_key_prefix="test")["test_loss"]
+        if training.do_predict:
+            _predict(run)
+    return _report(run, outcome, adapters, test_loss, seconds) if run.is_main else {"outcome": outcome}
+
+
+def _score_last_of_full_run(run: Run) -> None:
+    if run.early_stop is not None:
+        _score_last(run)
+    else:
+        run.heldout["last"] = _loss(run, "last")
+
+
+def _save(run: Run, name: str, facts: dict[str, Any], adapters: dict[str, str]) -> None:
+    adapters["kept" if name == "adapter" else name.removeprefix("adapter-")] = name
+    if not run.is_main:
+        return
+    if run.settings.training.full_finetune:
+        run.model.save_pretrained(str(run.output_dir / "model"))
+        run.collator.tokenizer.save_pretrained(str(run.output_dir / "model"))
+        adapters["kept"] = "model"
+    else:
+        save_adapter(run.model, run.output_dir / name, facts)
+        run.collator.tokenizer.save_pretrained(str(run.output_dir / name))
+
+
+def _save_turning_point(run: Run, facts: dict[str, Any], adapters: dict[str, str]) -> None:
+    """The full run was asked for and has a turning point: its weights beside the last ones."""
+    monitor = run.early_stop.monitor
+    tensors = monitor.load_snapshot(monitor.decision.keep_step) if monitor is not None else trainable_tensors(run.model)
+    with weights_swapped_in(run.model, tensors):
+        if run.settings.training.world_size == 1:
+            run.heldout["kept"] = _loss(run, "kept")
+        _save(run, "adapter-turning-point", facts, adapters)
+
+
+def _predict(run: Run) -> None:
+    """--do_predict: answers to the test examples, or else the evaluation examples, into predictions.jsonl."""
+    rows = run.splits.test if run.splits.test is not None else run.splits.evaluation
+    if not run.is_main or rows is None:
+        return
+    training, tokenizer = run.settings.training, run.collator.tokenizer
+    config = run.settings.generation.config(run.settings.generation_use_cache)
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    sources = CausalCollator(tokenizer, run.settings.data.source_max_len, run.settings.data.target_max_len, False, True)
+    run.model.eval()
+    lines = []
+    for start in tqdm(range(0, len(rows), training.per_device_eval_batch_size), desc="Predictions"):
+        batch = [rows[index] for index in range(start, min(start + training.per_device_eval_batch_size, len(rows)))]
+        inputs = {name: tensor.to(run.model.device) for name, tensor in sources(batch).items()}
+        with torch.no_grad():
+            generated = run.model.generate(**inputs, generation_config=config)
+        answers = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        lines += [
+            {"input": row["input"], "output": row["output"], "prediction": answer.strip()} for row, answer in zip(batch, answers)
+        ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text_whole(run.output_dir / "predictions.jsonl", text)
+
+
+def _report(run: Run, outcome: str, adapters: dict[str, str], test_loss: Optional[float], seconds: float) -> dict[str, Any]:
+    state, early_stop = run.trainer.state, run.early_stop
+    decision = early_stop.decision if early_stop is not None else None
+    monitor = early_stop.monitor if early_stop is not None else None
+    kept_step = state.global_step if adapters.get("kept") else None
+    if decision is not None and outcome == "stopped_early":
+        kept_step = decision.keep_step
+        if run.heldout.get("kept") is not None:
+            monitor.note("evaluation", kept_step, heldout_loss=run.heldout["kept"])
+    facts = {
+        "last_step": state.global_step,
+        "budget_steps": state.max_steps,
+        "heldout": run.heldout,
+        "diverged": run.diverged_reason,
+        "diverged_kept": run.diverged_kept or "No finite weights had been measured, so no adapter is kept.",
+    }
+    per_epoch = monitor.rule.settings.steps_per_epoch if monitor is not None else 1
+    result = {
+        "outcome": outcome,
+        "verdict": verdict_sentence(outcome, facts, decision, per_epoch),
+        "kept_step": kept_step,
+        "turning_step": decision.keep_step if decision is not None else None,
+        "detection_step": decision.detected_step if decision is not None else None,
+        "last_step": state.global_step,
+        "budget_steps": state.max_steps,
+        "reason": decision.reason if decision is not None else None,
+        "adapters": adapters,
+        "heldout": run.heldout,
+        "test_loss": test_loss,
+        "mmlu": run.mmlu.results if run.mmlu is not None else [],
+        "trainable_parameters": run.parameters,
+        "seconds": round(seconds, 1),
+        "seed": run.settings.training.seed,
+        "settings": run.settings.given(),
+        "versions": versions(),
+    }
+    write_result(run.output_dir, result)
+    if monitor is not None and outcome != "interrupted":
+        monitor.close()
+    has_report = write_run_report(run.output_dir, result, decision)
+    _last_words(run, result, has_report)
+    return result
+
+
+def _last_words(run: Run, result: dict[str, Any], has_report: bool) -> None:
+    print(f"\n{result['verdict']}")
+    if result["reason"]:
+        print(f"Why: {result['reason']}")
+    for name, folder in result["adapters"].items():
+        print(f"{name + ':':15} {run.output_dir.resolve() / folder}")
+    print(f"{'result:':15} {run.output_dir.resolve() / 'result.json'}")
+    if has_report:
+        print(f"{'picture:':15} {run.output_dir.resolve() / 'report.html'}")
+    for line in next_commands(result["outcome"], run.output_dir.resolve(), Path(__file__).resolve(), run.argv):
+        print(line)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    started = time.monotonic()
+    try:
+        settings = parse_arguments(argv)
+        run = set_up(settings, argv)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"es_lora_llm: {error}", file=sys.stderr)
+        return 2
+    if not settings.training.do_train:
+        return evaluate_only(run)
+    outcome = train(run)
+    finish(run, outcome, time.monotonic() - started)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return EXIT_CODES[outcome]
+
+
+def evaluate_only(run: Run) -> int:
+    """--do_train False: score and predict with the base as it is."""
+    if run.splits.evaluation is not None:
+        loss = _loss(run, "eval")
+        run.say(f"Held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.2f}.")
+    if run.mmlu is not None:
+        score = run.mmlu.scorer.score(run.model)
+        run.say(f"MMLU accuracy {100 * score['accuracy']:.1f}% of {score['count']} questions.")
+    if run.settings.training.do_predict:
+        _predict(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""Keep the libraries' warnings that say nothing about the run off the screen; import this before transformers.
+
+Warnings of this project's own, and errors of any library, are not touched.
+"""
+
+import logging
+import os
+import warnings
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Paging moves optimizer states between GPU and CPU memory; on a CPU they are in the right place already.
+warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
+warnings.filterwarnings("ignore", message=".*torch.cpu.amp.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message="Could not find a config file in")
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks under the older name
+for name in ("torch.distributed", "torch.utils.cpp_extension", "bitsandbytes", "huggingface_hub"):
+    logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Run the tests of both trees, each in its own environment:  bash tests/run.sh [llm|ldm] [pytest arguments]
+# Makes the environments that are missing. The vendored files (tests/cs) are tested with each tree.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$here"
+trees=(llm ldm)
+case "${1:-}" in llm | ldm) trees=("$1") && shift ;; esac
+
+status=0
+for tree in "${trees[@]}"; do
+  environment="$here/.venv-$tree"
+  requirements="$here/requirements-$tree.txt"
+  if [ ! -f "$environment/.installed" ] || ! cmp -s "$requirements" "$environment/.installed"; then
+    echo "Installing the $tree environment into $environment ..."
+    python3 -m venv "$environment"
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    cp "$requirements" "$environment/.installed"
+  fi
+  echo "Testing lora-$tree ..."
+  paths=("tests/$tree")
+  if [ "$tree" = "${trees[0]}" ]; then
+    "$environment/bin/ruff" check . || status=1
+    paths=(tests/cs tests/patches "${paths[@]}")
+  fi
+  "$environment/bin/python" -m pytest "${paths[@]}" "$@" || status=1
+done
+exit "$status"
