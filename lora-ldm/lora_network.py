@@ -128,13 +128,10 @@ class LoraNetwork:
             named[f"{module.name}.lora_up.weight"] = module.up
         return named
 
-    def state_for_file(self, dtype=None):
-        """{kohya key: copy on the CPU}, the alphas included."""
-        state = {}
-        for module in self.modules:
-            state[f"{module.name}.alpha"] = torch.tensor(float(module.alpha))
-            state[f"{module.name}.lora_down.weight"] = module.down
-            state[f"{module.name}.lora_up.weight"] = module.up
+    def state_for_file(self, dtype=None, tensors=None):
+        """{kohya key: copy on the CPU}, the alphas included; of the live weights or of a snapshot of ``tensors()``."""
+        alphas = {f"{module.name}.alpha": torch.tensor(float(module.alpha)) for module in self.modules}
+        state = {**alphas, **self.tensors(), **(tensors or {})}
         return {name: value.detach().to("cpu", dtype, copy=True) for name, value in state.items()}
 
     @torch.no_grad()

@@ -158,8 +158,15 @@ class LycorisNetwork:
         """{key: live trainable tensor}."""
         return dict(self.network.named_parameters())
 
-    def state_for_file(self, dtype=None):
-        """{LyCORIS key: copy on the CPU}, the alphas included."""
+    def state_for_file(self, dtype=None, tensors=None):
+        """{LyCORIS key: copy on the CPU}, the alphas included; of the live weights or of a snapshot of ``tensors()``."""
+        if tensors is not None:  # a trained scalar is multiplied into other tensors, so that the layers must do it
+            live = {name: value.detach().clone() for name, value in self.tensors().items()}
+            self.load_tensors(tensors)
+            try:
+                return self.state_for_file(dtype)
+            finally:
+                self.load_tensors(live)
         return {name: value.detach().to("cpu", dtype, copy=True) for name, value in self.network.state_dict().items()}
 
     @torch.no_grad()

@@ -179,6 +179,16 @@ def test_weights_of_another_rank_are_refused_by_name(model, tmp_path):
         create_network(tiny_sd(tmp_path), rank=4).load_tensors({"lora_unet_nowhere.lora_down.weight": torch.ones(4, 4)})
 
 
+def test_a_snapshot_becomes_a_file_without_touching_the_live_weights(model):
+    network = randomize(create_network(model, rank=4, alpha=2))
+    snapshot = {name: value.detach() + 1 for name, value in network.tensors().items()}
+    live = network.state_for_file()
+    state = network.state_for_file(torch.float16, tensors=snapshot)
+    assert state.keys() == live.keys() and len(state) == 3 * len(network.modules)
+    assert all(torch.equal(state[name], value.half()) for name, value in snapshot.items())
+    assert all(torch.equal(network.state_for_file()[name], value) for name, value in live.items())
+
+
 def test_a_file_with_te1_prefix_loads_into_a_single_text_encoder(model, tmp_path):
     other = randomize(create_network(tiny_sd(tmp_path), rank=4))
     renamed = {name.replace("lora_te_", "lora_te1_"): value for name, value in other.state_for_file().items()}

@@ -136,8 +136,12 @@ def test_snapshots_of_the_live_tensors_restore_the_network(model):
     for weight in network.parameters():
         weight.data.add_(0.1)
     assert not torch.allclose(noise_of(model), wanted)
+    later = noise_of(model)
+    state = network.state_for_file(tensors=snapshot)
+    assert torch.equal(noise_of(model), later)
     network.load_tensors(snapshot)
     assert torch.equal(noise_of(model), wanted)
+    assert all(torch.equal(value, network.state_for_file()[name]) for name, value in state.items())
 
 
 def test_weights_that_do_not_fit_are_refused(model, tmp_path):
