@@ -157,9 +157,9 @@ def is_prose(text):
 
 
 def web_pages(*folders):
-    """A reader of the HTML pages below the given folders of a package (or of all of them): one document a page."""
+    """A reader of the HTML pages below the given folders of a package: one document a page."""
     def read(root):
-        for page in sorted(path for folder in folders or ("",) for path in root.rglob(f"{folder}/**/*.html")):
+        for page in sorted(path for folder in folders for path in root.rglob(f"{folder}/**/*.html")):
             if page.is_file() and page.name not in ("print.html", "genindex-all.html"):
                 parser = ProseParser()
                 parser.feed(page.read_text(encoding="utf-8", errors="replace"))
