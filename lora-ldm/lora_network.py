@@ -227,6 +227,7 @@ def create_network(
         if unknown and train_unet and train_text_encoder:
             raise ValueError(f"the LoRA has {len(unknown)} modules that this model lacks, the first is {unknown[0]}")
     else:
+        rank = 4 if rank is None else rank  # kohya's default
         linear = (rank, float(alpha or rank))
         convolution = (conv_rank, float(conv_alpha or conv_rank)) if conv_rank else None
         sizes = {name: linear if _is_pointwise(layer) else convolution for _, _, name, layer in candidates}
