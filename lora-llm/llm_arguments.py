@@ -114,8 +114,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             self.warmup_steps = self.warmup_ratio  # below 1 it is a share of the steps
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
+        self.group_by_length = self.train_sampling_strategy == "group_by_length"
         if self.logging_dir:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+        if self.disable_tqdm is None:
+            self.disable_tqdm = False  # transformers would hide the bar because its warnings are off
         self.use_cpu = self.use_cpu or self.no_cuda or not torch.accelerator.is_available()
         self.per_device_train_batch_size = self.per_gpu_train_batch_size or self.per_device_train_batch_size
         self.per_device_eval_batch_size = self.per_gpu_eval_batch_size or self.per_device_eval_batch_size
@@ -184,6 +187,13 @@ REJECTED = {
     "half_precision_backend": "there is one backend; use --fp16 or --bf16",
     "past_index": "transformers has dropped it",
     "sharded_ddp": "transformers has dropped it",
+    "fsdp_min_num_params": "use --fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": "use --fsdp_config",
+    "xpu_backend": "use --ddp_backend",
+    "include_inputs_for_metrics": "use --include_for_metrics",
+    "include_tokens_per_second": "use --include_num_input_tokens_seen",
+    "dispatch_batches": "use --accelerator_config",
+    "split_batches": "use --accelerator_config",
     "tpu_num_cores": "TPUs are not supported",
     "tpu_metrics_debug": "TPUs are not supported",
     "use_ipex": "transformers has dropped it",
@@ -276,6 +286,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
     notices = []
     if "num_train_epochs" in given and "max_steps" not in given:
         argv += ["--max_steps", "-1"]
+    if "train_sampling_strategy" in given and "group_by_length" not in given:
+        argv += ["--group_by_length", "False"]
     model, data, training, generation, early_stop = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     generation_use_cache = training.use_cache if "use_cache" in given else True
     training.use_cache = False  # while training; the golden default of True is generation's
@@ -318,6 +330,13 @@ def _problems(settings: Settings) -> list[str]:
 
     check(training.bits in (4, 8, 16, 32), f"--bits {training.bits}: choose 4, 8, 16 or 32")
     check(training.quant_type in ("nf4", "fp4"), f"--quant_type {training.quant_type}: choose nf4 or fp4")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        check(getattr(training, name) >= 1, f"--{name} {getattr(training, name)}: must be at least 1")
+    epochs = training.num_train_epochs
+    check(epochs > 0, f"--num_train_epochs {epochs:g}: must be above 0")
+    for name, neutral in (("num_beam_groups", 1), ("penalty_alpha", None), ("diversity_penalty", 0.0)):
+        value = getattr(settings.generation, name)
+        check(value == neutral, f"--{name} {value}: transformers has dropped this way of generating; leave it out")
     check(training.lora_r >= 1, f"--lora_r {training.lora_r}: the rank must be at least 1")
     check(training.lora_alpha > 0, f"--lora_alpha {training.lora_alpha}: must be above 0")
     check(0 <= training.lora_dropout < 1, f"--lora_dropout {training.lora_dropout}: must be at least 0 and below 1")
@@ -325,7 +344,6 @@ def _problems(settings: Settings) -> list[str]:
     check(training.lora_bias in biases, f"--lora_bias {training.lora_bias}: choose one of {', '.join(biases)}")
     check(training.learning_rate > 0, f"--learning_rate {training.learning_rate}: must be above 0")
     check(training.save_safetensors, "--save_safetensors False: adapters are always saved as safetensors; leave it out")
-    check(not (training.fp16 and training.bf16), "--fp16 and --bf16 exclude each other: choose one")
     check(not training.remove_unused_columns, "--remove_unused_columns True would remove the text; leave it out")
     check(training.mmlu_split in ("eval", "test"), f"--mmlu_split {training.mmlu_split}: choose eval or test")
     check(
