@@ -33,7 +33,6 @@ from tiny_models import (
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("collect", "tokenizer", "vae", "unet", "export", "evaluate")
-HELDOUT_ROLES = ("new_concept", "new_picture")
 
 # Fixed before the first picture was seen. The first 24 ask for things that have a picture in the training styles or
 # among the held-out ones; the last 8 ask for combinations that no picture shows.
@@ -147,8 +146,9 @@ def unet(args):
         use_plain_attention(denoiser)
 
     def validation():
-        return train_networks.caption_losses(
-            denoiser, text, scheduler, held_latents, held_tokens, held_tokens, draws=8)[0]
+        right, _ = train_networks.caption_losses(
+            denoiser, text, scheduler, held_latents, held_tokens, held_tokens, draws=8)
+        return float(right.mean())
 
     print(f"denoiser {parameter_count(denoiser)}, text {parameter_count(text)} parameters", flush=True)
     figures, best = train_networks.train_unet(

@@ -184,7 +184,7 @@ def encode_variations(vae, pictures, can_flip, variations):
 
 
 def denoising_loss(unet, text_encoder, scheduler, latents, tokens, noise, timesteps, weighted=False):
-    """Mean squared error of the predicted noise.
+    """Mean squared error of the predicted noise, one value a picture (B,).
 
     Args:
         latents, noise: (B, 4, 8, 8); tokens: int64 (B, 77); timesteps: int64 (B,).
@@ -197,7 +197,7 @@ def denoising_loss(unet, text_encoder, scheduler, latents, tokens, noise, timest
         alphas = scheduler.alphas_cumprod.to(error.device)[timesteps]
         snr = alphas / (1 - alphas)
         error = error * snr.clamp(max=5) / snr
-    return error.mean()
+    return error
 
 
 def train_unet(
@@ -232,7 +232,7 @@ def train_unet(
         noise = torch.randn_like(clean)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), device=device)
         with _autocast(device):
-            loss = denoising_loss(unet, text_encoder, scheduler, clean, ids, noise, timesteps, weighted=True)
+            loss = denoising_loss(unet, text_encoder, scheduler, clean, ids, noise, timesteps, weighted=True).mean()
         _apply(optimizer, loss, parameters, clock, average)
         step += 1
         if step == 1:
@@ -268,20 +268,18 @@ def caption_losses(unet, text_encoder, scheduler, latents, tokens, other_tokens,
         latents: (N, 4, 8, 8) scaled; tokens, other_tokens: int64 (N, 77).
 
     Returns:
-        (right, other): two floats, means over `draws` noises and evenly spread timesteps.
+        (right, other): two tensors (N,), means over `draws` noises with timesteps spread evenly over the pictures.
     """
     generator = torch.Generator().manual_seed(seed)
     count, device = len(latents), latents.device
-    sums = [0.0, 0.0]
-    for draw in range(draws):
+    sums = torch.zeros(2, count, device=device)
+    for _ in range(draws):
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        steps = scheduler.config.num_train_timesteps
-        timesteps = (torch.randperm(count, generator=generator) * steps // count + (draw * steps) // (draws * count))
-        timesteps = timesteps.clamp(max=steps - 1).to(device)
+        timesteps = torch.randperm(count, generator=generator) * scheduler.config.num_train_timesteps // count
         for index, ids in enumerate((tokens, other_tokens)):
-            loss = denoising_loss(unet, text_encoder, scheduler, latents.float(), ids, noise, timesteps)
-            sums[index] += float(loss) / draws
-    return tuple(sums)
+            sums[index] += denoising_loss(
+                unet, text_encoder, scheduler, latents.float(), ids, noise, timesteps.to(device)) / draws
+    return sums[0], sums[1]
 
 
 @torch.no_grad()

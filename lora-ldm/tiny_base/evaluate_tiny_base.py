@@ -1,0 +1,159 @@
+"""Figures and the grid of pictures of the exported base, all from the committed folder alone."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tiny_models import LATENT_SCALE, parameter_count, tokenize
+from train_networks import caption_losses, psnr_db, shuffled_positions
+
+HELDOUT_ROLES = ("new_concept", "new_picture")
+TILES_A_ROW = 16
+SAMPLING_STEPS, GUIDANCE = 20, 5.0
+
+
+def load_pipeline(model_dir):
+    """The folder as StableDiffusionPipeline in float32, offline, without progress bars."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.models.attention_processor import AttnProcessor
+
+    pipeline = StableDiffusionPipeline.from_pretrained(model_dir, local_files_only=True, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.set_attn_processor(AttnProcessor())
+    return pipeline
+
+
+def save_heldout(model_dir, records, pictures_uint8):
+    """Write the pictures that were never trained on, skin tone copies left out: heldout.png and heldout.json."""
+    from emoji_pictures import on_white
+
+    chosen = [i for i, r in enumerate(records) if r["role"] in HELDOUT_ROLES and not r["is_tone_variant"]]
+    rows = math.ceil(len(chosen) / TILES_A_ROW)
+    sheet = Image.new("RGB", (TILES_A_ROW * 64, rows * 64), "white")
+    for place, index in enumerate(chosen):
+        tile = on_white(Image.fromarray(pictures_uint8[index]))
+        sheet.paste(tile, (place % TILES_A_ROW * 64, place // TILES_A_ROW * 64))
+    sheet.save(Path(model_dir) / "heldout.png", optimize=True)
+    kept = [{name: records[i][name] for name in ("caption", "concept", "style", "role")} for i in chosen]
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in kept)
+    (Path(model_dir) / "heldout.json").write_text(f"[\n{lines}\n]\n", encoding="utf8")
+
+
+def read_heldout(model_dir):
+    """Returns (rows, pictures): list of dicts and float (N, 3, 64, 64) in [-1, 1]."""
+    rows = json.loads((Path(model_dir) / "heldout.json").read_text("utf8"))
+    with Image.open(Path(model_dir) / "heldout.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    tiles = pixels.reshape(pixels.shape[0] // 64, 64, TILES_A_ROW, 64, 3).swapaxes(1, 2).reshape(-1, 64, 64, 3)
+    return rows, to_tensor(tiles[: len(rows)])
+
+
+def to_tensor(pixels_uint8):
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels_uint8)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def read_folder(folder):
+    """All 64 px pictures under a folder as one tensor (N, 3, 64, 64), or None."""
+    paths = sorted(Path(folder).glob("**/*.png"))
+    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in paths if "512px" not in path.parts]
+    return to_tensor(np.stack(pixels)) if pixels else None
+
+
+@torch.no_grad()
+def encode(vae, rgb):
+    """Scaled latents (N, 4, 8, 8)."""
+    return torch.cat([vae.encode(part).latent_dist.mean for part in rgb.split(64)]) * LATENT_SCALE
+
+
+def caption_gaps(pipeline, latents, rows, draws=4):
+    """How much higher the denoising loss is with shuffled captions than with the right ones.
+
+    Returns:
+        {which pictures: {"right", "shuffled", "gap_percent", "pictures"}} for all, for each kind of held-out picture,
+        and with captions shuffled among pictures of the same style only, where the name of the style cannot help.
+    """
+    tokens = tokenize(pipeline.tokenizer, [row["caption"] for row in rows])
+    concepts, styles = [row["concept"] for row in rows], [row["style"] for row in rows]
+    gaps = {}
+    for groups in (None, styles):
+        other = tokens[shuffled_positions(concepts, 0, groups)]
+        losses = caption_losses(pipeline.unet, pipeline.text_encoder, pipeline.scheduler, latents, tokens, other, draws)
+        for role in (None, *HELDOUT_ROLES):
+            members = [i for i, row in enumerate(rows) if role in (None, row["role"])]
+            right, shuffled = (float(loss[members].mean()) for loss in losses)
+            name = (role or "all") + (", shuffled within the style" if groups else "")
+            gaps[name] = {"right": round(right, 4), "shuffled": round(shuffled, 4),
+                          "gap_percent": round(100 * (shuffled / right - 1), 1), "pictures": len(members)}
+    return gaps
+
+
+def measure(model_dir, dataset_folder):
+    """All figures of the exported folder.
+
+    Returns:
+        dict: parameters and bytes, PSNR of the autoencoder per style, caption gap per kind of held-out picture.
+    """
+    pipeline = load_pipeline(model_dir)
+    rows, rgb = read_heldout(model_dir)
+    weights = [path for path in Path(model_dir).glob("*/*.safetensors")]
+    figures = {
+        "parameters": {name: parameter_count(getattr(pipeline, name)) for name in ("vae", "unet", "text_encoder")},
+        "model_bytes": sum(path.stat().st_size for path in weights),
+        "psnr_db": {},
+    }
+    for style in sorted({row["style"] for row in rows}):
+        members = [i for i, row in enumerate(rows) if row["style"] == style]
+        figures["psnr_db"][f"{style}, held out"] = round(psnr_db(pipeline.vae, rgb[members]), 2)
+    for name in ("portraits", "stills", "landscape", "architecture"):
+        pictures = read_folder(Path(dataset_folder) / name)
+        if pictures is not None:
+            figures["psnr_db"][f"dataset/{name}"] = round(psnr_db(pipeline.vae, pictures), 2)
+    figures["caption_gap"] = caption_gaps(pipeline, encode(pipeline.vae, rgb), rows)
+    figures["seconds_a_picture"] = seconds_a_picture(pipeline)
+    return figures
+
+
+def generate_batch(pipeline, prompts, seed):
+    """One 64 px picture a prompt, all from the same seed, with the settings used for all figures."""
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+    return pipeline(list(prompts), height=64, width=64, num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE,
+                    generator=generators).images
+
+
+def generate(pipeline, prompt, seed):
+    """One 64 px picture with the settings used for all figures."""
+    return generate_batch(pipeline, [prompt], seed)[0]
+
+
+def seconds_a_picture(pipeline, repeats=5):
+    """Median wall time of one picture at the settings above, with the number of threads it was taken with."""
+    generate(pipeline, "red heart", 0)
+    times = []
+    for seed in range(repeats):
+        started = time.perf_counter()
+        generate(pipeline, "red heart", seed)
+        times.append(time.perf_counter() - started)
+    return {"median": round(sorted(times)[repeats // 2], 2), "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+            "steps": SAMPLING_STEPS}
+
+
+def save_grid(model_dir, prompts, columns=8, zoom=2, name="grid.png"):
+    """One picture a prompt, first seed, no choosing. Writes the labelled grid and returns the seconds it took."""
+    pipeline = load_pipeline(model_dir)
+    side, text_px = 64 * zoom, 16
+    rows = math.ceil(len(prompts) / columns)
+    grid = Image.new("RGB", (columns * side, rows * (side + text_px)), "white")
+    draw = ImageDraw.Draw(grid)
+    started = time.perf_counter()
+    for place, (prompt, picture) in enumerate(zip(prompts, generate_batch(pipeline, prompts, seed=0))):
+        left, top = place % columns * side, place // columns * (side + text_px)
+        grid.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+        draw.text((left + 4, top + side + 2), prompt[:22], fill="black")
+    grid.save(Path(model_dir) / name, optimize=True)
+    return round(time.perf_counter() - started, 1)
