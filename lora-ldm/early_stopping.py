@@ -41,6 +41,8 @@ def make_monitor(args, rule, cs_interval, network, header):
 
 def verdict_of_each_part(monitor):
     """{component: the rule's verdict on its own CS}, as cs_replay gives it: stopped, turning_step, stop_step, reason."""
+    if not monitor.measurements:
+        return {}
     history = read_history(monitor.history_path)
-    parts = [name for name in (history.records[-1]["cs"] if history.records else {}) if name != "all"]
+    parts = [name for name in history.records[-1]["cs"] if name != "all"]
     return {part: redecide(history, "recorded", component=part) for part in parts}

@@ -207,6 +207,7 @@ def complete(args):
     args.calculate_cs = bool(args.calculate_cs or args.early_stop)
     args.save_model_as = args.save_model_as or "safetensors"
     args.output_name = args.output_name or "last"
+    args.network_dim = args.network_dim or 4
     args.network_module = args.network_module or "networks.lora"
     args.log_with = args.log_with or ("tensorboard" if args.logging_dir else None)
     args.text_encoder_lr = args.text_encoder_lr[0] if args.text_encoder_lr else None

@@ -25,7 +25,8 @@ def finish(trainer):
             pictures = save_results(trainer, outcome)
         write_result(args.output_dir, outcome, args, trainer.seed)
         if trainer.monitor is not None:
-            write_run_report(args.output_dir, outcome, args, trainer.monitor, pictures)
+            if trainer.monitor.history_path.exists():
+                write_run_report(args.output_dir, outcome, args, trainer.monitor, pictures)
             trainer.monitor.close()
     trainer.accelerator.end_training()
     return outcome
@@ -60,7 +61,7 @@ def save_results(trainer, outcome):
 
 def _state_with(trainer, tensors):
     """What a file holds, with the trainable tensors of another step; the live ones stay as they are."""
-    return {**trainer.network.state_for_file(), **tensors}
+    return trainer.network.state_for_file(tensors=tensors)
 
 
 def compare(trainer, found):

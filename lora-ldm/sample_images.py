@@ -25,7 +25,7 @@ OPTIONS = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l"
            "ss": "sample_sampler"}  # fmt: skip
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "lms": ("LMSDiscreteScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),

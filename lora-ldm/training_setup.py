@@ -80,7 +80,7 @@ def network_from_arguments(args, model, make_lora, make_lycoris):
     if not (train_unet or train_text):
         raise ValueError("nothing to train: the learning rates of the U-Net and of the text encoder are both 0")
     common = dict(
-        rank=args.network_dim or 4,
+        rank=args.network_dim,
         alpha=args.network_alpha,
         dropout=args.network_dropout or 0.0,
         train_unet=train_unet,
@@ -93,10 +93,8 @@ def network_from_arguments(args, model, make_lora, make_lycoris):
         extra = parse_network_args(args.network_args)
         return make_lora(model, **common, **extra, dim_from_weights=args.dim_from_weights), key_values(args.network_args)
     if args.network_module == "lycoris.kohya":
-        if args.dim_from_weights:
-            raise ValueError("--dim_from_weights is for networks.lora")
-        extra = key_values(args.network_args)
-        return make_lycoris(model, **common, **extra), extra
+        settings = {"network_args": args.network_args, "dim_from_weights": args.dim_from_weights}
+        return make_lycoris(model, **common, **settings), key_values(args.network_args)
     raise ValueError(f"--network_module {args.network_module} is not supported: networks.lora or lycoris.kohya")
 
 
