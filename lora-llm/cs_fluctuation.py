@@ -360,6 +360,7 @@ class EarlyStopMonitor:
         self.decision: Optional[Decision] = None
         self.series = FluctuationSeries(rule.settings.window)
         self.measurements = 0
+        self.last_record: Optional[Dict[str, Any]] = None  # the history line written last
         self.snapshots: Optional[SnapshotStore] = None
         if tensors is not None:
             bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors().values())
@@ -414,6 +415,7 @@ class EarlyStopMonitor:
         if self.snapshots is not None:
             self.snapshots.put(self.measurements, step, self.tensors())
         self.measurements += 1
+        self.last_record = record
         self._write(record)
         decision = self.rule.update(record) if self.decision is None else None
         if decision is not None:

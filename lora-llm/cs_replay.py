@@ -127,14 +127,19 @@ def draw(history: History, decision: Optional[Decision], window: int, component:
             fluctuation_axis.plot(*zip(*_valleys(fluctuation)), "v", color=COLOURS["heldout"], label="valley")
     fluctuation_axis.set_ylabel("CS-Fluctuation")
     fluctuation_axis.set_xlabel("step")
+    steps = [(history.last_step(), "last", "black", ":")]
+    if decision is not None:
+        steps = [(decision.keep_step, "kept", COLOURS["kept"], "-"), (decision.detected_step, "detected", COLOURS["detected"], "--")]
+        steps += [(history.last_step(), "last", "black", ":")] if history.last_step() != decision.detected_step else []
     for axis in (loss_axis, cs_axis, fluctuation_axis):
+        for step, name, colour, dashes in steps:
+            label = f"{name}: step {step}" if axis is loss_axis else None
+            axis.axvline(step, color=colour, linestyle=dashes, linewidth=1.8, label=label)
         if decision is not None:
             axis.axvspan(*decision.usable, color=COLOURS["kept"], alpha=0.07)
-            axis.axvline(decision.keep_step, color=COLOURS["kept"], linewidth=2, label=f"kept: step {decision.keep_step}")
-            axis.axvline(decision.detected_step, color=COLOURS["detected"], linestyle="--", label="detected")
-        axis.axvline(history.last_step(), color="black", linestyle=":", label=f"last: step {history.last_step()}")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     per_epoch = history.header.get("steps_per_epoch")
     if per_epoch:
         epochs = loss_axis.secondary_xaxis("top", functions=(lambda s: s / per_epoch, lambda e: e * per_epoch))

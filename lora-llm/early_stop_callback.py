@@ -19,7 +19,6 @@ from typing import Any, Callable, Optional, Union
 import torch
 from cs_fluctuation import STATE_NAME, Decision, DenseWeight, EarlyStopMonitor, LoraLayer, NonFiniteWeightsError
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stop_rules import DEFAULT_RULE, MeasurementPlan, RuleSettings, make_rule, plan_measurements
@@ -27,16 +26,28 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 
+def dequantised(layer: torch.nn.Module) -> torch.Tensor:
+    """W (out, in) of a bitsandbytes 4-bit or 8-bit layer, made for one use."""
+    weight = layer.weight
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    # After the first forward pass the scales of an 8-bit weight lie in the layer's state. (out,)
+    scales = layer.state.SCB if layer.state.SCB is not None else weight.SCB
+    return weight.data * (scales.to(weight.device).float() / 127).unsqueeze(1)
+
+
 class QuantisedWeight(DenseWeight):
-    """The weight of a bitsandbytes 4-bit or 8-bit layer: dequantised for one use, one layer at a time."""
+    """The weight of a quantised layer: dequantised for one use and dropped, so that one layer at a time is dense."""
 
     def dense(self) -> torch.Tensor:
-        return dequantize_module_weight(self.weight)  # here `weight` is the whole layer
+        return dequantised(self.weight)  # here `weight` is the whole layer
 
 
 def frozen_weight(layer: torch.nn.Module) -> DenseWeight:
     """The frozen weight W (out, in) of an adapted layer's base layer, without a copy of it."""
-    if hasattr(layer.weight, "quant_state") or type(layer.weight).__name__ == "Int8Params":
+    if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):
         return QuantisedWeight(layer)
     return DenseWeight(layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
 
@@ -108,7 +119,7 @@ class EarlyStopCallback(TrainerCallback):
     cs_interval: optimizer steps between measurements; window_size: M in measurements; None: chosen from the epoch's length.
     cs_reduction: "row" or "matrix". snapshot_disk_gb: disk that the snapshots may use. header: more facts for the history.
     say: takes the plain sentences for the person (default: print). before_restore: called before the kept weights are put
-    back. Raises ValueError at the start of training where the model has no LoRA layers.
+    back. log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names. Raises ValueError at the start of training where the model has no LoRA layers.
     """
 
     def __init__(
@@ -125,12 +136,13 @@ class EarlyStopCallback(TrainerCallback):
         header: Optional[dict[str, Any]] = None,
         say: Callable[[str], None] = print,
         before_restore: Optional[Callable[[], None]] = None,
+        log_scalar: Optional[Callable[[str, float, int], None]] = None,
     ):
         self.early_stop, self.stop_rule, self.valley = early_stop, stop_rule, valley
         self.cs_interval, self.window_size = cs_interval, window_size
         self.cs_reduction, self.cs_component = cs_reduction, cs_component
         self.snapshot_disk_gb, self.header, self.say = snapshot_disk_gb, header or {}, say
-        self.before_restore = before_restore
+        self.before_restore, self.log_scalar = before_restore, log_scalar
         self.monitor: Optional[EarlyStopMonitor] = None  # on rank 0 only
         self.plan: Optional[MeasurementPlan] = None
         self.diverged: Optional[str] = None
@@ -238,6 +250,11 @@ class EarlyStopCallback(TrainerCallback):
         except NonFiniteWeightsError as error:
             self.diverged = str(error)
             return DIVERGED
+        if self.log_scalar is not None:
+            record = self.monitor.last_record
+            self.log_scalar("cs/steps", record["cs"][self.cs_component], state.global_step)
+            if record["fluctuation"] is not None:
+                self.log_scalar("cs_fluctuation/steps", record["fluctuation"], state.global_step)
         if decision is not None:
             self.say(f"\n{decision.reason}")
         return STOP if decision is not None and self.early_stop else GO_ON

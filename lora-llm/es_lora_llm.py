@@ -36,6 +36,8 @@ from mmlu_eval import MMLUCallback, MMLUScorer, load_mmlu
 from run_outcome import EXIT_CODES, next_commands, verdict_sentence, versions, write_result, write_run_report
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -44,10 +46,44 @@ class TrainingDiverged(RuntimeError):
     """The loss is NaN or infinite."""
 
 
+class EpochSeededLengthSampler(LengthGroupedSampler):
+    """Groups by length in an order that depends on (seed, epoch) alone, so that a run resumed mid-epoch sees it again."""
+
+    seed = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
 class LoraTrainer(Seq2SeqTrainer):
     """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any process."""
 
     early_stop: Optional[EarlyStopCallback] = None
+
+    def _get_train_sampler(self, *args, **kwargs) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler  # accelerate seeds the others by epoch
+        seeded = EpochSeededLengthSampler(sampler.batch_size, lengths=sampler.lengths)
+        seeded.seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        seeded.set_epoch(0)
+        return seeded
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The same, without a trace in the random state: a run with evaluations trains as one without."""
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Speeds of evaluations are noise between the losses; those of training are kept."""
+        speeds = ("_runtime", "_per_second", "_model_preparation_time")
+        super().log({k: v for k, v in logs.items() if k.startswith("train") or not k.endswith(speeds)}, *args, **kwargs)
+
+    def log_scalar(self, name: str, value: float, step: int) -> None:
+        """A scalar under exactly this name, in TensorBoard's log."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_scalar(name, value, step)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -130,6 +166,7 @@ def set_up(settings: Settings, argv: list[str]) -> Run:
     resume = _checkpoint_to_resume(settings)
     set_seed(training.seed)
     flat = settings.flat()
+    training.eval_on_start = training.do_eval and resume is None
     tokenizer = load_tokenizer(
         settings.model.model_name_or_path,
         cache_dir=training.cache_dir,
@@ -139,7 +176,6 @@ def set_up(settings: Settings, argv: list[str]) -> Run:
     splits = load_splits(flat)
     collator = CausalCollator(tokenizer, settings.data.source_max_len, settings.data.target_max_len, training.train_on_source)
     mmlu_rows = load_mmlu(flat) if training.do_mmlu_eval else None
-    _check_evaluation(settings, splits)
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
         _delete_earlier_run(Path(training.output_dir))
     base = load_base(settings)
@@ -174,12 +210,6 @@ def _add_lengths(splits: Splits, collator: CausalCollator, column: str) -> None:
         rows = getattr(splits, name)
         if rows is not None:
             setattr(splits, name, rows.add_column(column, collator.lengths(rows)))
-
-
-def _check_evaluation(settings: Settings, splits: Splits) -> None:
-    evaluates = str(settings.training.eval_strategy) not in ("no", "IntervalStrategy.NO")
-    if evaluates and splits.evaluation is None:
-        raise ValueError("--eval_strategy asks for evaluations and there are no evaluation examples; add --do_eval")
 
 
 def _delete_earlier_run(folder: Path) -> None:
@@ -218,6 +248,7 @@ def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run
     if early_stop is not None:
         early_stop.say = run.say
         early_stop.before_restore = lambda: _score_last(run)
+        early_stop.log_scalar = trainer.log_scalar
     return run
 
 
@@ -249,8 +280,6 @@ def _early_stop_callback(settings: Settings) -> EarlyStopCallback:
 def train(run: Run) -> str:
     """Train to the stop or the budget and return the outcome; the model then holds the weights to keep."""
     _announce(run)
-    if run.splits.evaluation is not None and run.resume is None:
-        run.heldout["before"] = _loss(run, "before")
     try:
         run.trainer.train(resume_from_checkpoint=run.resume)
     except TrainingDiverged as error:
@@ -318,6 +347,8 @@ def finish(run: Run, outcome: str, seconds: float) -> dict[str, Any]:
     """Evaluate and save what is kept, write result.json and report.html; the result, on every process."""
     training, state, early_stop = run.settings.training, run.trainer.state, run.early_stop
     decision = early_stop.decision if early_stop is not None else None
+    at_start = [log["eval_loss"] for log in state.log_history if log["step"] == 0 and "eval_loss" in log]
+    run.heldout["before"] = at_start[0] if at_start else None
     facts = early_stop.facts(state.global_step) if early_stop is not None else {"last_step": state.global_step}
     facts["outcome"] = outcome
     adapters: dict[str, str] = {}

@@ -80,6 +80,9 @@ class NthValley(StopRule):
         """Valleys seen so far; called at a measurement that may have added one, before its derivative is remembered."""
         return self._valleys
 
+    def _which(self) -> str:
+        return f"its valley number {self.settings.valley}"
+
     def update(self, record: Dict[str, Any]) -> Optional[Decision]:
         self._steps.append(record["step"])
         fluctuation = self._series.update(record["cs"][self.settings.component]).fluctuation
@@ -95,9 +98,8 @@ class NthValley(StopRule):
             return None
         keep, detected = self._steps[0], record["step"]
         reason = (
-            f"CS-Fluctuation of {self.settings.component!r} passed its valley number {self.settings.valley} at step "
-            f"{detected}: the direction of the update has become steady. The turning point is step {keep}, where that "
-            "window began."
+            f"CS-Fluctuation of {self.settings.component!r} passed {self._which()} at step {detected}: the direction of the "
+            f"update has become steady. The turning point is step {keep}, where that window began."
         )
         return Decision(keep, detected, (keep, detected), reason)
 
@@ -123,6 +125,11 @@ class SecondValley(NthValley):
     def _count(self) -> int:
         starts_rising = bool(self._derivatives) and self._derivatives[0] > 0 > self._derivatives[-1]
         return self._valleys + int(starts_rising)
+
+    def _which(self) -> str:
+        if self._valleys == 2:
+            return "its second valley"
+        return "its first valley, which the published code counts as the second because the series began by rising,"
 
 
 RULES: Dict[str, Type[StopRule]] = {rule.name: rule for rule in (SecondValley, NthValley)}

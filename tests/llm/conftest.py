@@ -1,7 +1,52 @@
-"""Puts the lora-llm tree on sys.path, as running one of its entry points would."""
+"""Puts the lora-llm tree on sys.path, as running one of its entry points would, and makes a model to train in seconds."""
 
+import json
+import os
 import sys
 from pathlib import Path
 
-TREE = Path(__file__).resolve().parents[2] / "lora-llm"
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TREE = ROOT / "lora-llm"
 sys.path.insert(0, str(TREE))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub, and asking for one costs half a minute
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory) -> Path:
+    """A seeded random Llama of two layers, hidden size 32, with the embedded base's tokenizer."""
+    import quiet_libraries  # noqa: F401
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = AutoTokenizer.from_pretrained(TREE / "tiny_base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory) -> dict:
+    """{"train", "heldout"}: 16 and 6 short examples of the bundled kitchen notes."""
+    folder, files = tmp_path_factory.mktemp("text"), {}
+    for name, count in (("train", 16), ("heldout", 6)):
+        lines = (ROOT / "dataset" / "kitchen_notes" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        rows = [json.loads(line) for line in lines]
+        short = [{"input": row["input"][:60], "output": row["output"][:80]} for row in rows]
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in short))
+    return files
