@@ -23,7 +23,9 @@ def make_accelerator(args):
         raise ValueError("--mixed_precision fp16 needs a GPU; use no or bf16 on a CPU")
     handlers = [InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=args.ddp_timeout))] if args.ddp_timeout else []
     trackers = {"all": ["tensorboard", "wandb"], None: None}.get(args.log_with, [args.log_with])
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     accelerator = Accelerator(
+        cpu=on_cpu,  # said outright, several processes on a CPU find each other
         mixed_precision=args.mixed_precision,
         log_with=trackers,
         project_dir=_logging_folder(args) if trackers else None,
