@@ -1,0 +1,265 @@
+"""Early stopping inside kohya's train_network.py and qlora.py: all that is more than the calls put there.
+
+Copied into the patched checkout beside es_lora_run.py, es_lora_layers.py and the vendored files. The calls are few:
+`add_arguments`, `start`, `after_step`, `stopped` and `before_last_save` in sd-scripts; `training_argument` and
+`add_callback` in qlora. Without --calculate_cs or --early_stop nothing is measured and nothing is different.
+Python 3.8, torch 1.13.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch
+from cs_fluctuation import write_text_whole
+from es_lora_layers import all_tensors, copies, network_layers, peft_layers, put_in, trained_tensors
+from es_lora_run import STEP_NAME, EarlyStopRun, Settings, add_arguments, read_settings, say, training_argument
+from transformers import TrainerCallback
+
+__all__ = ["add_arguments", "start", "training_argument", "add_callback"]
+
+# ------------------------------------------------------------------------------------------------ sd-scripts
+
+
+class NoEarlyStop:
+    """Stands in where early stopping is off."""
+
+    stopped = False
+
+    def after_step(self, accelerator: Any, global_step: int, loss: torch.Tensor) -> None:
+        pass
+
+    def before_last_save(
+        self, save_model: Callable, network: Any, metadata: Dict, step: int, epoch: int
+    ) -> Tuple[int, int]:
+        return step, epoch
+
+
+def start(args: Any, accelerator: Any, network: Any, optimizer: Any, train_dataloader: Any) -> Any:
+    """The early stop of a run of sd-scripts. Ends the program with code 2 and one line where a flag is wrong."""
+    try:
+        settings = read_settings(args, "matrix")
+        if settings is None:
+            return NoEarlyStop()
+        return NetworkEarlyStop(args, settings, accelerator, network, optimizer, train_dataloader)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"ES-LoRA: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class NetworkEarlyStop:
+    """The early stop of one run of train_network.py or of a trainer built on it."""
+
+    def __init__(
+        self, args: Any, settings: Settings, accelerator: Any, network: Any, optimizer: Any, train_dataloader: Any
+    ):
+        self.args, self.network = args, accelerator.unwrap_model(network)
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+        self.to_training, self.to_evaluation = _schedule_free_switches(self.optimizer, args)
+        self._trained = False
+        layers, left_out = network_layers(self.network)
+        if args.resume and getattr(args, "resume_from_huggingface", False):
+            raise ValueError(
+                "--resume_from_huggingface cannot bring the CS history; download the state and --resume its folder"
+            )
+        self.name = args.output_name or "last"
+        self.run = EarlyStopRun(
+            settings,
+            Path(args.output_dir) / f"{self.name}-es-lora",
+            layers,
+            self._tensors_to_save,
+            math.ceil(len(train_dataloader) / args.gradient_accumulation_steps),
+            args.max_train_steps,
+            accelerator.is_main_process,
+            Path(args.resume) if args.resume else None,
+            {"trainer": "sd-scripts", "network_module": args.network_module, "seed": args.seed},
+        )
+        if left_out and accelerator.is_main_process:
+            say(f"{left_out} modules of the network have no update of a weight matrix and are not measured.")
+        self._learning_rate = self.optimizer.param_groups[-1]["lr"]
+        if self.run.monitor is not None:
+            _carry_in_states(accelerator, self.run)
+
+    @property
+    def stopped(self) -> bool:
+        return self.run.stopped
+
+    def _tensors_to_save(self) -> Dict[str, torch.Tensor]:
+        """What a file saved now would hold: of a schedule-free optimizer the averaged weights, which it swaps in to save.
+
+        Swapping there and back rounds, so the training weights are put back bit for bit.
+        """
+        live = all_tensors(self.network)
+        if self.to_evaluation is None or not self._trained:
+            return live
+        training = copies(live)
+        self.to_evaluation()
+        averaged = copies(live)
+        self.to_training()
+        put_in(live, training)
+        return averaged
+
+    def after_step(self, accelerator: Any, global_step: int, loss: torch.Tensor) -> None:
+        """After every completed optimizer step. global_step: the trainer's own count, for its trackers."""
+        self._trained = True
+        if self.run.after_step(loss, self._learning_rate, accelerator.device):
+            record = self.run.last_record()
+            if record and accelerator.trackers:
+                names = {"all": "total"}
+                scalars = {f"{names.get(part, part)}_cs/step": value for part, value in record["cs"].items()}
+                if record["fluctuation"] is not None:
+                    scalars["cs_fluctuation/step"] = record["fluctuation"]
+                accelerator.log(scalars, step=global_step)
+        self._learning_rate = self.optimizer.param_groups[-1]["lr"]  # of the next step
+
+    def before_last_save(
+        self, save_model: Callable, network: Any, metadata: Dict, step: int, epoch: int
+    ) -> Tuple[int, int]:
+        """Prepare the trainer's last save, on the main process: gives the (step, epoch) to save under.
+
+        On a stop the last weights are saved as NAME-last and the turning point's stand in the network when the trainer saves
+        it as NAME. Without --early_stop the turning point is saved as NAME-turning-point, and NAME is the end of the training.
+        """
+        run, extension = self.run, f".{self.args.save_model_as}"
+        kept, last = run.kept_step(), run.step
+        metadata["es_lora"] = json.dumps(run.verdict())
+        files = {"the end of the training": self.name + extension}
+        if kept is not None:
+            live, end = all_tensors(self.network), None
+            turning_point = run.monitor.load_snapshot(kept)
+            if run.settings.early_stop:
+                save_model(f"{self.name}-last{extension}", self.network, last, run.epoch_of(last))
+                files = {
+                    f"the result, step {kept}": self.name + extension,
+                    "the end of the training": f"{self.name}-last{extension}",
+                }
+                put_in(live, turning_point)
+                step, epoch = kept, run.epoch_of(kept)
+            else:
+                end = copies(live)
+                put_in(live, turning_point)
+                save_model(f"{self.name}-turning-point{extension}", self.network, kept, run.epoch_of(kept))
+                put_in(live, end)
+                files[f"the turning point, step {kept}"] = f"{self.name}-turning-point{extension}"
+        run.finish({what: str(Path(self.args.output_dir) / name) for what, name in files.items()})
+        return step, epoch
+
+
+def _schedule_free_switches(optimizer: Any, args: Any) -> Tuple[Optional[Callable], Optional[Callable]]:
+    """(to training, to evaluation weights), (None, None) where this trainer does not swap weights to save."""
+    from library import train_util
+
+    switches = getattr(train_util, "get_optimizer_train_eval_fn", None)
+    if switches is None or not str(args.optimizer_type).lower().endswith("schedulefree"):
+        return None, None
+    return switches(optimizer, args)
+
+
+def _carry_in_states(accelerator: Any, run: EarlyStopRun) -> None:
+    """Whatever saves a training state with this accelerator saves the monitor with it."""
+    save_state = accelerator.save_state
+
+    def save_state_and_monitor(output_dir: Any = None, *rest: Any, **options: Any) -> Any:
+        answer = save_state(output_dir, *rest, **options)
+        run.save_state(Path(output_dir or answer))
+        return answer
+
+    accelerator.save_state = save_state_and_monitor
+
+
+# ------------------------------------------------------------------------------------------------ qlora
+
+
+def add_callback(trainer: Any, checkpoint_dir: Optional[str]) -> None:
+    """Put early stopping into qlora's Trainer. checkpoint_dir: the checkpoint that this run carries on from, if any.
+
+    qlora passes over unknown flags in silence, so the first line says whether early stopping is on.
+    """
+    try:
+        settings = read_settings(trainer.args, "row")
+        if settings is None:
+            return say("installed, and off; --early_stop switches it on.")
+        peft_layers(trainer.model)
+    except ValueError as error:
+        print(f"ES-LoRA: {error}", file=sys.stderr)
+        sys.exit(2)
+    say("early stopping is on." if settings.early_stop else "CS is measured; --early_stop would also stop.")
+    trainer.add_callback(QloraEarlyStop(settings, checkpoint_dir))
+
+
+class QloraEarlyStop(TrainerCallback):
+    """Measures after every step, stops the Trainer and leaves the turning point in `turning-point/adapter_model`.
+
+    The last weights stay where qlora puts them (checkpoint-N/adapter_model). With --early_stop the model holds the turning
+    point when the Trainer returns, so that evaluation and prediction are of it.
+    """
+
+    def __init__(self, settings: Settings, checkpoint_dir: Optional[str]):
+        self.settings, self.checkpoint = settings, Path(checkpoint_dir) if checkpoint_dir else None
+        self.run: Optional[EarlyStopRun] = None
+        self._loss: Optional[torch.Tensor] = None
+        self._learning_rate: Optional[float] = None
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
+        if self.checkpoint is not None and not (self.checkpoint / STEP_NAME).is_file():
+            say(f"{self.checkpoint} holds no CS history; measuring begins anew.")
+            self.checkpoint = None
+        self.run = EarlyStopRun(
+            self.settings,
+            Path(args.output_dir),
+            peft_layers(model),
+            lambda: trained_tensors(model),
+            max(1, len(train_dataloader) // args.gradient_accumulation_steps),
+            state.max_steps,
+            state.is_world_process_zero,
+            self.checkpoint,
+            {"trainer": "qlora", "seed": args.seed},
+        )
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self._loss = torch.tensor(float(logs["loss"]))
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self.run.after_step(self._loss, self._learning_rate, args.device)
+        self._learning_rate = optimizer.param_groups[0]["lr"] if optimizer is not None else None
+        if self.run.stopped:
+            control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        loss = (metrics or {}).get("eval_loss")
+        if self.run is not None and self.run.monitor is not None and loss is not None and math.isfinite(loss):
+            self.run.monitor.note("evaluation", self.run.step, heldout_loss=loss)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if self.run.monitor is not None:
+            self.run.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        if self.run.monitor is None:
+            return
+        live, kept, output_dir = trained_tensors(model), self.run.kept_step(), Path(args.output_dir)
+        files = {"the end of the training": str(output_dir / f"checkpoint-{state.global_step}" / "adapter_model")}
+        if kept is not None:
+            end = copies(live)
+            put_in(live, self.run.monitor.load_snapshot(kept))
+            folder = output_dir / "turning-point"
+            _save_adapter(model, folder, self.run.verdict())
+            files[f"the turning point, step {kept}"] = str(folder / "adapter_model")
+            if not self.settings.early_stop:
+                put_in(live, end)
+        self.run.finish(files)
+
+
+def _save_adapter(model: Any, folder: Path, verdict: Dict[str, Any]) -> None:
+    """qlora's checkpoint layout (FOLDER/adapter_model), with the verdict beside it; the folder appears whole."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(str(temporary / "adapter_model"))
+    write_text_whole(temporary / "es_lora.json", json.dumps(verdict, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
