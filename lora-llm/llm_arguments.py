@@ -207,6 +207,12 @@ REJECTED = {
     "push_to_hub_token": "use --hub_token",
 }
 
+# Ranges, checked where a value is given; NaN is in none of them.
+AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1)
+AT_LEAST.update(dict.fromkeys(("max_train_samples", "max_eval_samples", "max_mmlu_samples", "max_new_tokens", "num_beams"), 1))
+AT_LEAST.update(source_max_len=1, target_max_len=1, mmlu_source_max_len=1, valley=1, weight_decay=0, max_grad_norm=0)
+ABOVE_ZERO = ("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "snapshot_disk_gb", "temperature", "top_p")
+
 
 @dataclass
 class Settings:
@@ -288,7 +294,10 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
         argv += ["--max_steps", "-1"]
     if "train_sampling_strategy" in given and "group_by_length" not in given:
         argv += ["--group_by_length", "False"]
-    model, data, training, generation, early_stop = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    try:
+        model, data, training, generation, early_stop = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:  # transformers' own checks, some of several lines
+        raise ValueError(" ".join(str(error).split())) from error
     generation_use_cache = training.use_cache if "use_cache" in given else True
     training.use_cache = False  # while training; the golden default of True is generation's
     problems: list[str] = []
@@ -322,7 +331,7 @@ def _resume(text: Optional[str]) -> Union[str, bool, None]:
 
 
 def _problems(settings: Settings) -> list[str]:
-    training, stop, data, problems = settings.training, settings.early_stop, settings.data, []
+    training, stop, problems = settings.training, settings.early_stop, []
 
     def check(condition: bool, message: str) -> None:
         if not condition:
@@ -330,43 +339,35 @@ def _problems(settings: Settings) -> list[str]:
 
     check(training.bits in (4, 8, 16, 32), f"--bits {training.bits}: choose 4, 8, 16 or 32")
     check(training.quant_type in ("nf4", "fp4"), f"--quant_type {training.quant_type}: choose nf4 or fp4")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        check(getattr(training, name) >= 1, f"--{name} {getattr(training, name)}: must be at least 1")
-    epochs = training.num_train_epochs
-    check(epochs > 0, f"--num_train_epochs {epochs:g}: must be above 0")
+    flat = vars(settings.flat())
+    for name, lowest in AT_LEAST.items():
+        check(flat[name] is None or flat[name] >= lowest, f"--{name} {flat[name]}: must be at least {lowest}")
+    for name in ABOVE_ZERO:
+        check(flat[name] > 0, f"--{name} {flat[name]:g}: must be above 0")
+    check(0 <= training.warmup_ratio < 1, f"--warmup_ratio {training.warmup_ratio}: must be at least 0 and below 1")
     for name, neutral in (("num_beam_groups", 1), ("penalty_alpha", None), ("diversity_penalty", 0.0)):
-        value = getattr(settings.generation, name)
-        check(value == neutral, f"--{name} {value}: transformers has dropped this way of generating; leave it out")
-    check(training.lora_r >= 1, f"--lora_r {training.lora_r}: the rank must be at least 1")
-    check(training.lora_alpha > 0, f"--lora_alpha {training.lora_alpha}: must be above 0")
+        check(flat[name] == neutral, f"--{name} {flat[name]}: transformers has dropped this way of generating; leave it out")
     check(0 <= training.lora_dropout < 1, f"--lora_dropout {training.lora_dropout}: must be at least 0 and below 1")
+    check(training.lora_r >= 1, f"--lora_r {training.lora_r}: the rank must be at least 1")
     biases = ("none", "all", "lora_only")
     check(training.lora_bias in biases, f"--lora_bias {training.lora_bias}: choose one of {', '.join(biases)}")
-    check(training.learning_rate > 0, f"--learning_rate {training.learning_rate}: must be above 0")
     check(training.save_safetensors, "--save_safetensors False: adapters are always saved as safetensors; leave it out")
     check(not training.remove_unused_columns, "--remove_unused_columns True would remove the text; leave it out")
     check(training.mmlu_split in ("eval", "test"), f"--mmlu_split {training.mmlu_split}: choose eval or test")
-    check(
-        training.mmlu_dataset in ("mmlu-zs", "mmlu-fs"), f"--mmlu_dataset {training.mmlu_dataset}: choose mmlu-zs or mmlu-fs"
-    )
-    check(data.source_max_len >= 1, f"--source_max_len {data.source_max_len}: must be at least 1")
-    check(data.target_max_len >= 1, f"--target_max_len {data.target_max_len}: must be at least 1")
+    check(training.mmlu_dataset in ("mmlu-zs", "mmlu-fs"), f"--mmlu_dataset {training.mmlu_dataset}: choose mmlu-zs or mmlu-fs")
     if training.full_finetune:
         check(
             not stop.calculate_cs,
-            "--full_finetune trains every weight and CS needs a LoRA: leave out --early_stop and --calculate_cs, "
-            "or train a LoRA",
+            "--full_finetune trains every weight and CS needs a LoRA: leave out --early_stop and --calculate_cs, or train a LoRA",
         )
         check(training.bits in (16, 32), f"--full_finetune cannot train a base of {training.bits} bits: use --bits 16 or 32")
     check(stop.stop_rule in RULES, f"--stop_rule {stop.stop_rule}: choose one of {', '.join(RULES)}")
-    check(stop.valley >= 1, f"--valley {stop.valley}: must be at least 1")
     check(
         stop.stop_rule != "second-valley" or stop.valley == 2,
         f"--valley {stop.valley}: second-valley counts to 2; use --stop_rule nth-valley",
     )
     check(stop.cs_reduction in ("row", "matrix"), f"--cs_reduction {stop.cs_reduction}: choose row or matrix")
     check(stop.cs_component in ("lm", "all"), f"--cs_component {stop.cs_component}: choose lm or all")
-    check(stop.snapshot_disk_gb > 0, f"--snapshot_disk_gb {stop.snapshot_disk_gb}: must be above 0")
     problems += _output_problems(settings)
     return problems
 

@@ -353,6 +353,13 @@ BAD_VALUES = {
     "--per_device_eval_batch_size 0": "at least 1",
     "--gradient_accumulation_steps 0": "at least 1",
     "--num_train_epochs 0": "above 0",
+    "--max_eval_samples 0": "at least 1",
+    "--max_new_tokens 0": "at least 1",
+    "--weight_decay nan": "at least 0",
+    "--max_grad_norm nan": "at least 0",
+    "--save_steps 0": "above 0",
+    "--top_p 0": "above 0",
+    "--warmup_ratio 2": "below 1",
     "--num_beam_groups 2": "transformers has dropped",
     "--penalty_alpha 0.6": "transformers has dropped",
     "--diversity_penalty 0.5": "transformers has dropped",
@@ -369,6 +376,11 @@ def test_every_problem_stands_in_one_message(parse):
     said = message(parse, " ".join(BAD_VALUES))
     assert [words for words in BAD_VALUES if words not in said] == []
     assert "\n" not in said
+
+
+def test_a_message_of_transformers_is_brought_into_one_line(parse):
+    said = message(parse, "--load_best_model_at_end")
+    assert "--load_best_model_at_end requires" in said and "\n" not in said
 
 
 def test_half_precisions_exclude_each_other(parse):
