@@ -5,6 +5,8 @@ the Hugging Face hub. Nothing is fetched unless a hub name is given or a single 
 """
 
 import json
+import urllib.error
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
+HUB_TIMEOUT_SEC = 5
 PIPELINE_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 
 diffusers_logging.set_verbosity_error()
@@ -184,7 +187,7 @@ def load_clip_tokenizer(folder=None, tokenizer_cache_dir=None):
         if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
             return CLIPTokenizer.from_pretrained(candidate, local_files_only=True)
     try:
-        return CLIPTokenizer.from_pretrained(CLIP_VOCABULARY)
+        return CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, local_files_only=not _hub_answers())
     except OSError as error:
         where = tokenizer_cache_dir or "a folder of your choice, named with --tokenizer_cache_dir"
         raise FileNotFoundError(
@@ -234,12 +237,29 @@ def _hub_folder(name):
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PIPELINE_FILES))
+        offline = not _hub_answers()
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PIPELINE_FILES, local_files_only=offline))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise FileNotFoundError(
             f"{name} is neither a file or folder here nor could it be read from the Hugging Face hub "
             f"({str(error).splitlines()[0]}); give a local path"
         ) from error
+
+
+def _hub_answers():
+    """Whether the hub can be reached: without it, its client would retry for minutes before it says so."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SEC).close()
+    except urllib.error.HTTPError:
+        return True  # it refuses this request, but it is there
+    except OSError:
+        return False
+    return True
 
 
 def _load_folder(folder, dtype):
