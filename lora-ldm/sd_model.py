@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
+SPECIAL_TOKENS = 3  # begin, end and padding, which a tokenizer without a vocabulary still has
 HUB_TIMEOUT_SEC = 5
 PIPELINE_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 
@@ -187,13 +188,16 @@ def load_clip_tokenizer(folder=None, tokenizer_cache_dir=None):
         if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
             return CLIPTokenizer.from_pretrained(candidate, local_files_only=True)
     try:
-        return CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, local_files_only=not _hub_answers())
-    except OSError as error:
+        tokenizer = CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, local_files_only=not _hub_answers())
+    except OSError:
+        tokenizer = None
+    if tokenizer is None or tokenizer.vocab_size <= SPECIAL_TOKENS:  # transformers 5 makes an empty one of no files
         where = tokenizer_cache_dir or "a folder of your choice, named with --tokenizer_cache_dir"
         raise FileNotFoundError(
             f"the CLIP vocabulary was not found: a single-file checkpoint does not contain it. Put vocab.json and "
             f"merges.txt of {CLIP_VOCABULARY} (SD 2.x uses the same ones) into {where}"
-        ) from error
+        )
+    return tokenizer
 
 
 def write_clip_vocabulary(tokenizer, folder):
