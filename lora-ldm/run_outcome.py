@@ -130,15 +130,16 @@ def last_lines(outcome, args, prompt):
     report = Path(args.output_dir) / "report.html"
     if report.exists():
         lines.append(f"  report: {show(report)}")
+    python = show(sys.executable)
     if outcome.name == "interrupted":
-        words = [word for word in _words_without_resume(sys.argv)]
-        lines += ["Carry on with:", f"  python {shlex.join([*words, '--resume', show(outcome.files['state'])])}"]
+        words = _words_without_resume(sys.argv)
+        lines += ["Carry on with:", f"  {shlex.join([python, *words, '--resume', show(outcome.files['state'])])}"]
     elif "kept" in outcome.files:
         script = show(Path(__file__).with_name("sample_images.py"))
         kind = (["--v2"] if args.v2 else []) + (["--v_parameterization"] if args.v_parameterization else [])
         kind += ["--clip_skip", str(args.clip_skip)] if args.clip_skip else []
         command = [script, "--base", args.pretrained_model_name_or_path, *kind, "--lora", show(outcome.files["kept"])]
-        lines += ["Try it:", f"  python {shlex.join([*command, '--prompt', prompt])}"]
+        lines += ["Try it:", f"  {shlex.join([python, *command, '--prompt', prompt])}"]
     return lines
 
 
