@@ -5,6 +5,7 @@ from pathlib import Path
 HUB = "the trainer does not talk to a hub; upload the finished file with `hf upload`"
 DEEPSPEED = "DeepSpeed is not supported: a LoRA and its optimizer state fit on one device"
 FP8 = "fp8 base weights are not supported; use --mixed_precision bf16 or fp16"
+DDP = "gradients are averaged once a step, without DistributedDataParallel; there is nothing to tune"
 COMPILE = "torch.compile is not supported: it would hide the layers whose similarity is measured"
 
 # {flag: (takes a value, why it is refused)}
@@ -30,6 +31,8 @@ REJECTED = {
     "fp8_base_unet": (False, FP8),
     "torch_compile": (False, COMPILE),
     "dynamo_backend": (True, COMPILE),
+    "ddp_gradient_as_bucket_view": (False, DDP),
+    "ddp_static_graph": (False, DDP),
     "fused_backward_pass": (False, "it is meant for full fine-tuning; a LoRA's gradients are small"),
     "cpu_offload_checkpointing": (False, "use --gradient_checkpointing, which keeps activations out of memory"),
     "lowram": (False, "the base model is loaded once, in the precision of training, whatever the memory"),
@@ -142,9 +145,7 @@ def _ranges(args):
 
 def _contradictions(args):
     lines = [
-        f"--{one} and --{other} cannot be used together"
-        for one, other in EXCLUDE
-        if _given(args, one) and _given(args, other)
+        f"--{one} and --{other} cannot be used together" for one, other in EXCLUDE if _given(args, one) and _given(args, other)
     ]
     lines += [f"--{one} needs --{other}" for one, other in NEED if _given(args, one) and not _given(args, other)]
     for precision in ("fp16", "bf16"):
@@ -176,20 +177,14 @@ def _paths(args):
         for name in FILES
         if getattr(args, name) and not Path(getattr(args, name)).is_file()
     ]
-    lines += [
-        f"--base_weights {path}: there is no such file" for path in args.base_weights or [] if not Path(path).is_file()
-    ]
+    lines += [f"--base_weights {path}: there is no such file" for path in args.base_weights or [] if not Path(path).is_file()]
     lines += [
         f"--{name} {getattr(args, name)}: there is no such folder"
         for name in FOLDERS
         if getattr(args, name) and not Path(getattr(args, name)).is_dir()
     ]
     base = args.pretrained_model_name_or_path
-    if (
-        base
-        and (base.endswith((".safetensors", ".ckpt", ".pt")) or base.startswith((".", "/")))
-        and not Path(base).exists()
-    ):
+    if base and (base.endswith((".safetensors", ".ckpt", ".pt")) or base.startswith((".", "/"))) and not Path(base).exists():
         lines.append(f"--pretrained_model_name_or_path {base}: there is no such file or folder")
     return lines
 
@@ -205,7 +200,7 @@ def complete(args):
         args.caption_extension = args.caption_extention
     args.cache_latents = args.cache_latents or args.cache_latents_to_disk
     args.calculate_cs = bool(args.calculate_cs or args.early_stop)
-    args.save_model_as = args.save_model_as or "safetensors"
+    args.save_model_as = "safetensors" if args.use_safetensors else args.save_model_as or "safetensors"
     args.output_name = args.output_name or "last"
     args.network_dim = args.network_dim or 4
     args.network_module = args.network_module or "networks.lora"

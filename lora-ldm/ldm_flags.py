@@ -221,8 +221,6 @@ def _step(parser):
     add("--seed", int, help="drawn and reported when not given")
     add("--highvram", help="keep the VAE on the device")
     add("--ddp_timeout", int, help="minutes")
-    add("--ddp_gradient_as_bucket_view")
-    add("--ddp_static_graph")
 
 
 def _loss(parser):

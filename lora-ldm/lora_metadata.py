@@ -25,6 +25,11 @@ PLAIN_FLAGS = """
     validate_every_n_steps
 """.split()
 
+# Flags that become modelspec keys, metadata_ before the name.
+SPEC_FLAGS = """
+    author description license tags usage_hint thumbnail merged_from trigger_phrase preprocessor is_negative_embedding
+""".split()
+
 
 def base_model_version(v2, v_parameterization):
     """kohya's short name of the base: sd_v1, sd_v2, sd_v2_v."""
@@ -73,7 +78,7 @@ def model_spec(settings):
         "resolution": _resolution_text(settings.get("resolution"), 768 if v2 and v_parameterization else 512),
         "prediction_type": "v" if v_parameterization else "epsilon",
     }
-    for name in ("author", "description", "license", "tags"):
+    for name in SPEC_FLAGS:
         if settings.get(f"metadata_{name}"):
             spec[name] = settings[f"metadata_{name}"]
     if settings.get("min_timestep") is not None or settings.get("max_timestep") is not None:
@@ -87,9 +92,7 @@ def model_spec(settings):
 
 def minimum_metadata(metadata):
     """What remains with --no_metadata: how to use the file, nothing about the person's data."""
-    return {
-        name: value for name, value in metadata.items() if name in MINIMUM_KEYS or name.startswith("modelspec.")
-    }
+    return {name: value for name, value in metadata.items() if name in MINIMUM_KEYS or name.startswith("modelspec.")}
 
 
 def _resolution_text(resolution, default_px):
