@@ -30,18 +30,18 @@ from diffusion_loss import (
 from early_stopping import make_monitor, plan
 from image_dataset import build_datasets
 from ldm_arguments import parse_arguments
-from lora_file import DTYPES, load_lora, save_lora
+from lora_file import DTYPES, save_lora
 from lora_network import create_network
+from model_setup import cache_latents, fold_base_weights, place_model
 from run_outcome import last_lines
 from run_results import finish, lora_metadata
 from sample_images import Sampler, read_prompts
-from sd_model import load_sd_model, set_attention
+from sd_model import load_sd_model
 from tqdm import tqdm
 from training_logs import log_measurement, log_step
 from training_optimizers import averaged_weights, make_optimizer, make_scheduler
 from training_setup import (
     PRECISIONS,
-    choose_attention,
     make_accelerator,
     make_loader,
     network_from_arguments,
@@ -49,7 +49,6 @@ from training_setup import (
     signals_noted,
     start_trackers,
     step_indices,
-    vae_key,
 )
 from training_state import Progress, load_state, read_progress, save_state
 from validation_loss import validation_loss
@@ -113,14 +112,15 @@ class NetworkTrainer:
         self.weight_dtype = PRECISIONS[args.mixed_precision]
         self.model = self.load_model()
         self.assert_supported()
-        self._fold_base_weights()
+        fold_base_weights(self.args, self.model)
         self.network, self.network_args = self.create_network()
         self.trains_text = any(component.startswith("te") for component in self.network.components)
-        self._place_model()
+        place_model(self)
         alphas = self.model.alphas_cumprod
         alphas = rescale_to_zero_terminal_snr(alphas) if args.zero_terminal_snr else alphas
         self.schedule = NoiseSchedule(alphas, self.model.prediction_type)
-        self._cache_latents()
+        if args.cache_latents:
+            cache_latents(self)
         self.loader, self.order = make_loader(args, self.batches, args.cache_latents and not args.cache_latents_to_disk)
         self._count_steps(resumed)
         self._make_optimizer()
@@ -146,50 +146,6 @@ class NetworkTrainer:
         """--seed, or one drawn by the first process for all of them."""
         drawn = random.SystemRandom().randrange(2**31) if self.args.seed is None else self.args.seed
         return int(broadcast(torch.tensor([drawn], device=self.accelerator.device))[0])
-
-    def _fold_base_weights(self):
-        if not self.args.base_weights:
-            return
-        from merge_lora import fold_lora
-
-        multipliers = self.args.base_weights_multiplier or [1.0] * len(self.args.base_weights)
-        for path, multiplier in zip(self.args.base_weights, multipliers):
-            fold_lora(self.model, load_lora(path)[0], multiplier)
-
-    def _place_model(self):
-        args, device = self.args, self.accelerator.device
-        set_attention(self.model.unet, choose_attention(args, device))
-        self.model.unet.to(device)
-        for encoder in self.model.text_encoders:
-            encoder.to(device)
-            if args.gradient_checkpointing and self.trains_text:
-                encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                encoder.train()  # transformers checkpoints in training mode only
-        if args.gradient_checkpointing:
-            self.model.unet.enable_gradient_checkpointing()
-        self.model.vae.to(device, torch.float32 if args.no_half_vae else self.weight_dtype)
-        self.network.to(device, self.weight_dtype if args.full_fp16 or args.full_bf16 else torch.float32)
-
-    def _cache_latents(self):
-        args = self.args
-        if not args.cache_latents:
-            return
-
-        def encode(pixels):
-            return self.encode_images(pixels, torch.Generator().manual_seed(self.seed)).cpu()
-
-        key = vae_key(self.model.vae)
-        settings = {"to_disk": args.cache_latents_to_disk, "batch_size": args.vae_batch_size}
-        for batches in filter(None, (self.batches, self.validation_batches)):
-            if args.cache_latents_to_disk and not self.is_main:
-                self.accelerator.wait_for_everyone()  # the first process writes
-            batches.cache_latents(encode, key, **settings, write=self.is_main)
-            if args.cache_latents_to_disk and self.is_main:
-                self.accelerator.wait_for_everyone()
-        if not args.highvram:
-            self.model.vae.to("cpu")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
     def _count_steps(self, resumed):
         args, processes = self.args, self.accelerator.num_processes
@@ -373,7 +329,7 @@ class NetworkTrainer:
             if step % self.safety_interval == 0 and self.outcome_name is None:
                 self._keep_safety_copy()
         log_step(self, loss)
-        if args.sample_every_n_steps and step % args.sample_every_n_steps == 0:
+        if args.sample_every_n_steps and not args.sample_every_n_epochs and step % args.sample_every_n_steps == 0:
             self.save_previews(self.files.step_part(step))
         if args.validate_every_n_steps and step % args.validate_every_n_steps == 0:
             self.validate()
@@ -389,7 +345,7 @@ class NetworkTrainer:
         every = args.validate_every_n_epochs or (None if args.validate_every_n_steps else 1)
         if every and epochs_done % every == 0:
             self.validate()
-        if args.sample_every_n_epochs and epochs_done % args.sample_every_n_epochs == 0 and not args.sample_every_n_steps:
+        if args.sample_every_n_epochs and epochs_done % args.sample_every_n_epochs == 0:
             self.save_previews(self.files.epoch_part(epochs_done))
         if self.files.epoch_due(epochs_done):
             self.save_checkpoint(self.files.epoch_part(epochs_done))
@@ -491,15 +447,19 @@ def main(argv=None, trainer_class=NetworkTrainer):
             return 0
         trainer = trainer_class(args)
         trainer.set_up()
+        trainer.train()
+        outcome = trainer.finish()
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         for line in str(error).splitlines():
             print(f"es_lora_ldm: {line}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        advice = "lower --train_batch_size or --resolution, or add --gradient_checkpointing or --mixed_precision"
+        print(f"es_lora_ldm: out of memory: {advice} ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("es_lora_ldm: interrupted before the first step; nothing was written", file=sys.stderr)
+        print("es_lora_ldm: interrupted at once; what was saved before is whole", file=sys.stderr)
         return 130
-    trainer.train()
-    outcome = trainer.finish()
     if trainer.is_main:
         prompt = trainer.prompts[0].prompt if trainer.prompts else trainer.batches[0]["captions"][0]
         print("\n".join(last_lines(outcome, args, prompt)))
