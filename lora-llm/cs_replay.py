@@ -127,10 +127,12 @@ def draw(history: History, decision: Optional[Decision], window: int, component:
             fluctuation_axis.plot(*zip(*_valleys(fluctuation)), "v", color=COLOURS["heldout"], label="valley")
     fluctuation_axis.set_ylabel("CS-Fluctuation")
     fluctuation_axis.set_xlabel("step")
-    steps = [(history.last_step(), "last", "black", ":")]
+    steps = []
     if decision is not None:
-        steps = [(decision.keep_step, "kept", COLOURS["kept"], "-"), (decision.detected_step, "detected", COLOURS["detected"], "--")]
-        steps += [(history.last_step(), "last", "black", ":")] if history.last_step() != decision.detected_step else []
+        steps.append((decision.keep_step, "kept", COLOURS["kept"], "-"))
+        steps.append((decision.detected_step, "detected", COLOURS["detected"], "--"))
+    if decision is None or history.last_step() != decision.detected_step:
+        steps.append((history.last_step(), "last", "black", ":"))
     for axis in (loss_axis, cs_axis, fluctuation_axis):
         for step, name, colour, dashes in steps:
             label = f"{name}: step {step}" if axis is loss_axis else None

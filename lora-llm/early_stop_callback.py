@@ -119,7 +119,8 @@ class EarlyStopCallback(TrainerCallback):
     cs_interval: optimizer steps between measurements; window_size: M in measurements; None: chosen from the epoch's length.
     cs_reduction: "row" or "matrix". snapshot_disk_gb: disk that the snapshots may use. header: more facts for the history.
     say: takes the plain sentences for the person (default: print). before_restore: called before the kept weights are put
-    back. log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names. Raises ValueError at the start of training where the model has no LoRA layers.
+    back. log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names.
+    Raises ValueError at the start of training where the model has no LoRA layers.
     """
 
     def __init__(

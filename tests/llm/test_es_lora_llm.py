@@ -298,7 +298,8 @@ def test_mmlu_by_subject_is_scored_before_and_after(random_base, text_files, tmp
         archive.add(folder / "data", "data")
     output = tmp_path / "run"
     more = ["--dataset", "mmlu", "--train_subject", "college_physics", "--mmlu_dir", str(folder), "--do_mmlu_eval"]
-    more += ["--mmlu_dataset", "mmlu-zs", "--mmlu_split", "test", "--do_eval", "--eval_strategy", "epoch", "--num_train_epochs", "1"]
+    more += ["--mmlu_dataset", "mmlu-zs", "--mmlu_split", "test", "--do_eval", "--eval_strategy", "epoch"]
+    more += ["--num_train_epochs", "1"]
     assert main(flags(random_base, text_files, output, *more)) == 0
     scores = result_of(output)["mmlu"]
     assert scores[0]["when"] == "baseline" and scores[-1]["when"] == "end"
