@@ -125,7 +125,7 @@ def last_lines(outcome, args, prompt):
         lines.append(
             f"  {name} alone: " + (f"turning point {verdict['turning_step']}" if verdict["stopped"] else "none yet")
         )
-    for name, path in outcome.files.items():
+    for name, path in sorted(outcome.files.items(), key=lambda item: item[0] == "state"):
         lines.append(f"  {name.replace('_', ' ')}: {show(path)}")
     report = Path(args.output_dir) / "report.html"
     if report.exists():
