@@ -34,7 +34,11 @@ cs_interval=auto            # optimizer steps between measurements; auto: ten an
 environment="$here/.venv-llm"
 if [ ! -f "$environment/.installed" ] || ! cmp -s "$here/requirements-llm.txt" "$environment/.installed"; then
   echo "Installing the language-model environment into $environment (once) ..."
-  python3 -m venv "$environment"
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "early_stop_lora_llm.sh: Python 3.11 or newer is needed; name one: PYTHON=python3.11 bash $0" >&2
+    exit 2
+  }
+  "${PYTHON:-python3}" -m venv "$environment"
   "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-llm.txt"
   cp "$here/requirements-llm.txt" "$environment/.installed"
 fi

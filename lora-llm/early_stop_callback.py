@@ -175,8 +175,15 @@ class EarlyStopCallback(TrainerCallback):
             self.valley,
         )
         self._loss_from_step = state.global_step
-        if not state.is_world_process_zero:
-            return
+        error = None
+        if state.is_world_process_zero:
+            try:
+                self._open_monitor(args, state, model, steps_per_epoch)
+            except (ValueError, OSError) as failure:  # the other ranks must hear of it before it is raised
+                error = failure
+        self._raise_on_all(FAILED if error else GO_ON, error, args)
+
+    def _open_monitor(self, args, state, model, steps_per_epoch: int) -> None:
         interval, window = self.plan.cs_interval, self.plan.window
         self.monitor = EarlyStopMonitor(
             args.output_dir,
@@ -234,15 +241,20 @@ class EarlyStopCallback(TrainerCallback):
                 answer = self._measure(state)
             except Exception as failure:  # the other ranks must hear of it before it is raised
                 answer, error = FAILED, failure
+        answer = self._raise_on_all(answer, error, args)
+        if answer == DIVERGED:
+            self.diverged = self.diverged or "training has diverged"
+        if answer != GO_ON:
+            control.should_training_stop = True
+
+    def _raise_on_all(self, answer: int, error: Optional[Exception], args) -> int:
+        """Rank 0's answer on every rank; where it failed, its error there and one that points to it elsewhere."""
         answer = heard_by_all(answer, args)
         if error is not None:
             raise error
         if answer == FAILED:
             raise RuntimeError("measuring CS failed on the main process; its message says why")
-        if answer == DIVERGED:
-            self.diverged = self.diverged or "training has diverged"
-        if answer != GO_ON:
-            control.should_training_stop = True
+        return answer
 
     def _measure(self, state) -> int:
         epoch, loss = float(state.epoch or 0.0), self._mean_loss(state.global_step)

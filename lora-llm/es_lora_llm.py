@@ -459,13 +459,13 @@ def _report(run: Run, outcome: str, adapters: dict[str, str], test_loss: Optiona
         "trainable_parameters": run.parameters,
         "seconds": round(seconds, 1),
         "seed": run.settings.training.seed,
-        "settings": run.settings.given(),
+        "settings": run.settings.values(),
         "versions": versions(),
     }
     write_result(run.output_dir, result)
     if monitor is not None and outcome != "interrupted":
         monitor.close()
-    has_report = write_run_report(run.output_dir, result, decision)
+    has_report = write_run_report(run.output_dir, {**result, "settings": run.settings.values(True)}, decision)
     _last_words(run, result, has_report)
     return result
 

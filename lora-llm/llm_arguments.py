@@ -234,13 +234,13 @@ class Settings:
         groups = (self.model, self.data, self.training, self.generation, self.early_stop)
         return argparse.Namespace(**{name: value for group in groups for name, value in vars(group).items()})
 
-    def given(self) -> dict[str, Any]:
-        """{flag: value} of what differs from its default, for the report."""
+    def values(self, differing_only: bool = False) -> dict[str, Any]:
+        """{flag: value} of every simple setting, or of those that differ from their default."""
         result = {}
         for group in (self.model, self.data, self.training, self.generation, self.early_stop):
             for entry in fields(group):
                 value = getattr(group, entry.name, None)
-                if entry.init and value != entry.default and isinstance(value, (str, int, float, bool)):
+                if isinstance(value, (str, int, float, bool)) and not (differing_only and value == entry.default):
                     result[entry.name] = value
         return result
 
@@ -379,7 +379,11 @@ def _output_problems(settings: Settings) -> list[str]:
         return [f"--output_dir {output} is a file: choose a folder"]
     holds_run = any((output / name).exists() for name in (HISTORY_NAME, "result.json", "adapter"))
     holds_run = holds_run or any(output.glob("checkpoint-*"))
-    if not holds_run or settings.resume is not None or settings.training.overwrite_output_dir or not settings.training.do_train:
+    goes_on = settings.resume is True
+    if isinstance(settings.resume, str):
+        resumed = Path(settings.resume).resolve()
+        goes_on = output.resolve() in (resumed, *resumed.parents)
+    if not holds_run or goes_on or settings.training.overwrite_output_dir or not settings.training.do_train:
         return []
     return [
         f"--output_dir {output} holds an earlier run: choose another folder, go on with it by --resume_from_checkpoint true, "

@@ -13,7 +13,7 @@ for tree in "${trees[@]}"; do
   requirements="$here/requirements-$tree.txt"
   if [ ! -f "$environment/.installed" ] || ! cmp -s "$requirements" "$environment/.installed"; then
     echo "Installing the $tree environment into $environment ..."
-    python3 -m venv "$environment"
+    "${PYTHON:-python3}" -m venv "$environment"
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
     cp "$requirements" "$environment/.installed"
   fi

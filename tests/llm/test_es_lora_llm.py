@@ -382,3 +382,14 @@ def test_the_screen_of_a_run_is_clean_and_ends_with_the_next_command(random_base
     assert "warn" not in screen.lower()
     lines = screen.strip().splitlines()
     assert lines[-1].startswith("try it: ") and any(line.startswith("Trained to its budget of 3 steps") for line in lines)
+
+
+def test_resuming_another_runs_checkpoint_does_not_touch_the_run_in_the_output_folder(
+    uninterrupted, random_base, text_files, tmp_path, capsys
+):
+    assert main(flags(random_base, text_files, tmp_path / "mine", "--max_steps", "2")) == 0
+    before = (tmp_path / "mine" / "cs_history.jsonl").read_bytes()
+    arguments = flags(random_base, text_files, tmp_path / "mine", "--resume_from_checkpoint", str(uninterrupted / "checkpoint-9"))
+    assert main(arguments) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "cs_history.jsonl").read_bytes() == before

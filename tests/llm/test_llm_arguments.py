@@ -405,7 +405,7 @@ def test_help_names_every_flag(parse, capsys):
 
 
 def test_what_was_given_is_known_for_the_report(parse):
-    given = parse("--bits 8 --lora_r 4").given()
+    given = parse("--bits 8 --lora_r 4").values(True)
     assert given["bits"] == 8 and given["lora_r"] == 4 and "lora_alpha" not in given
 
 
