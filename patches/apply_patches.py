@@ -147,8 +147,8 @@ def read_checkout(root: Path) -> Checkout:
     found = [name for name, (_, signs) in UPSTREAMS.items() if all((root / sign).is_file() for sign in signs)]
     if len(found) != 1:
         raise Refusal(
-            f"{root} is neither an sd-scripts checkout (train_network.py, library/train_util.py, networks/lora.py) nor a "
-            "qlora checkout (qlora.py); give the folder that holds the training script"
+            f"{root} is neither an sd-scripts checkout (train_network.py, library/train_util.py, networks/lora.py) nor "
+            "a qlora checkout (qlora.py); give the folder that holds the training script"
         )
     checkout = Checkout(root, found[0], UPSTREAMS[found[0]][0])
     checkout.content = checkout.file.read_bytes()
@@ -195,10 +195,12 @@ def changed_since_commit(checkout: Checkout) -> Optional[bool]:
 
 
 def _places(checkout: Checkout) -> str:
-    return "\n".join(
-        f"  {checkout.file_name}, after line {insertion.after_line}: {'; '.join(text.strip() for text in insertion.lines)}"
-        for insertion in checkout.insertions
-    )
+    """The insertions, one a line, for the person to look at."""
+    shown = []
+    for insertion in checkout.insertions:
+        code = " ".join(text.strip() for text in insertion.lines)
+        shown.append(f"  {checkout.file_name}, after line {insertion.after_line}: {code}")
+    return "\n".join(shown)
 
 
 def _find_by_structure(checkout: Checkout) -> None:
@@ -229,8 +231,10 @@ def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:
         _find_by_structure(checkout)
         if not yes:
             local = "" if changed_since_commit(checkout) is False else " (or local changes: git cannot tell here)"
-            raise NeedsConsent(f"{checkout.title()}{local}. Nothing is changed yet; it would insert\n{_places(checkout)}\n"
-                               "If these places are right, run the command again with --yes")  # fmt: skip
+            raise NeedsConsent(
+                f"{checkout.title()}{local}. Nothing is changed yet; it would insert\n{_places(checkout)}\n"
+                "If these places are right, run the command again with --yes"
+            )
     taken = [path.name for path in COPIED if (checkout.root / path.name).exists()]
     if taken:
         raise Refusal(
@@ -249,7 +253,8 @@ def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:
         "copied": {name: blob_hash(content) for name, content in copies.items()},
     }
     if dry_run:
-        return f"{checkout.title()}: would insert\n{_places(checkout)}\nand copy in {', '.join(copies)}. Nothing is changed."
+        what = f"would insert\n{_places(checkout)}\nand copy in {', '.join(copies)}"
+        return f"{checkout.title()}: {what}. Nothing is changed."
     with Transaction(checkout.root) as change:  # the trainer last: before that the new files do nothing
         for name, content in copies.items():
             change.write(name, content)

@@ -16,9 +16,10 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from cs_fluctuation import write_text_whole
+from transformers import TrainerCallback
+
 from es_lora_layers import all_tensors, copies, network_layers, peft_layers, put_in, trained_tensors
 from es_lora_run import STEP_NAME, EarlyStopRun, Settings, add_arguments, read_settings, say, training_argument
-from transformers import TrainerCallback
 
 __all__ = ["add_arguments", "start", "training_argument", "add_callback"]
 
@@ -89,7 +90,7 @@ class NetworkEarlyStop:
         return self.run.stopped
 
     def _tensors_to_save(self) -> Dict[str, torch.Tensor]:
-        """What a file saved now would hold: of a schedule-free optimizer the averaged weights, which it swaps in to save.
+        """What a file saved now would hold: of a schedule-free optimizer the averaged weights, swapped in to save.
 
         Swapping there and back rounds, so the training weights are put back bit for bit.
         """
@@ -121,8 +122,8 @@ class NetworkEarlyStop:
     ) -> Tuple[int, int]:
         """Prepare the trainer's last save, on the main process: gives the (step, epoch) to save under.
 
-        On a stop the last weights are saved as NAME-last and the turning point's stand in the network when the trainer saves
-        it as NAME. Without --early_stop the turning point is saved as NAME-turning-point, and NAME is the end of the training.
+        On a stop the last weights are saved as NAME-last, and the turning point's stand in the network when the trainer
+        saves it as NAME. Without --early_stop the turning point is saved as NAME-turning-point, and NAME is the end.
         """
         run, extension = self.run, f".{self.args.save_model_as}"
         kept, last = run.kept_step(), run.step
@@ -194,8 +195,8 @@ def add_callback(trainer: Any, checkpoint_dir: Optional[str]) -> None:
 class QloraEarlyStop(TrainerCallback):
     """Measures after every step, stops the Trainer and leaves the turning point in `turning-point/adapter_model`.
 
-    The last weights stay where qlora puts them (checkpoint-N/adapter_model). With --early_stop the model holds the turning
-    point when the Trainer returns, so that evaluation and prediction are of it.
+    The last weights stay where qlora puts them (checkpoint-N/adapter_model). With --early_stop the model holds the
+    turning point when the Trainer returns, so that evaluation and prediction are of it.
     """
 
     def __init__(self, settings: Settings, checkpoint_dir: Optional[str]):

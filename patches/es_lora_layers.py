@@ -22,8 +22,8 @@ class Float8Weight(DenseWeight):
 class DenseUpdateLayer:
     """A layer whose update D has no down and up (LoHa, LoKr, ...), in the shape of cs_fluctuation.LoraLayer.
 
-    Seen as rank 1 it is A = (1) and B[i] = ||D[i]||, and `project` gives <W[i], D[i]> / ||D[i]||: all products are those
-    of D itself. D is made for one layer at a time, by the module's own get_diff_weight, and dropped.
+    Seen as rank 1 it is A = (1) and B[i] = ||D[i]||, and `project` gives <W[i], D[i]> / ||D[i]||: all products are
+    those of D itself. D is made for one layer at a time, by the module's own get_diff_weight, and dropped.
     """
 
     def __init__(self, name: str, component: str, weight: torch.Tensor, module: torch.nn.Module):
@@ -88,7 +88,7 @@ def _frozen_module(module: torch.nn.Module) -> Optional[torch.nn.Module]:
 
 
 def _layers_of_module(module: torch.nn.Module, component: str) -> List[Any]:
-    """The measurable layers of one kohya or LyCORIS module: one, or one a part where a fused weight is split; or none."""
+    """The measurable layers of one kohya or LyCORIS module: none, one, or one a part where a fused weight is split."""
     name = getattr(module, "lora_name", type(module).__name__)
     weight = getattr(_frozen_module(module), "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or weight.device.type == "meta":
@@ -128,8 +128,9 @@ def network_layers(network: torch.nn.Module) -> Tuple[List[Any], int]:
             left_out += not found
     if not layers:
         raise ValueError(
-            f"CS cannot be measured for the network {type(network).__module__}.{type(network).__name__}: it has no layer "
-            "with lora_down and lora_up or get_diff_weight over a frozen weight; train without --calculate_cs and --early_stop"
+            f"CS cannot be measured for the network {type(network).__module__}.{type(network).__name__}: it has no "
+            "layer with lora_down and lora_up, or get_diff_weight, over a frozen weight; train without --calculate_cs "
+            "and --early_stop"
         )
     return layers, left_out
 

@@ -274,7 +274,9 @@ class EarlyStopRun:
             write_report(
                 self.folder / "report.html", history, verdict=verdict["reason"], decision=decision, settings=facts
             )
-        say(f"{verdict['reason']} Report: {self.folder / 'report.html'}")
+        words = {"stopped_early": "stopped early", "budget_reached": "trained to the end", "diverged": "diverged"}
+        outcome = words.get(verdict["outcome"], verdict["reason"])
+        say(f"{outcome} (step {self.step}). Report: {self.folder / 'report.html'}")
         for what, name in files.items():
             say(f"{what}: {name}")
 
