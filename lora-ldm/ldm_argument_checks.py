@@ -3,10 +3,10 @@
 from pathlib import Path
 
 HUB = "the trainer does not talk to a hub; upload the finished file with `hf upload`"
-DEEPSPEED = "DeepSpeed is not supported: a LoRA and its optimizer state fit on one device"
-FP8 = "fp8 base weights are not supported; use --mixed_precision bf16 or fp16"
+DEEPSPEED = "a LoRA and its optimizer state fit on one device without DeepSpeed"
+FP8 = "the base is held in 16 or 32 bits; use --mixed_precision bf16 or fp16"
 DDP = "gradients are averaged once a step, without DistributedDataParallel; there is nothing to tune"
-COMPILE = "torch.compile is not supported: it would hide the layers whose similarity is measured"
+COMPILE = "compiled models hide the layers whose similarity is measured"
 
 # {flag: (takes a value, why it is refused)}
 REJECTED = {

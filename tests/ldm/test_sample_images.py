@@ -11,6 +11,9 @@ import torch
 from ldm_runs import make_base
 from PIL import Image
 
+# diffusers meets a newer numpy: nothing of ours.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
