@@ -96,6 +96,8 @@ def save_state(folder, accelerator, progress, tensors, optimizer, scheduler, mon
         for file in aside.rglob("*"):
             _flush(file)
         _replace_folder(aside, folder)
+        if monitor is not None:
+            monitor.state_saved(folder)
     accelerator.wait_for_everyone()
 
 

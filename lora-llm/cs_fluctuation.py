@@ -279,9 +279,9 @@ class SnapshotStore:
         self.kept = [entry for entry in self.kept if entry[1] not in old_steps]
         return old_steps
 
-    def nearest_before(self, step: int) -> int:
-        """The newest kept step at or before `step`, the oldest kept one where there is none."""
-        return max((s for _, s in self.kept if s <= step), default=self.kept[0][1])
+    def nearest_before(self, step: int) -> Optional[int]:
+        """The newest kept step at or before `step`, the oldest kept one where there is none, None where none is kept."""
+        return max((s for _, s in self.kept if s <= step), default=self.kept[0][1] if self.kept else None)
 
     def pin(self, step: int) -> None:
         """Keep this step for good and, from now on, only the newest one beside it."""
@@ -303,7 +303,7 @@ class SnapshotStore:
             _link_or_copy(self.path(step), folder / self.path(step).name)
 
     def copy_from(self, folder: Path, kept: Sequence[Sequence[int]]) -> None:
-        self.kept = [(measurement, step) for measurement, step in kept]
+        self.kept = [(index, step) for index, step in kept if (folder / self.path(step).name).is_file()]
         for _, step in self.kept:
             _link_or_copy(folder / self.path(step).name, self.path(step))
 
@@ -318,7 +318,7 @@ class SnapshotStore:
 
 @dataclass(frozen=True)
 class Decision:
-    """A rule's answer. Weights of keep_step are the result; the steps from usable[0] to usable[1] are about as good."""
+    """A rule's answer: the weights of keep_step are the result, and those of the steps in `usable` (first, last) would do."""
 
     keep_step: int
     detected_step: int
@@ -360,6 +360,7 @@ class EarlyStopMonitor:
         self.decision: Optional[Decision] = None
         self.series = FluctuationSeries(rule.settings.window)
         self.measurements = 0
+        self._state_folder: Optional[Path] = None  # the newest whole checkpoint
         self.last_record: Optional[Dict[str, Any]] = None  # the history line written last
         self.snapshots: Optional[SnapshotStore] = None
         if tensors is not None:
@@ -426,9 +427,11 @@ class EarlyStopMonitor:
     def _decide(self, decision: Decision) -> None:
         if self.snapshots is not None:
             kept = self.snapshots.nearest_before(decision.keep_step)
+            if kept is None:  # thinned out and just resumed
+                kept, self.snapshots.every = decision.detected_step, 1
+                self.snapshots.put(self.measurements - 1, kept, self.tensors())
             if kept != decision.keep_step:
-                reason = f"{decision.reason} The nearest step kept within the disk limit is {kept}."
-                decision = replace(decision, keep_step=kept, reason=reason)
+                decision = replace(decision, keep_step=kept, reason=f"{decision.reason} The nearest step still kept is {kept}.")
             self.snapshots.pin(kept)
         self.decision = decision
         facts = {"detected_at": decision.detected_step, "usable": list(decision.usable), "reason": decision.reason}
@@ -472,6 +475,16 @@ class EarlyStopMonitor:
             self.snapshots.copy_to(Path(folder) / SNAPSHOT_FOLDER)
         write_text_whole(Path(folder) / STATE_NAME, json.dumps(self.state_dict()))
 
+    def state_saved(self, folder: Union[str, Path]) -> None:
+        """Say that the checkpoint in `folder` is whole: the one before it no longer needs its snapshots, and loses them.
+
+        Without that, every checkpoint would hold a window of snapshots on the disk. An older checkpoint can still be resumed;
+        its run then keeps a later step if the turning point lies before the resumption.
+        """
+        if self._state_folder is not None and self._state_folder != Path(folder):
+            shutil.rmtree(self._state_folder / SNAPSHOT_FOLDER, ignore_errors=True)
+        self._state_folder = Path(folder)
+
     def _load_state(self, folder: Path) -> None:
         if not (folder / STATE_NAME).is_file():
             raise FileNotFoundError(
@@ -482,7 +495,9 @@ class EarlyStopMonitor:
         if self.snapshots is not None:
             self.snapshots.copy_from(folder / SNAPSHOT_FOLDER, state["snapshots"])
         self.load_state_dict(state)
+        self._state_folder = folder
         if self.snapshots is not None and self.decision is not None:
+            self.snapshots.load(self.decision.keep_step)  # found now rather than missed at the end
             self.snapshots.pin(self.decision.keep_step)
 
     def close(self) -> None:

@@ -280,7 +280,9 @@ class EarlyStopCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         """The last thing written into a checkpoint: where the monitor's state is, the checkpoint is whole."""
         if self.monitor is not None:
-            self.monitor.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.monitor.save_state(checkpoint)
+            self.monitor.state_saved(checkpoint)
 
     # -------------------------------------------------------------------------------------- the end
 

@@ -96,7 +96,7 @@ def test_a_disk_limit_thins_the_snapshots_and_keeps_the_nearest_before(tmp_path)
     assert every > 1
     assert decision.detected_step == exact.detected_step
     assert exact.keep_step - every < decision.keep_step < exact.keep_step
-    assert "nearest step kept" in decision.reason
+    assert "nearest step still kept" in decision.reason
     assert same(monitor.load_snapshot(decision.keep_step), seen[decision.keep_step])
 
 
@@ -150,6 +150,29 @@ def test_a_resume_after_the_decision_still_has_the_turning_point(tmp_path):
     assert again.decision == decision
     assert same(again.load_snapshot(decision.keep_step), seen[decision.keep_step])
     assert again.measure(99, 9.9) is None
+
+
+def test_only_the_newest_checkpoint_holds_snapshots_and_an_older_one_can_still_be_resumed(tmp_path):
+    decision = run(tmp_path / "whole")[0]
+    training, folder, early = ToyTraining(), tmp_path / "run", decision.keep_step + 2
+    monitor = monitor_of(folder, training)
+    for step in range(1, decision.detected_step):
+        training.step(step)
+        monitor.measure(step, step / 10, loss=1.0 / step)
+        if step in (early, decision.detected_step - 1):
+            monitor.save_state(tmp_path / f"checkpoint-{step}")
+            monitor.state_saved(tmp_path / f"checkpoint-{step}")
+            saved = training.copy() if step == early else saved
+    assert [path.parent.name for path in tmp_path.glob("checkpoint-*/cs_snapshots")] == [f"checkpoint-{step}"]
+    training = ToyTraining()
+    training.restore(saved)
+    monitor = monitor_of(folder, training, resume_from=tmp_path / f"checkpoint-{early}")
+    for step in range(early + 1, decision.detected_step + 1):
+        training.step(step)
+        monitor.measure(step, step / 10, loss=1.0 / step)
+    assert monitor.decision.detected_step == decision.detected_step
+    assert monitor.decision.keep_step == early + 1 and "nearest step still kept" in monitor.decision.reason
+    assert monitor.load_snapshot(early + 1)
 
 
 def test_training_on_after_the_decision_keeps_it_and_the_newest_finite_weights(tmp_path):
