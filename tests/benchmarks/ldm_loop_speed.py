@@ -7,6 +7,7 @@ are cached, so the VAE does not run. Writes a line into ldm_loop_speed.md beside
 """
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -54,13 +55,17 @@ def make_trainer(args, folder):
             return sd15_model(self.weight_dtype)
 
     small = args.model == "embedded"
-    pictures = ROOT / "dataset/portraits" / ("train" if small else "512px")
+    pictures = Path(folder) / "pictures" / "10_portraits"
+    pictures.mkdir(parents=True)
+    source = ROOT / "dataset/portraits" / ("train" if small else "512px") / "10_portraits"
+    for file in sorted(source.iterdir())[: 2 * args.pictures]:  # a picture and its caption
+        shutil.copy(file, pictures)
     flags = {
         "pretrained_model_name_or_path": ROOT / "lora-ldm/tiny_base",
-        "train_data_dir": pictures,
+        "train_data_dir": pictures.parent,
         "caption_extension": ".txt",
         "resolution": args.resolution,
-        "output_dir": folder,
+        "output_dir": Path(folder) / "out",
         "train_batch_size": args.batch,
         "mixed_precision": args.precision,
         "network_dim": args.rank,
@@ -109,6 +114,7 @@ def main():
     parser.add_argument("--precision", default="no")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--pictures", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
