@@ -162,7 +162,8 @@ def test_only_the_newest_checkpoint_holds_snapshots_and_an_older_one_can_still_b
         if step in (early, decision.detected_step - 1):
             monitor.save_state(tmp_path / f"checkpoint-{step}")
             monitor.state_saved(tmp_path / f"checkpoint-{step}")
-            saved = training.copy() if step == early else saved
+        if step == early:
+            saved = training.copy()
     assert [path.parent.name for path in tmp_path.glob("checkpoint-*/cs_snapshots")] == [f"checkpoint-{step}"]
     training = ToyTraining()
     training.restore(saved)
