@@ -129,7 +129,7 @@ def draw(history: History, decision: Optional[Decision], window: int, component:
     fluctuation_axis.set_xlabel("step")
     steps = []
     if decision is not None:
-        steps.append((decision.keep_step, "kept", COLOURS["kept"], "-"))
+        steps.append((decision.keep_step, "turning point", COLOURS["kept"], "-"))
         steps.append((decision.detected_step, "detected", COLOURS["detected"], "--"))
     if decision is None or history.last_step() != decision.detected_step:
         steps.append((history.last_step(), "last", "black", ":"))
