@@ -31,6 +31,7 @@ from early_stop_callback import (
     trainable_tensors,
     weights_swapped_in,
 )
+from forgetting import GeneralText
 from llm_arguments import Settings, parse_arguments
 from mmlu_eval import MMLUCallback, MMLUScorer, load_mmlu
 from run_outcome import EXIT_CODES, next_commands, verdict_sentence, versions, write_result, write_run_report
@@ -140,6 +141,7 @@ class Run:
     resume: Optional[str]
     argv: list[str]
     parameters: dict[str, Any]
+    general_text: Optional[GeneralText] = None
     heldout: dict[str, Optional[float]] = field(default_factory=dict)
     diverged_reason: Optional[str] = None
     diverged_kept: Optional[str] = None
@@ -176,6 +178,7 @@ def set_up(settings: Settings, argv: list[str]) -> Run:
     splits = load_splits(flat)
     collator = CausalCollator(tokenizer, settings.data.source_max_len, settings.data.target_max_len, training.train_on_source)
     mmlu_rows = load_mmlu(flat) if training.do_mmlu_eval else None
+    general_text = _general_text(settings, tokenizer)
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
         _delete_earlier_run(Path(training.output_dir))
     base = load_base(settings)
@@ -183,7 +186,9 @@ def set_up(settings: Settings, argv: list[str]) -> Run:
     model = base if training.full_finetune else attach_lora(base, training)
     if training.group_by_length:
         _add_lengths(splits, collator, training.length_column_name)
-    return _assemble(settings, splits, collator, model, mmlu_rows, resume, argv)
+    run = _assemble(settings, splits, collator, model, mmlu_rows, resume, argv)
+    run.general_text = general_text
+    return run
 
 
 def _checkpoint_to_resume(settings: Settings) -> Optional[str]:
@@ -252,6 +257,13 @@ def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run
     return run
 
 
+def _general_text(settings: Settings, tokenizer: Any) -> Optional[GeneralText]:
+    data, batch_size = settings.data, settings.training.per_device_eval_batch_size
+    if not data.forgetting_data:
+        return None
+    return GeneralText(data.forgetting_data, tokenizer, data.max_forgetting_samples, batch_size)
+
+
 def _early_stop_callback(settings: Settings) -> EarlyStopCallback:
     stop, training = settings.early_stop, settings.training
     return EarlyStopCallback(
@@ -280,6 +292,7 @@ def _early_stop_callback(settings: Settings) -> EarlyStopCallback:
 def train(run: Run) -> str:
     """Train to the stop or the budget and return the outcome; the model then holds the weights to keep."""
     _announce(run)
+    _score_general_text(run, "before")
     try:
         run.trainer.train(resume_from_checkpoint=run.resume)
     except TrainingDiverged as error:
@@ -316,8 +329,16 @@ def _loss(run: Run, name: str) -> Optional[float]:
     return run.trainer.evaluate(metric_key_prefix=name)[f"{name}_loss"]
 
 
+def _score_general_text(run: Run, name: str) -> None:
+    """Loss on the general text of --forgetting_data, of the weights as they are."""
+    if run.general_text is not None and run.is_main:
+        with run.trainer.compute_loss_context_manager():
+            run.general_text.losses[name] = run.general_text.loss(run.model)
+
+
 def _score_last(run: Run) -> None:
     """Held-out loss of the last step, before the weights of the turning point are put back."""
+    _score_general_text(run, "last")
     state = run.trainer.state
     known = [log["eval_loss"] for log in state.log_history if log["step"] == state.global_step and "eval_loss" in log]
     run.heldout["last"] = known[-1] if known else _loss(run, "last")
@@ -354,6 +375,7 @@ def finish(run: Run, outcome: str, seconds: float) -> dict[str, Any]:
     adapters: dict[str, str] = {}
     if outcome == "stopped_early":
         run.heldout["kept"] = _loss(run, "kept")
+        _score_general_text(run, "kept")
         _save(run, "adapter", facts, adapters)
         adapters["last"] = "adapter-last"
     elif outcome in ("budget_reached", "no_turning_point"):
@@ -377,6 +399,7 @@ def _score_last_of_full_run(run: Run) -> None:
         _score_last(run)
     else:
         run.heldout["last"] = _loss(run, "last")
+        _score_general_text(run, "last")
 
 
 def _save(run: Run, name: str, facts: dict[str, Any], adapters: dict[str, str]) -> None:
@@ -399,6 +422,7 @@ def _save_turning_point(run: Run, facts: dict[str, Any], adapters: dict[str, str
     with weights_swapped_in(run.model, tensors):
         if run.settings.training.world_size == 1:
             run.heldout["kept"] = _loss(run, "kept")
+        _score_general_text(run, "kept")
         _save(run, "adapter-turning-point", facts, adapters)
 
 
@@ -455,6 +479,7 @@ def _report(run: Run, outcome: str, adapters: dict[str, str], test_loss: Optiona
         "adapters": adapters,
         "heldout": run.heldout,
         "test_loss": test_loss,
+        "forgetting": run.general_text.summary() if run.general_text is not None else None,
         "mmlu": run.mmlu.results if run.mmlu is not None else [],
         "trainable_parameters": run.parameters,
         "seconds": round(seconds, 1),
@@ -474,6 +499,8 @@ def _last_words(run: Run, result: dict[str, Any], has_report: bool) -> None:
     print(f"\n{result['verdict']}")
     if result["reason"]:
         print(f"Why: {result['reason']}")
+    if result["forgetting"]:
+        print(result["forgetting"]["sentence"] or "General text: nothing was scored after training.")
     for name, folder in result["adapters"].items():
         print(f"{name + ':':15} {run.output_dir.resolve() / folder}")
     print(f"{'result:':15} {run.output_dir.resolve() / 'result.json'}")

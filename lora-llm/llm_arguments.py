@@ -55,6 +55,10 @@ class DataArguments:
     target_max_len: int = field(default=256, metadata={"help": "longest target in tokens; the rest is cut off"})
     train_subject: Optional[str] = field(default=None, metadata={"help": "with --dataset mmlu: the subject to train on"})
     mmlu_dir: str = field(default="data/mmlu", metadata={"help": "where MMLU's data.tar or its unpacked folder lies"})
+    forgetting_data: Optional[str] = field(
+        default=None, metadata={"help": "general text (jsonl with text, or txt) that tells what the LoRA has forgotten"}
+    )
+    max_forgetting_samples: int = field(default=32, metadata={"help": "score at most so many passages of it"})
 
 
 @dataclass
@@ -210,6 +214,7 @@ REJECTED = {
 # Ranges, checked where a value is given; NaN is in none of them.
 AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1)
 AT_LEAST.update(dict.fromkeys(("max_train_samples", "max_eval_samples", "max_mmlu_samples", "max_new_tokens", "num_beams"), 1))
+AT_LEAST["max_forgetting_samples"] = 1
 AT_LEAST.update(source_max_len=1, target_max_len=1, mmlu_source_max_len=1, valley=1, weight_decay=0, max_grad_norm=0)
 ABOVE_ZERO = ("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "snapshot_disk_gb", "temperature", "top_p")
 

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from cs_fluctuation import HISTORY_NAME, Decision, write_text_whole
 from cs_replay import write_report
+from forgetting import forgetting_table
 
 EXIT_CODES = {"stopped_early": 0, "budget_reached": 0, "no_turning_point": 0, "diverged": 3, "interrupted": 130}
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
@@ -98,10 +99,13 @@ def write_run_report(output_dir: Path, result: dict[str, Any], decision: Optiona
     if result["mmlu"]:
         scores = [[score["when"], score["step"], f"{100 * score['accuracy']:.1f}%"] for score in result["mmlu"]]
         tables.append(("MMLU accuracy", ["when", "step", "accuracy"], scores))
+    forgetting = result.get("forgetting")
+    if forgetting:
+        tables.append(forgetting_table(forgetting["loss"]))
     write_report(
         output_dir / "report.html",
         output_dir / HISTORY_NAME,
-        verdict=result["verdict"],
+        verdict=f"{result['verdict']} {forgetting['sentence'] if forgetting else ''}".strip(),
         title=f"ES-LoRA: {output_dir.name}",
         decision=decision,
         settings=result["settings"],
