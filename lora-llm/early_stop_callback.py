@@ -2,9 +2,11 @@
 
     trainer = Trainer(..., callbacks=[EarlyStopCallback()])
 
-Needs only the vendored files beside it (cs_fluctuation.py, stop_rules.py). It measures CS after every cs_interval
-optimizer steps, stops the Trainer cleanly, saves the last weights as `adapter-last` in the output folder and puts the
-weights of the turning point back into the model before anything after training sees it.
+Works in transformers' Trainer, TRL's SFTTrainer and what is built on them, on one process or with DDP. Needs only the
+vendored files beside it (cs_fluctuation.py, stop_rules.py, cs_replay.py). It measures CS after every cs_interval optimizer
+steps, stops the Trainer cleanly, saves the last weights as `adapter-last` in the output folder and puts the weights of the
+turning point back into the model before anything after training sees it. Where another callback ended the training, the
+weights are left as they are. Who stopped, and why, is said, logged and written to result.json and report.html.
 """
 
 import json
@@ -16,8 +18,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
+import peft
 import torch
-from cs_fluctuation import STATE_NAME, Decision, DenseWeight, EarlyStopMonitor, LoraLayer, NonFiniteWeightsError
+import transformers
+from cs_fluctuation import (
+    HISTORY_NAME,
+    STATE_NAME,
+    Decision,
+    DenseWeight,
+    EarlyStopMonitor,
+    LoraLayer,
+    NonFiniteWeightsError,
+    write_text_whole,
+)
+from cs_replay import write_report
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -76,7 +90,7 @@ def trainable_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def load_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Copy the tensors of a snapshot into the model, in place. Raises KeyError where the model has no such parameter."""
-    live = trainable_tensors(model)
+    live = dict(model.named_parameters())
     for name, tensor in tensors.items():
         live[name].copy_(tensor)
 
@@ -93,15 +107,19 @@ def weights_swapped_in(model: torch.nn.Module, tensors: dict[str, torch.Tensor])
 
 
 def save_adapter(model: Any, folder: Path, facts: dict[str, Any]) -> None:
-    """Save a PEFT model's adapter as a folder that appears whole, with facts (JSON) in its metadata under `es_lora`."""
+    """Save a model's active adapter as a folder that appears whole, with facts (JSON) in its metadata under `es_lora`.
+
+    The layout is that of PEFT: an adapter that is not called "default" lies in a subfolder of its name.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(str(temporary))
+    chosen = {"selected_adapters": list(model.active_adapters)} if isinstance(model, peft.PeftModel) else {}
+    model.save_pretrained(str(temporary), **chosen)
     for file in temporary.rglob("adapter_model.safetensors"):
         with safe_open(str(file), framework="pt") as handle:
             metadata = handle.metadata() or {}
         save_file(load_file(str(file)), str(file), metadata={**metadata, "es_lora": json.dumps(facts)})
-    for file in temporary.rglob("*.*"):
+    for file in filter(Path.is_file, temporary.rglob("*")):
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
     shutil.rmtree(folder, ignore_errors=True)
@@ -119,7 +137,8 @@ class EarlyStopCallback(TrainerCallback):
     cs_interval: optimizer steps between measurements; window_size: M in measurements; None: chosen from the epoch's length.
     cs_reduction: "row" or "matrix". snapshot_disk_gb: disk that the snapshots may use. header: more facts for the history.
     say: takes the plain sentences for the person (default: print). before_restore: called before the kept weights are put
-    back. log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names.
+    back. log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names. report: at the end
+    write result.json and report.html into the output folder and delete the snapshots; False: the caller does all that.
     Raises ValueError at the start of training where the model has no LoRA layers.
     """
 
@@ -138,12 +157,13 @@ class EarlyStopCallback(TrainerCallback):
         say: Callable[[str], None] = print,
         before_restore: Optional[Callable[[], None]] = None,
         log_scalar: Optional[Callable[[str, float, int], None]] = None,
+        report: bool = True,
     ):
         self.early_stop, self.stop_rule, self.valley = early_stop, stop_rule, valley
         self.cs_interval, self.window_size = cs_interval, window_size
         self.cs_reduction, self.cs_component = cs_reduction, cs_component
         self.snapshot_disk_gb, self.header, self.say = snapshot_disk_gb, header or {}, say
-        self.before_restore, self.log_scalar = before_restore, log_scalar
+        self.before_restore, self.log_scalar, self.report = before_restore, log_scalar, report
         self.monitor: Optional[EarlyStopMonitor] = None  # on rank 0 only
         self.plan: Optional[MeasurementPlan] = None
         self.diverged: Optional[str] = None
@@ -151,6 +171,7 @@ class EarlyStopCallback(TrainerCallback):
         self._loss_from_step: Optional[int] = None
         self._learning_rate: Optional[float] = None
         self._logged_loss: Optional[float] = None
+        self._ended = False
 
     @property
     def decision(self) -> Optional[Decision]:
@@ -174,7 +195,7 @@ class EarlyStopCallback(TrainerCallback):
             self.window_size,
             self.valley,
         )
-        self._loss_from_step = state.global_step
+        self._loss_from_step, self._ended = state.global_step, False
         error = None
         if state.is_world_process_zero:
             try:
@@ -227,18 +248,21 @@ class EarlyStopCallback(TrainerCallback):
     def _mean_loss(self, step: int) -> Optional[float]:
         """Mean training loss of the optimizer steps since the last measurement."""
         if not isinstance(self._loss_sum, torch.Tensor):
-            return self._logged_loss
+            loss, self._logged_loss = self._logged_loss, None  # a logged loss is written down once
+            return loss
         loss = self._loss_sum.item() / max(1, step - self._loss_from_step)
         self._loss_sum, self._loss_from_step = 0.0, step
         return loss
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         if state.global_step % self.plan.cs_interval:
             return
         answer, error = GO_ON, None
         if self.monitor is not None:
             try:
                 answer = self._measure(state)
+                if answer == STOP:  # now: load_best_model_at_end may replace the last weights before on_train_end
+                    save_adapter(model, Path(args.output_dir) / "adapter-last", self.facts(state.global_step))
             except Exception as failure:  # the other ranks must hear of it before it is raised
                 answer, error = FAILED, failure
         answer = self._raise_on_all(answer, error, args)
@@ -269,12 +293,12 @@ class EarlyStopCallback(TrainerCallback):
             if record["fluctuation"] is not None:
                 self.log_scalar("cs_fluctuation/steps", record["fluctuation"], state.global_step)
         if decision is not None:
-            self.say(f"\n{decision.reason}")
+            self._tell(state, decision.reason)
         return STOP if decision is not None and self.early_stop else GO_ON
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         loss = (metrics or {}).get("eval_loss")
-        if self.monitor is not None and loss is not None and math.isfinite(loss):
+        if self.monitor is not None and not self._ended and loss is not None and math.isfinite(loss):
             self.monitor.note("evaluation", state.global_step, heldout_loss=loss)
 
     def on_save(self, args, state, control, **kwargs) -> None:
@@ -286,16 +310,96 @@ class EarlyStopCallback(TrainerCallback):
 
     # -------------------------------------------------------------------------------------- the end
 
+    def _tell(self, state, sentence: str) -> None:
+        """Say it, and put it into the Trainer's log."""
+        self.say(f"\n{sentence}")
+        state.log_history.append({"early_stop": sentence, "step": state.global_step})
+
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        if self.diverged is not None or not self.stopped(args):
-            return
-        if self.before_restore is not None:
-            self.before_restore()
-        if self.monitor is not None:
-            save_adapter(model, Path(args.output_dir) / "adapter-last", self.facts(state.global_step))
-            load_tensors(model, self.monitor.load_snapshot(self.decision.keep_step))
-            self.say(f"The model holds the weights of step {self.decision.keep_step} again.")
-        same_on_all(model, args)
+        self._ended = True
+        kept_step = best_step_loaded(args, state) or state.global_step
+        if self.diverged is None and self.stopped(args):
+            if self.before_restore is not None:
+                self.before_restore()
+            if self.monitor is not None:
+                kept_step = self.decision.keep_step
+                load_tensors(model, self.monitor.load_snapshot(kept_step))
+                self.say(f"The model holds the weights of step {kept_step} again.")
+            same_on_all(model, args)
+        elif self.diverged is not None and self.report:
+            kept_step = self._restore_finite(model, kept_step)
+            same_on_all(model, args)
+        if self.report and self.monitor is not None:
+            self._leave_results(args, state, model, kept_step)
+
+    def _restore_finite(self, model, kept_step: int) -> Optional[int]:
+        """After a divergence: the newest weights that were finite; the step of what the model then holds."""
+        if self.monitor is None or all(bool(tensor.isfinite().all()) for tensor in trainable_tensors(model).values()):
+            return kept_step
+        step = self.monitor.latest_snapshot_step()
+        if step is not None:
+            load_tensors(model, self.monitor.load_snapshot(step))
+        return step
+
+    def _leave_results(self, args, state, model, kept_step: Optional[int]) -> None:
+        """Say who ended the training and what the model holds; result.json and report.html; no snapshots any more."""
+        folder, decision = Path(args.output_dir), self.decision
+        if decision is not None and not self.early_stop:
+            with weights_swapped_in(model, self.monitor.load_snapshot(decision.keep_step)):
+                save_adapter(model, folder / "adapter-turning-point", self.facts(state.global_step))
+        outcome, ended = self._outcome(args, state)
+        verdict = f"{ended} {self._held(args, state, kept_step)}"
+        self._tell(state, verdict)
+        settings = {name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "seed")}
+        result = {
+            "outcome": outcome,
+            "verdict": verdict,
+            "kept_step": kept_step,
+            "turning_step": decision.keep_step if decision else None,
+            "detection_step": decision.detected_step if decision else None,
+            "budget_steps": state.max_steps,
+            **self.facts(state.global_step),
+            "settings": {**settings, "cs_interval": self.plan.cs_interval, "window_size": self.plan.window},
+            "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+        }
+        write_text_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        self.monitor.close()
+        if (folder / HISTORY_NAME).is_file():
+            page = folder / "report.html"
+            write_report(page, folder / HISTORY_NAME, verdict=verdict, decision=decision, settings=settings)
+            self.say(f"Report: {page.resolve()}")
+
+    def _outcome(self, args, state) -> tuple[str, str]:
+        """(outcome, who ended the training and why)."""
+        last, budget, decision = state.global_step, state.max_steps, self.decision
+        if self.diverged is not None:
+            return "diverged", f"Training diverged at step {last} of {budget}: {self.diverged}."
+        if decision is not None and self.early_stop:
+            return "stopped_early", f"EarlyStopCallback (rule {self.stop_rule}) stopped the training at step {last} of {budget}."
+        found = "had seen no evidence of overfitting yet"
+        if decision is not None:
+            found = f"found the turning point, step {decision.keep_step}: it is in adapter-turning-point"
+        if last < budget:
+            others = [name for name in state.stateful_callbacks if name != "TrainerControl"]
+            who = " or ".join(others) or "another callback or the end of the data"
+            return "stopped_by_other", f"Stopped at step {last} of {budget} by {who}; the rule {self.stop_rule} {found}."
+        outcome = "no_turning_point" if decision is None else "budget_reached"
+        return outcome, f"Trained to its budget of {budget} steps; the rule {self.stop_rule} {found}."
+
+    def _held(self, args, state, kept_step: Optional[int]) -> str:
+        """Which weights the model holds now, and what has become of the others."""
+        best = best_step_loaded(args, state)
+        if kept_step is None:
+            return "No finite weights had been measured, so the model holds none."
+        if self.diverged is not None:
+            return f"The model holds the weights of step {kept_step}, the last finite ones known."
+        if self.decision is not None and self.early_stop:
+            held = f"The model holds the turning point, step {kept_step}; the last weights are in adapter-last."
+            lost = f" It replaces step {best}, which load_best_model_at_end had loaded from {state.best_model_checkpoint}."
+            return held + (lost if best else "")
+        if best:
+            return f"The model holds the weights of step {best}, loaded by load_best_model_at_end; they are left as they are."
+        return f"The model holds the weights of the last step, {kept_step}; they are left as they are."
 
     def stopped(self, args) -> bool:
         """Whether the rule has stopped this run; the same on every rank."""
@@ -329,6 +433,11 @@ def same_on_all(model: torch.nn.Module, args) -> None:
     if args.world_size > 1:
         for tensor in trainable_tensors(model).values():
             torch.distributed.broadcast(tensor.data, 0)
+
+
+def best_step_loaded(args, state) -> Optional[int]:
+    """The step whose weights load_best_model_at_end has put into the model at the end of training; None without it."""
+    return state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
 
 
 def complete_checkpoints(output_dir: Path, with_monitor: bool) -> list[Path]:

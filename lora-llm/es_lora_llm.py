@@ -275,6 +275,7 @@ def _early_stop_callback(settings: Settings) -> EarlyStopCallback:
         cs_reduction=stop.cs_reduction,
         cs_component=stop.cs_component,
         snapshot_disk_gb=stop.snapshot_disk_gb,
+        report=False,  # finish() writes this trainer's own
         header={
             "model": settings.model.model_name_or_path,
             "dataset": settings.data.dataset,
