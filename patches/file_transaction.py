@@ -58,10 +58,10 @@ class Transaction:
                     path.unlink()
                 else:
                     _write_whole(path, content, path.stat().st_mode if path.exists() else None)
+            _drop_journal(self.root)
         except BaseException:
             roll_back_interrupted(self.root)
             raise
-        _drop_journal(self.root)
 
     def _write_journal(self) -> None:
         folder = self.root / f"{JOURNAL}.tmp"

@@ -1,0 +1,52 @@
+"""Synthetic checkouts, their git repositories, and tables of revisions that know them."""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import apply_patches
+from insertion_points import find_insertions
+
+SYNTHETIC = Path(__file__).resolve().parent / "synthetic"
+FILES = {"sd-scripts": "train_network.py", "qlora": "qlora.py"}
+
+
+def make_checkout(upstream, folder, line_end=b"\n"):
+    shutil.copytree(SYNTHETIC / upstream.replace("-", "_"), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in folder.rglob("*.py"):
+        path.write_bytes(path.read_bytes().replace(b"\n", line_end))
+    return folder
+
+
+def commit(folder):
+    """Make the folder a git repository whose only commit holds what is there."""
+    name = ["-c", "user.name=T", "-c", "user.email=t@example.invalid", "-c", "core.autocrlf=false"]
+    for command in (["init", "-q"], ["add", "-A"], [*name, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-C", str(folder), *command], check=True)
+    return folder
+
+
+def tree(folder):
+    """{path: (hash, mode)} of every file outside .git."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and ".git" not in path.relative_to(folder).parts:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[str(path.relative_to(folder))] = (digest, stat.S_IMODE(os.stat(path).st_mode))
+    return found
+
+
+def make_table(folder, upstream, revision="v0"):
+    """A folder as patches/, whose table knows the synthetic checkout: revisions.json and the patch file."""
+    file = SYNTHETIC / upstream.replace("-", "_") / FILES[upstream]
+    patch = apply_patches.write_patch(file.name, find_insertions(upstream, file.name, file.read_text()))
+    (folder / upstream / revision).mkdir(parents=True)
+    (folder / upstream / revision / f"{file.name}.patch").write_text(patch)
+    table = {name: {} for name in FILES}
+    table[upstream][revision] = {"blob": apply_patches.blob_hash(file.read_bytes())}
+    (folder / "revisions.json").write_text(json.dumps(table))
+    return folder
