@@ -155,8 +155,11 @@ def test_state_without_cs_and_wrong_flags_end_with_one_line_and_code_2(checkouts
 
 # ------------------------------------------------------------------------------------------------ qlora
 
-TRAINER = ["--max_steps", 30, "--save_steps", 1, "--learning_rate", "0.02", "--logging_steps", 1, "--report_to", "none",
-           "--per_device_train_batch_size", 4, "--disable_tqdm", "True", "--dataloader_pin_memory", "False", "--save_only_model", "True"]  # fmt: skip
+TRAINER = [
+    "--max_steps", 30, "--save_steps", 1, "--learning_rate", "0.02", "--logging_steps", 1, "--report_to", "none",
+    "--per_device_train_batch_size", 4, "--disable_tqdm", "True", "--dataloader_pin_memory", "False",
+    "--save_only_model", "True",
+]  # fmt: skip
 
 
 def adapter(folder):
