@@ -35,7 +35,7 @@ from lora_network import create_network
 from model_setup import cache_latents, fold_base_weights, place_model
 from run_outcome import last_lines
 from run_results import finish, lora_metadata
-from sample_images import Sampler, read_prompts
+from sample_images import Sampler, read_prompts, untouched_random_state
 from sd_model import load_sd_model
 from tqdm import tqdm
 from training_logs import log_measurement, log_step
@@ -124,13 +124,14 @@ class NetworkTrainer:
         self.loader, self.order = make_loader(args, self.batches, args.cache_latents and not args.cache_latents_to_disk)
         self._count_steps(resumed)
         self._make_optimizer()
-        self._make_monitor()
         if resumed:
             load_state(args.resume, self.accelerator, self.network, self.optimizer, self.scheduler)
         elif self.accelerator.process_index:
             torch.manual_seed(self.seed + self.accelerator.process_index)  # dropouts differ between processes
-        start_trackers(self.accelerator, args)
-        self.outcome_name, self.interrupted = None, False
+        self._make_monitor()
+        with untouched_random_state():
+            start_trackers(self.accelerator, args)
+        self.outcome_name, self.interrupted, self.stop_agreed = None, False, False
 
     def create_network(self):
         """(network with LoRA layers in the model, the parsed --network_args)."""
@@ -233,11 +234,13 @@ class NetworkTrainer:
             bar.update()
             bar.set_postfix(loss=f"{progress.epoch_mean_loss:.4f}", refresh=False)
             self._after_step(loss)
-            if self.outcome_name is None and progress.step >= self.total_steps:
-                self.outcome_name = "budget_reached"
             if self.outcome_name is not None:
                 return
-        self._after_epoch(epoch + 1)
+            if progress.step >= self.total_steps:
+                self.outcome_name = "budget_reached"
+                break
+        if progress.epoch[1] == 0:
+            self._after_epoch(epoch + 1)
 
     def _steps_of_epoch(self, epoch, done):
         """The micro-batches of each remaining optimizer step of an epoch, as lists."""
@@ -273,7 +276,7 @@ class NetworkTrainer:
             self.norm_facts = self.network.scale_weight_norms(self.args.scale_weight_norms)
         self.progress.step += 1
         self.progress.add_loss(loss.item())
-        self.interrupted = bool(interrupted)
+        self.stop_agreed = bool(interrupted)
         return loss.item()
 
     def batch_loss(self, batch, generators):
@@ -336,7 +339,7 @@ class NetworkTrainer:
         if self.files.step_due(step):
             self.save_checkpoint(self.files.step_part(step))
             self.files.forget_steps(step)
-        if self.interrupted and self.outcome_name is None:
+        if self.stop_agreed and self.outcome_name is None:
             self.outcome_name = "interrupted"
 
     def _after_epoch(self, epochs_done):

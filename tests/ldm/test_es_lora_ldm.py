@@ -112,6 +112,22 @@ def test_measuring_does_not_change_training(base, images, tmp_path):
     assert same(tensors(tmp_path / "a/lora.safetensors"), tensors(tmp_path / "b/lora.safetensors"))
 
 
+@pytest.fixture
+def states(monkeypatch, tmp_path):
+    """A folder with a copy of every state as it was when it was saved: later ones take the snapshots over."""
+    import es_lora_ldm
+
+    save = es_lora_ldm.save_state
+
+    def saved_and_copied(folder, *words):
+        save(folder, *words)
+        if not (tmp_path / "states" / folder.name).exists():
+            shutil.copytree(folder, tmp_path / "states" / folder.name)
+
+    monkeypatch.setattr(es_lora_ldm, "save_state", saved_and_copied)
+    return tmp_path / "states"
+
+
 RANDOM = dict(
     network_dropout=0.1, shuffle_caption=True, flip_aug=True, caption_tag_dropout_rate=0.2, calculate_cs=True, cs_interval=1,
     lr_scheduler="cosine", lr_warmup_steps=2, noise_offset=0.1, window_size=2, network_args=["rank_dropout=0.1"],
@@ -123,20 +139,20 @@ RANDOM = dict(
     [dict(), dict(cache_latents=False, color_aug=True, max_data_loader_n_workers=0), dict(gradient_accumulation_steps=2)],
     ids=["cached", "augmented", "accumulated"],
 )
-def test_resumed_equals_uninterrupted(base, images, tmp_path, changes):
+def test_resumed_equals_uninterrupted(base, images, tmp_path, states, changes):
     settings = {**RANDOM, **changes, "max_train_steps": 16, "save_every_n_steps": 5, "save_state": True}
     train(base, images, tmp_path / "whole", **settings)
-    train(base, images, tmp_path / "again", **settings, resume=str(tmp_path / "whole/lora-step00000005-state"))
+    train(base, images, tmp_path / "again", **settings, resume=str(states / "lora-step00000005-state"))
     assert same(tensors(tmp_path / "whole/lora.safetensors"), tensors(tmp_path / "again/lora.safetensors"))
     assert history_of(tmp_path / "whole") == history_of(tmp_path / "again")
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "again"))
     assert one["turning_step"] == two["turning_step"] and one["parts"] == two["parts"]
 
 
-def test_resume_after_the_decision_still_has_its_weights(base, images, tmp_path):
+def test_resume_after_the_decision_still_has_its_weights(base, images, tmp_path, states):
     settings = dict(calculate_cs=True, window_size=3, cs_interval=1, max_train_steps=30, save_every_n_steps=25, save_state=True)
     train(base, images, tmp_path / "whole", **settings)
-    train(base, images, tmp_path / "again", **settings, resume=str(tmp_path / "whole/lora-step00000025-state"))
+    train(base, images, tmp_path / "again", **settings, resume=str(states / "lora-step00000025-state"))
     names = ("lora.safetensors", "lora-turning-point.safetensors")
     assert all(same(tensors(tmp_path / "whole" / name), tensors(tmp_path / "again" / name)) for name in names)
 
@@ -165,6 +181,17 @@ def test_previews_and_validation_leave_the_losses_alone(base, images, tmp_path):
     heldout = [line["heldout_loss"] for line in lines if line.get("event") == "evaluation"]
     assert len(heldout) == 9 and all(value > 0 for value in heldout) and len(set(heldout)) > 1
     assert len(list((tmp_path / "shown/sample").glob("*.png"))) == 1 + 4 + 2  # at first, steps 2 4 6 8, without and last
+
+
+def test_every_epoch_is_validated_and_shown(base, images, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --s 1\n")
+    epochs = dict(max_train_epochs=3, max_train_steps=None, validation_split=0.34, calculate_cs=True)
+    train(base, images, tmp_path / "out", **epochs, sample_prompts=str(prompts), sample_every_n_epochs=1)
+    lines = [json.loads(line) for line in (tmp_path / "out/cs_history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("event") == "evaluation"] == [2, 4, 6]
+    shown = sorted(path.name for path in (tmp_path / "out/sample").glob("lora-0*"))
+    assert shown == [f"lora-00000{epoch}_00_1.png" for epoch in (1, 2, 3)]
 
 
 def test_divergence_keeps_finite_weights(base, images, tmp_path, capsys):
