@@ -10,7 +10,6 @@ adds to the model. Writes ldm_cs_cost.md beside this file, one section a device.
 import argparse
 import json
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,10 +35,21 @@ def literal(unet, modules):
     return torch.stack(cosines).mean().item()
 
 
+def reset_peak(device):
+    """Forget the peak so far (making the model has one of its own); returns the memory in use now."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident memory starts anew
+    return peak_bytes(device)
+
+
 def peak_bytes(device):
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
 
 
 def measure_one(args):
@@ -55,10 +65,7 @@ def measure_one(args):
         module.up.data.copy_(torch.randn(module.up.shape, generator=generator))
     layers = network.layers()
     ways = {"ours": lambda: measure_layers(layers)["cs_matrix"]["unet"], "literal": lambda: literal(unet, network.modules)}
-    if args.device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    before, seconds = peak_bytes(args.device), []
+    before, seconds = reset_peak(args.device), []
     for _ in range(args.repeats + 1):  # the first one also computes the norms of the frozen weights, once a run
         start = time.perf_counter()
         with torch.no_grad():
