@@ -229,7 +229,7 @@ def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:
         raise Refusal(f"applied by another version ({', '.join(stale)} differ); run --reverse, then apply again")
     if checkout.revision is None:
         _find_by_structure(checkout)
-        if not yes:
+        if not (yes or dry_run):
             local = "" if changed_since_commit(checkout) is False else " (or local changes: git cannot tell here)"
             raise NeedsConsent(
                 f"{checkout.title()}{local}. Nothing is changed yet; it would insert\n{_places(checkout)}\n"

@@ -67,6 +67,8 @@ class NetworkEarlyStop:
             raise ValueError(
                 "--resume_from_huggingface cannot bring the CS history; download the state and --resume its folder"
             )
+        if not args.output_dir:
+            raise ValueError("--output_dir is not given; early stopping writes its history there")
         self.name = args.output_name or "last"
         self.run = EarlyStopRun(
             settings,
@@ -108,7 +110,7 @@ class NetworkEarlyStop:
         """After every completed optimizer step. global_step: the trainer's own count, for its trackers."""
         self._trained = True
         if self.run.after_step(loss, self._learning_rate, accelerator.device):
-            record = self.run.last_record()
+            record = self.run.monitor.last_record if self.run.monitor is not None else None
             if record and accelerator.trackers:
                 names = {"all": "total"}
                 scalars = {f"{names.get(part, part)}_cs/step": value for part, value in record["cs"].items()}
@@ -125,29 +127,28 @@ class NetworkEarlyStop:
         On a stop the last weights are saved as NAME-last, and the turning point's stand in the network when the trainer
         saves it as NAME. Without --early_stop the turning point is saved as NAME-turning-point, and NAME is the end.
         """
-        run, extension = self.run, f".{self.args.save_model_as}"
-        kept, last = run.kept_step(), run.step
+        run, kept = self.run, self.run.kept_step()
         metadata["es_lora"] = json.dumps(run.verdict())
-        files = {"the end of the training": self.name + extension}
-        if kept is not None:
-            live, end = all_tensors(self.network), None
-            turning_point = run.monitor.load_snapshot(kept)
-            if run.settings.early_stop:
-                save_model(f"{self.name}-last{extension}", self.network, last, run.epoch_of(last))
-                files = {
-                    f"the result, step {kept}": self.name + extension,
-                    "the end of the training": f"{self.name}-last{extension}",
-                }
-                put_in(live, turning_point)
-                step, epoch = kept, run.epoch_of(kept)
-            else:
-                end = copies(live)
-                put_in(live, turning_point)
-                save_model(f"{self.name}-turning-point{extension}", self.network, kept, run.epoch_of(kept))
-                put_in(live, end)
-                files[f"the turning point, step {kept}"] = f"{self.name}-turning-point{extension}"
+        if kept is None:
+            files = {"the end of the training": self._file()}
+        elif run.settings.early_stop:
+            save_model(self._file("-last"), network, run.step, run.epoch_of(run.step))
+            put_in(all_tensors(network), run.monitor.load_snapshot(kept))
+            step, epoch = kept, run.epoch_of(kept)
+            files = {f"the result, step {kept}": self._file(), "the end of the training": self._file("-last")}
+        else:
+            live, turning_point = all_tensors(network), run.monitor.load_snapshot(kept)
+            end = copies(live)
+            put_in(live, turning_point)
+            save_model(self._file("-turning-point"), network, kept, run.epoch_of(kept))
+            put_in(live, end)
+            turning_point_file = self._file("-turning-point")
+            files = {"the end of the training": self._file(), f"the turning point, step {kept}": turning_point_file}
         run.finish({what: str(Path(self.args.output_dir) / name) for what, name in files.items()})
         return step, epoch
+
+    def _file(self, kind: str = "") -> str:
+        return f"{self.name}{kind}.{self.args.save_model_as}"
 
 
 def _schedule_free_switches(optimizer: Any, args: Any) -> Tuple[Optional[Callable], Optional[Callable]]:

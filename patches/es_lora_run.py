@@ -76,9 +76,18 @@ def read_settings(args: Any, reduction: str) -> Optional[Settings]:
 
     reduction: the trainer's usual one. Raises ValueError with every problem at once; values may come from a TOML file.
     """
-    if not (args.calculate_cs or args.early_stop):
-        return None
     problems: List[str] = []
+
+    def truth(name: str) -> bool:
+        try:
+            return _truth(getattr(args, name))
+        except argparse.ArgumentTypeError as error:
+            problems.append(f"--{name}: {error}")
+            return True
+
+    calculate_cs, early_stop = truth("calculate_cs"), truth("early_stop")
+    if not (calculate_cs or early_stop):
+        return None
 
     def count(name: str) -> Optional[int]:
         value = getattr(args, name)
@@ -99,13 +108,13 @@ def read_settings(args: Any, reduction: str) -> Optional[Settings]:
         )
     if chosen not in ("matrix", "row"):
         problems.append(f"--cs_reduction is {chosen!r}; choose matrix or row")
-    if not args.snapshot_disk_gb > 0:
-        problems.append(f"--snapshot_disk_gb is {args.snapshot_disk_gb}; give the gigabytes that snapshots may use")
+    if not isinstance(args.snapshot_disk_gb, (int, float)) or not args.snapshot_disk_gb > 0:
+        problems.append(f"--snapshot_disk_gb is {args.snapshot_disk_gb!r}; give the gigabytes that snapshots may use")
     if problems:
         raise ValueError("; ".join(problems))
     disk_bytes = args.snapshot_disk_gb * 1e9
     rest = (args.valley, chosen, args.cs_component, disk_bytes)
-    return Settings(bool(args.early_stop), interval, window, args.stop_rule, *rest)
+    return Settings(early_stop, interval, window, args.stop_rule, *rest)
 
 
 def say(text: str) -> None:
@@ -228,14 +237,11 @@ class EarlyStopRun:
         say(decision.reason)
         return STOP if self.settings.early_stop else GO_ON
 
-    def last_record(self) -> Dict[str, Any]:
-        lines = self.monitor.state_dict()["lines"] if self.monitor is not None else []
-        return next((line for line in reversed(lines) if "event" not in line), {})
-
     def save_state(self, folder: Path) -> None:
         """Put the monitor, and the number of steps done, into a saved training state."""
         self.monitor.save_state(folder)
         write_text_whole(Path(folder) / STEP_NAME, json.dumps({"step": self.step}))
+        self.monitor.state_saved(folder)
 
     def kept_step(self) -> Optional[int]:
         """The step whose weights are the result: the turning point; after divergence the last finite snapshot."""

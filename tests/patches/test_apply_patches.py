@@ -225,7 +225,8 @@ def test_unknown_revision_shows_its_places_and_waits_for_yes(unknown, upstream, 
     assert "not in the table" in said and "--yes" in said
     assert "import es_lora_hook" in said and f"{FILES[upstream]}, after line" in said
     assert tree(unknown) == before
-    assert run(unknown, "--check") == 0
+    assert run(unknown, "--check") == 0 and run(unknown, "--dry-run") == 0
+    assert tree(unknown) == before
     assert run(unknown, "--yes") == 0
     assert "es_lora_hook" in (unknown / FILES[upstream]).read_text()
     assert run(unknown, "--reverse") == 0

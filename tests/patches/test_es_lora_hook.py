@@ -200,10 +200,18 @@ def test_off_by_default_and_published_names():
 def test_values_of_a_toml_file_are_checked_all_at_once():
     args = parsed(early_stop=True, cs_interval=3, window_size="auto")
     assert es_lora_run.read_settings(args, "row").cs_interval == 3
-    args = parsed(early_stop=True, cs_interval=0, window_size="many", stop_rule="best", cs_reduction="sum", valley=0)
+    assert es_lora_run.read_settings(parsed(early_stop="False"), "matrix") is None
+    args = parsed(early_stop="on?", cs_interval=0, window_size="many", stop_rule="best", cs_reduction="sum", valley=0)
     with pytest.raises(ValueError) as error:
         es_lora_run.read_settings(args, "matrix")
-    for part in ("--cs_interval is 0", "--window_size is 'many'", "--stop_rule is 'best'", "is 'sum'", "--valley is 0"):
+    for part in (
+        "--early_stop: 'on?' is neither",
+        "--cs_interval is 0",
+        "--window_size is 'many'",
+        "--stop_rule is 'best'",
+        "is 'sum'",
+        "--valley is 0",
+    ):
         assert part in str(error.value)
 
 
