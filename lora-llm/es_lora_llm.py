@@ -81,10 +81,13 @@ class LoraTrainer(Seq2SeqTrainer):
         super().log({k: v for k, v in logs.items() if k.startswith("train") or not k.endswith(speeds)}, *args, **kwargs)
 
     def log_scalar(self, name: str, value: float, step: int) -> None:
-        """A scalar under exactly this name, in TensorBoard's log."""
+        """A scalar under exactly this name, in the logs of --report_to: TensorBoard, wandb, trackio."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_scalar(name, value, step)
+            board = getattr(callback, "_wandb", None) or getattr(callback, "_trackio", None)
+            if board is not None and callback._initialized:
+                board.log({name: value, "train/global_step": step})  # the step axis of transformers' own scalars
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -373,6 +376,7 @@ def finish(run: Run, outcome: str, seconds: float) -> dict[str, Any]:
     run.heldout["before"] = at_start[0] if at_start else None
     facts = early_stop.facts(state.global_step) if early_stop is not None else {"last_step": state.global_step}
     facts["outcome"] = outcome
+    facts["base"] = {"bits": training.bits, "quant_type": training.quant_type, "double_quant": training.double_quant}
     adapters: dict[str, str] = {}
     if outcome == "stopped_early":
         run.heldout["kept"] = _loss(run, "kept")

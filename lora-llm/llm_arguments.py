@@ -19,6 +19,8 @@ import torch
 from cs_fluctuation import HISTORY_NAME
 from stop_rules import DEFAULT_RULE, RULES
 from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 
 @dataclass
@@ -83,7 +85,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     )
     lora_bias: str = field(default="none", metadata={"help": "biases to train: none, all or lora_only"})
     max_memory_MB: int = field(default=80000, metadata={"help": "memory to use on each GPU, in MB"})
-    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, ... or none"})
+    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ..., several with commas, or none"})
     output_dir: str = field(default="./output", metadata={"help": "where the run leaves everything"})
     optim: str = field(default="paged_adamw_32bit", metadata={"help": "the optimizer, by its Hugging Face name"})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "examples a device and micro-step"})
@@ -114,6 +116,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self) -> None:
         self.eval_strategy = self.evaluation_strategy or self.eval_strategy
+        if isinstance(self.report_to, str):
+            self.report_to = [name.strip() for name in self.report_to.split(",")]
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # below 1 it is a share of the steps
         if self.group_by_length:
@@ -373,8 +377,17 @@ def _problems(settings: Settings) -> list[str]:
     )
     check(stop.cs_reduction in ("row", "matrix"), f"--cs_reduction {stop.cs_reduction}: choose row or matrix")
     check(stop.cs_component in ("lm", "all"), f"--cs_component {stop.cs_component}: choose lm or all")
-    problems += _output_problems(settings)
+    problems += _logging_problems(training.report_to) + _output_problems(settings)
     return problems
+
+
+def _logging_problems(names: list[str]) -> list[str]:
+    """The Trainer would fail on these only after the base is loaded."""
+    known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    unknown = [name for name in names if name not in known]
+    missing = [name for name in names if name in known and name not in installed]
+    problems = [f"--report_to {name}: choose of {', '.join(known)}, or none" for name in unknown]
+    return problems + [f"--report_to {name}: its package is not installed (pip install {name})" for name in missing]
 
 
 def _output_problems(settings: Settings) -> list[str]:

@@ -114,7 +114,8 @@ def test_a_bad_file_ends_before_anything_is_written(random_base, text_files, tmp
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     flags = ["--model_name_or_path", str(random_base), "--dataset", str(text_files["train"])]
-    assert main([*flags, "--output_dir", str(tmp_path / "run"), "--bits", "32", "--use_cpu", "--forgetting_data", str(tmp_path / name)]) == 2
+    flags += ["--output_dir", str(tmp_path / "run"), "--bits", "32", "--use_cpu"]
+    assert main([*flags, "--forgetting_data", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err
     assert said in error and name in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
