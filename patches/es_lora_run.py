@@ -16,6 +16,8 @@ from cs_fluctuation import HISTORY_NAME, EarlyStopMonitor, NonFiniteWeightsError
 from cs_replay import write_report
 from stop_rules import DEFAULT_RULE, RULES, RuleSettings, make_rule, plan_measurements
 
+# The columns of the history that a rule can have here.
+RECORDED = {"step", "epoch", "cs", "cs_matrix", "cs_row", "delta_norm", "fluctuation", "loss", "lr"}
 STEP_NAME = "es_lora_step.json"  # in a saved state: the optimizer steps done, which upstream does not carry everywhere
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -102,9 +104,13 @@ def read_settings(args: Any, reduction: str) -> Optional[Settings]:
     chosen = args.cs_reduction or reduction
     if args.stop_rule not in RULES:
         problems.append(f"--stop_rule is {args.stop_rule!r}; choose one of {', '.join(RULES)}")
-    if args.valley < 1 or (args.stop_rule == "second-valley" and args.valley != 2):
+    elif not RECORDED.issuperset(RULES[args.stop_rule].needs):
+        missing = ", ".join(column for column in RULES[args.stop_rule].needs if column not in RECORDED)
+        problems.append(f"--stop_rule {args.stop_rule} needs {missing}, which is not recorded here; choose another")
+    is_number = isinstance(args.valley, int) and args.valley > 0
+    if not is_number or (args.stop_rule == "second-valley" and args.valley != 2):
         problems.append(
-            f"--valley is {args.valley}; give a number from 1, with --stop_rule nth-valley where it is not 2"
+            f"--valley is {args.valley!r}; give a number from 1, with --stop_rule nth-valley where it is not 2"
         )
     if chosen not in ("matrix", "row"):
         problems.append(f"--cs_reduction is {chosen!r}; choose matrix or row")

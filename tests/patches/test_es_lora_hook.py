@@ -215,6 +215,13 @@ def test_values_of_a_toml_file_are_checked_all_at_once():
         assert part in str(error.value)
 
 
+def test_rule_that_needs_what_is_not_recorded_is_refused(monkeypatch):
+    demanding = type("Demanding", (), {"needs": ("cs", "grad_evidence")})
+    monkeypatch.setitem(es_lora_run.RULES, "demanding", demanding)
+    with pytest.raises(ValueError, match="demanding needs grad_evidence, which is not recorded here"):
+        es_lora_run.read_settings(parsed("--early_stop", "--stop_rule", "demanding"), "matrix")
+
+
 def test_truth_values():
     with pytest.raises(SystemExit):
         parsed("--early_stop", "perhaps")
