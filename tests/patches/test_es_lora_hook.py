@@ -246,12 +246,13 @@ def test_old_history_is_put_aside_and_kept(tmp_path):
     assert kept == {"cs_history.1.jsonl": "first", "cs_history.2.jsonl": "second"}
 
 
-def make_run(tmp_path, frozen, module, **flags):
-    settings = es_lora_run.read_settings(parsed(**{"early_stop": True, "cs_interval": 1, "window_size": 2, **flags}), "matrix")
+def make_run(tmp_path, frozen, module, is_main=True, **flags):
+    flags = {"early_stop": True, "cs_interval": 1, "window_size": 2, **flags}
+    settings = es_lora_run.read_settings(parsed(**flags), "matrix")
     net = network(unet=[module])
     layers, _ = es_lora_layers.network_layers(net)
     tensors = lambda: es_lora_layers.all_tensors(net)  # noqa: E731
-    return es_lora_run.EarlyStopRun(settings, tmp_path, layers, tensors, 4, 100, True, None, {})
+    return es_lora_run.EarlyStopRun(settings, tmp_path, layers, tensors, 4, 100, is_main, None, {})
 
 
 def test_divergence_stops_and_keeps_the_last_finite_weights(tmp_path):
@@ -266,6 +267,30 @@ def test_divergence_stops_and_keeps_the_last_finite_weights(tmp_path):
     assert run.stopped and run.verdict()["outcome"] == "diverged" and run.kept_step() == 1
     run.finish({})
     assert json.loads((tmp_path / "result.json").read_text())["kept_step"] == 1
+
+
+@pytest.mark.parametrize("heard, stops", [(es_lora_run.GO_ON, False), (es_lora_run.STOP, True), (es_lora_run.FAILED, None)])
+def test_other_processes_do_what_the_main_one_says(heard, stops, tmp_path, monkeypatch):
+    asked = []
+
+    def broadcast(tensor, source):
+        asked.append(source)
+        tensor.fill_(heard)
+
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_backend", "gloo")):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    frozen = torch.nn.Linear(4, 4)
+    run = make_run(tmp_path, frozen, LoraModule("lora_unet_x", frozen, 1), is_main=False, cs_interval=2)
+    assert run.monitor is None and not list(tmp_path.iterdir())
+    run.after_step(torch.tensor(1.0), 0.1, "cpu")
+    assert asked == []  # nothing is due, so nobody waits for anybody
+    if stops is None:
+        with pytest.raises(RuntimeError, match="failed on the main process"):
+            run.after_step(torch.tensor(1.0), 0.1, "cpu")
+    else:
+        run.after_step(torch.tensor(1.0), 0.1, "cpu")
+        assert (run.stopped, asked) == (stops, [0])
 
 
 def test_unknown_component_is_a_message(tmp_path):
