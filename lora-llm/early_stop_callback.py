@@ -352,13 +352,13 @@ class EarlyStopCallback(TrainerCallback):
         self._tell(state, verdict)
         settings = {name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "seed")}
         result = {
+            **self.facts(state.global_step),
             "outcome": outcome,
             "verdict": verdict,
             "kept_step": kept_step,
             "turning_step": decision.keep_step if decision else None,
             "detection_step": decision.detected_step if decision else None,
             "budget_steps": state.max_steps,
-            **self.facts(state.global_step),
             "settings": {**settings, "cs_interval": self.plan.cs_interval, "window_size": self.plan.window},
             "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         }

@@ -16,7 +16,7 @@ warnings.filterwarnings("ignore", message="Paged optimizers are not supported on
 warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
 warnings.filterwarnings("ignore", message=".*torch.cpu.amp.*", category=FutureWarning)
 warnings.filterwarnings("ignore", message="Could not find a config file in")
-# PEFT asks under the older names.
-warnings.filterwarnings("ignore", message="`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated")
+# PEFT and TRL ask under the older names.
+warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated")
 for name in ("torch.distributed", "torch.utils.cpp_extension", "bitsandbytes", "huggingface_hub"):
     logging.getLogger(name).setLevel(logging.ERROR)
