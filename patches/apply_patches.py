@@ -235,6 +235,9 @@ def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:
                 f"{checkout.title()}{local}. Nothing is changed yet; it would insert\n{_places(checkout)}\n"
                 "If these places are right, run the command again with --yes"
             )
+    absent = [str(path) for path in COPIED if not path.is_file()]
+    if absent:
+        raise Refusal(f"{', '.join(absent)} missing; run this tool from a whole copy of ES-LoRA")
     taken = [path.name for path in COPIED if (checkout.root / path.name).exists()]
     if taken:
         raise Refusal(
