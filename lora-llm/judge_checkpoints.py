@@ -22,7 +22,6 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 
 import torch
 from cs_fluctuation import (
-    BLOCK_VALUES,
     HISTORY_FORMAT,
     HISTORY_NAME,
     Decision,
@@ -41,6 +40,7 @@ PEFT_NAME, DIFFUSERS_NAME = "adapter_model.safetensors", "pytorch_lora_weights.s
 WEIGHT_COLUMNS = {"step", "epoch", "cs", "cs_row", "cs_matrix", "delta_norm", "stable_rank", "fluctuation"}
 MEASUREMENTS_PER_EPOCH = 5  # fewer, and the window of at least 5 measurements no longer is about one epoch
 MISSING_SHARE = 0.1  # of the measurements that a verdict bears
+READ_VALUES = 500_000  # of a weight that are held in float32 at once
 
 Key = Tuple[str, str]  # (component, layer path)
 
@@ -60,26 +60,39 @@ class Stored(NamedTuple):
     first_row: int = 0
 
 
+class BlockBuffer:
+    """One float32 block that all weights are read through: allocated and freed anew, such blocks fragment the heap."""
+
+    def __init__(self):
+        self._values = torch.empty(0)
+
+    def filled(self, block: torch.Tensor) -> torch.Tensor:
+        """`block` in float32, valid until the next call."""
+        if self._values.numel() < block.numel():
+            self._values = torch.empty(max(READ_VALUES, block.numel()))
+        return self._values[: block.numel()].view(block.shape).copy_(block)
+
+
 class FileWeight(DenseWeight):
     """A frozen weight W (out, in) that stays in its file: read in blocks of rows for one use and dropped.
 
     transposed: the file holds W^T (in, out), as GPT-2's Conv1D does. The row norms are computed once.
     """
 
-    def __init__(self, stored: Stored, out_rows: int, row_values: int, transposed: bool):
+    def __init__(self, stored: Stored, out_rows: int, row_values: int, transposed: bool, buffer: BlockBuffer):
         super().__init__(stored)
-        self.out_rows, self.row_values, self.transposed = out_rows, row_values, transposed
+        self.out_rows, self.row_values, self.transposed, self.buffer = out_rows, row_values, transposed, buffer
         self._norms: Optional[torch.Tensor] = None
 
     def _row_blocks(self) -> Iterator[torch.Tensor]:
-        rows, first = max(1, BLOCK_VALUES // self.row_values), self.weight.first_row
+        rows, first = max(1, READ_VALUES // self.row_values), self.weight.first_row
         # Opened anew for each use: pages of an open file count as the memory of this process.
         with safe_open(str(self.weight.file), framework="pt") as handle:
             stored = handle.get_slice(self.weight.tensor)
             for start in range(0, self.out_rows, rows):
                 stop = min(start + rows, self.out_rows)
                 block = stored[:, start:stop].T if self.transposed else stored[first + start : first + stop].flatten(1)
-                yield block.to(torch.promote_types(block.dtype, torch.float32))  # (rows, in)
+                yield self.buffer.filled(block)  # (rows, in)
 
     def row_norms(self) -> torch.Tensor:
         if self._norms is None:
@@ -357,6 +370,7 @@ class Measurer:
     def __init__(self, base: Base):
         self.base = base
         self._weights: Dict[Key, FileWeight] = {}
+        self._buffer = BlockBuffer()
 
     def measure(self, adapter: Adapter) -> Dict[str, Any]:
         """The columns cs_row, cs_matrix, delta_norm, stable_rank (mean over layers) and update_norm ({component: value}).
@@ -394,7 +408,7 @@ class Measurer:
             if not transposed and flat != wanted:
                 unfit.append(f"{key[1]} is {flat} in the base and {wanted} in the adapter")
                 continue
-            self._weights[key] = FileWeight(self.base.stored[found], *wanted, transposed)
+            self._weights[key] = FileWeight(self.base.stored[found], *wanted, transposed, self._buffer)
         if missing:
             raise BaseMismatchError(
                 f"the base {self.base.path} has no weight for {len(missing)} of {len(adapter.modules)} LoRA layers: "
@@ -504,6 +518,7 @@ class Run:
     steps_per_epoch: int
     problems: Dict[str, str]
     history: Optional[History]
+    counts_epochs: bool = False  # no step is known, so that the numbers of epochs stand for them
 
 
 def read_run(folder: Path, steps_per_epoch: Optional[int] = None) -> Run:
@@ -519,8 +534,8 @@ def read_run(folder: Path, steps_per_epoch: Optional[int] = None) -> Run:
         raise FileNotFoundError(f"{folder} holds no LoRA checkpoints; known are {known}{named}")
     history = read_history(folder) if (folder / HISTORY_NAME).is_file() else None
     per_epoch = steps_per_epoch or (history.header["steps_per_epoch"] if history else _steps_per_epoch(found))
-    if per_epoch is None and all(checkpoint.step is None for checkpoint in found):
-        per_epoch = 1  # nothing but the numbers of epochs: they are the steps
+    counts_epochs = per_epoch is None and all(checkpoint.step is None for checkpoint in found)
+    per_epoch = 1 if counts_epochs else per_epoch
     if per_epoch is None:
         raise ValueError(f"nothing in {folder} tells how many optimizer steps an epoch has; give --steps_per_epoch N")
     by_step: Dict[int, Checkpoint] = {}
@@ -534,7 +549,7 @@ def read_run(folder: Path, steps_per_epoch: Optional[int] = None) -> Run:
         else:
             checkpoint.step = round(step)
             by_step[step] = checkpoint
-    return Run([by_step[step] for step in sorted(by_step)], per_epoch, problems, history)
+    return Run([by_step[step] for step in sorted(by_step)], per_epoch, problems, history, counts_epochs)
 
 
 def measure_run(run: Run, base: Base, progress: bool = False) -> None:
@@ -596,7 +611,9 @@ def find_spacing(run: Run) -> Spacing:
     present = {checkpoint.step for checkpoint in measured}
     missing = [step for step in range(interval, steps[-1] + 1, interval) if step not in present]
     sparse = None
-    if interval > planned and per_epoch < MEASUREMENTS_PER_EPOCH * interval:
+    if run.counts_epochs:
+        sparse = f"the checkpoints lie {interval} epoch{'s' * (interval > 1)} apart"
+    elif interval > planned and per_epoch < MEASUREMENTS_PER_EPOCH * interval:
         sparse = f"the checkpoints lie {interval} steps ({interval / per_epoch:.2g} epochs) apart"
     elif len(missing) > max(1, MISSING_SHARE * (len(missing) + len(measured))):
         sparse = f"{len(missing)} of {len(missing) + len(measured)} checkpoints, one every {interval} steps, are missing"
@@ -674,9 +691,13 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
     if spacing.sparse and _uses_window(name, history):
         need = max(spacing.planned, run.steps_per_epoch // MEASUREMENTS_PER_EPOCH)
         verdict.update(stopped=False, stop_step=None, turning_step=None, certainty="too sparse")
+        wanted = f"every {need} steps" if need > 1 else "every step"
+        measured = f"every {spacing.planned} steps" if spacing.planned > 1 else "every step"
+        if run.counts_epochs:
+            wanted, measured = f"{MEASUREMENTS_PER_EPOCH} times an epoch", "10 times an epoch"
         verdict["reason"] = (
-            f"Too sparse to say: {spacing.sparse}. The rule {name} needs one at least every {need} steps, from the start "
-            f"on; one every {spacing.planned} steps is what a run with early stopping measures."
+            f"Too sparse to say: {spacing.sparse}. The rule {name} needs one at least {wanted}, from the start on; a run "
+            f"with early stopping measures {measured}."
         )
     elif len(history.records) < first_answer:
         verdict["certainty"] = "too few"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cs_fluctuation import EarlyStopMonitor, LoraLayer
 from cs_replay import read_history, redecide
-from judge_checkpoints import Base, FileWeight, main, unet_layer_name
+from judge_checkpoints import Base, BlockBuffer, FileWeight, main, unet_layer_name
 from safetensors.torch import load_file, save_file
 from stop_rules import RuleSettings, make_rule
 
@@ -359,7 +359,7 @@ def test_open_clip_rows_of_a_fused_tensor(tmp_path):
     base = Base(tmp_path / "sd2.safetensors")
     key = base.find("te1", "text_model_encoder_layers_0_self_attn_k_proj")
     down = torch.randn(2, 6)
-    assert torch.allclose(FileWeight(base.stored[key], 6, 6, False).project(down), fused[6:12] @ down.T)
+    assert torch.allclose(FileWeight(base.stored[key], 6, 6, False, BlockBuffer()).project(down), fused[6:12] @ down.T)
 
 
 MEMORY_PROGRAM = """
@@ -396,3 +396,72 @@ def test_the_base_is_never_in_memory(tmp_path):
     grown_bytes = int(re.search(r"grown (\d+)", result.stdout)[1])
     adapter_bytes = sum(tensor.numel() * 4 for tensor in lora.values())
     assert grown_bytes < 2 * 4 * side * side + adapter_bytes
+
+
+def test_epochs_in_the_names_are_enough_to_list_them_and_too_sparse_to_judge(tmp_path, capsys):
+    """Files without any metadata (--no_metadata): the epochs are the steps."""
+    run = diffusion_run(tmp_path, "kohya")
+    for file in run.folder.glob("*.safetensors"):
+        tensors = load_file(str(file))
+        file.unlink()
+        if "step" not in file.name:
+            save_file(tensors, str(file))
+    verdict = judged(run, capsys)
+    assert [row["step"] for row in verdict["checkpoints"]] == [1, 2, 3, 4, 5]
+    assert verdict["certainty"] == "too sparse"
+    assert "at which step" in verdict["not_judged"]["toy.safetensors"]
+
+
+def test_kept_adapters_count_by_the_step_in_their_metadata(tmp_path, capsys):
+    run = language_run(tmp_path)
+    last = run.folder / f"checkpoint-{STEPS}"
+    last.rename(run.folder / "adapter-last")
+    adapter = run.folder / "adapter-last" / "adapter_model.safetensors"
+    save_file(load_file(str(adapter)), str(adapter), {"es_lora": json.dumps({"last_step": STEPS, "kept_step": 20})})
+    verdict = judged(run, capsys)
+    assert verdict["checkpoints"][-1]["name"] == "adapter-last" and verdict["checkpoints"][-1]["step"] == STEPS
+    assert verdict["certainty"].startswith("exact")
+
+
+def test_a_run_stopped_early_has_its_last_weights_under_last(tmp_path, capsys):
+    """es_lora_ldm.py keeps the turning point under the normal name, whose ss_steps is the step of the stop."""
+    run = diffusion_run(tmp_path, "kohya")
+    (run.folder / "toy.safetensors").rename(run.folder / "toy-last.safetensors")
+    (run.folder / "toy.safetensors").write_bytes((run.folder / "toy-step00000021.safetensors").read_bytes())
+    verdict = judged(run, capsys)
+    assert verdict["checkpoints"][-1]["name"] == "toy-last.safetensors"
+    assert "toy.safetensors" in verdict["not_judged"]
+    assert_same_decision(verdict, run)
+
+
+def test_a_rule_that_needs_more_than_weights_is_refused(tmp_path, capsys, monkeypatch):
+    import stop_rules
+
+    class ByLoss(stop_rules.StopRule):
+        name, needs = "by-loss", ("loss",)
+
+    monkeypatch.setitem(stop_rules.RULES, "by-loss", ByLoss)
+    run = language_run(tmp_path, every=20)
+    assert main([str(run.folder), "--base", str(run.base), "--rule", "by-loss"]) == 2
+    assert "rule by-loss needs loss" in capsys.readouterr().err
+
+
+def test_a_rule_without_a_window_judges_one_checkpoint_an_epoch(tmp_path, capsys, monkeypatch):
+    import stop_rules
+    from cs_fluctuation import Decision
+
+    class ThirdRecord(stop_rules.StopRule):
+        name, needs, seen = "third", ("cs",), 0
+
+        def update(self, record):
+            self.seen += 1
+            return (
+                Decision(record["step"], record["step"], (record["step"], record["step"]), "The third.")
+                if self.seen == 3
+                else None
+            )
+
+    monkeypatch.setitem(stop_rules.RULES, "third", ThirdRecord)
+    verdict = judged(language_run(tmp_path, every=STEPS_PER_EPOCH), capsys)
+    assert verdict["rule"] == "third" and verdict["keep"] == "checkpoint-30"
+    assert verdict["certainty"].startswith("approximate")
