@@ -196,6 +196,9 @@ class EarlyStopCallback(TrainerCallback):
             self.valley,
         )
         self._loss_from_step, self._ended = state.global_step, False
+        measured = state.global_step - state.global_step % self.plan.cs_interval  # the last measurement of a resumed run
+        logged = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] >= measured]
+        self._logged_loss = logged[-1] if logged else None
         error = None
         if state.is_world_process_zero:
             try:
@@ -294,7 +297,8 @@ class EarlyStopCallback(TrainerCallback):
                 self.log_scalar("cs_fluctuation/steps", record["fluctuation"], state.global_step)
         if decision is not None:
             self._tell(state, decision.reason)
-        return STOP if decision is not None and self.early_stop else GO_ON
+        # Not `decision`: a run resumed after its stop has decided already and stops again.
+        return STOP if self.early_stop and self.decision is not None else GO_ON
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         loss = (metrics or {}).get("eval_loss")

@@ -19,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
     EarlyStoppingCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -42,7 +43,7 @@ def lora(base, **options):
     )
 
 
-def trained(model, output, callback=None, others=(), data=None, **options):
+def trained(model, output, callback=None, others=(), resume=None, **options):
     """A plain Trainer after train(): 24 steps at most, 4 an epoch, a checkpoint at each; M = 2, so it stops after 8 or more."""
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_only_model": True, "logging_steps": 1}
     settings.update({"per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": "none", "use_cpu": True, **options})
@@ -55,7 +56,7 @@ def trained(model, output, callback=None, others=(), data=None, **options):
         eval_dataset=samples(4, seed=1),
         callbacks=[callback, *others],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output / "final"))
     return trainer
 
@@ -140,7 +141,6 @@ KINDS = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "bias": {"bias": "lora_only"},
 }
 
 
@@ -209,6 +209,29 @@ def test_without_early_stop_the_turning_point_lies_beside_the_last_weights(rando
     assert (result["outcome"], result["kept_step"], result["last_step"]) == ("budget_reached", 24, 24)
     assert same(output / "final", output / "checkpoint-24")
     assert same(output / "adapter-turning-point", output / f"checkpoint-{result['turning_step']}")
+
+
+class Interrupted(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(random_base, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    trained(lora(random_base), whole, save_only_model=False)
+    with pytest.raises(KeyboardInterrupt):
+        trained(lora(random_base), broken, others=[Interrupted()], save_only_model=False)
+    assert not (broken / "result.json").exists()
+    trained(lora(random_base), broken, save_only_model=False, resume=True)
+    assert (broken / "cs_history.jsonl").read_text() == (whole / "cs_history.jsonl").read_text()
+    assert check_stopped(broken)["verdict"] == result_of(whole)["verdict"]
+    assert same(broken / "final", whole / "final") and same(broken / "adapter-last", whole / "adapter-last")
+    kept, steps = result_of(whole)["kept_step"], result_of(whole)["last_step"]
+    trained(lora(random_base), broken, save_only_model=False, resume=True)  # once more, after its stop
+    again = result_of(broken)
+    assert (again["outcome"], again["kept_step"], again["last_step"]) == ("stopped_early", kept, steps + 1)
+    assert same(broken / "final", whole / "final")
 
 
 # ------------------------------------------------------------------------------------------------ beside other callbacks
