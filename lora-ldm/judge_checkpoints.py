@@ -461,11 +461,25 @@ def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Checkpoi
             continue
         metadata = _metadata(file)
         checkpoint = Checkpoint(name, file, int(number[1]) if number else None, None, metadata)
-        facts = json.loads(metadata.get("es_lora", "{}"))
         if checkpoint.step is None:
-            checkpoint.step = facts.get("last_step" if "last" in name else "kept_step", _state(place).get("global_step"))
+            facts = json.loads(metadata.get("es_lora", "{}"))
+            checkpoint.step = _kept_step(place, facts) if facts else _state(place).get("global_step")
         found.append(checkpoint)
     return found
+
+
+def _kept_step(place: Path, facts: Dict[str, Any]) -> Optional[int]:
+    """The step of an adapter of es_lora_llm.py or its callback, None where it could be of the kept or of the last step.
+
+    A run that stopped early has `adapter-last` beside the kept `adapter`; one that went on has `adapter-turning-point`
+    beside the last.
+    """
+    kept, last = facts.get("kept_step"), facts.get("last_step")
+    if place.name.endswith("-last") or kept is None or place.with_name(f"{place.name}-turning-point").is_dir():
+        return last
+    if place.name.endswith("-turning-point") or place.with_name(f"{place.name}-last").is_dir():
+        return kept
+    return kept if kept == last else None
 
 
 def _state(folder: Path) -> Dict[str, Any]:

@@ -420,6 +420,11 @@ def test_kept_adapters_count_by_the_step_in_their_metadata(tmp_path, capsys):
     save_file(load_file(str(adapter)), str(adapter), {"es_lora": json.dumps({"last_step": STEPS, "kept_step": 20})})
     verdict = judged(run, capsys)
     assert verdict["checkpoints"][-1]["name"] == "adapter-last" and verdict["checkpoints"][-1]["step"] == STEPS
+    last = last.with_name("adapter-last").rename(run.folder / "adapter")
+    assert "at which step" in judged(run, capsys)["not_judged"]["adapter"]  # the kept one, or the last one?
+    (run.folder / "adapter-turning-point").mkdir()
+    verdict = judged(run, capsys)
+    assert verdict["checkpoints"][-1]["name"] == "adapter" and verdict["checkpoints"][-1]["step"] == STEPS
     assert verdict["certainty"].startswith("exact")
 
 
