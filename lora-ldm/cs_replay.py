@@ -172,7 +172,8 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 .verdict { border-left: .4rem solid #2a7f62; background: #eef5f2; padding: .8rem 1rem; font-size: 1.1rem }
 table { border-collapse: collapse } td, th { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd }
 td { font-variant-numeric: tabular-nums } svg { width: 100%; height: auto; background: white }
-figure { display: inline-block; margin: .4rem } figcaption { font-size: .8rem; max-width: 16rem } img { max-width: 16rem }
+figure { display: inline-block; vertical-align: top; width: 12rem; margin: .4rem } img { width: 100% }
+figcaption { font-size: .8rem }
 """
 
 
