@@ -330,6 +330,7 @@ def read_adapter(file: Path) -> Adapter:
         config_file = file.with_name("adapter_config.json")
         is_peft = file.name == PEFT_NAME
         config = json.loads(config_file.read_text(encoding="utf-8")) if is_peft else {}
+        diffusers_config = json.loads(_metadata(file).get("lora_adapter_metadata", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"it cannot be read: {error}") from error
     parts: Dict[Key, Dict[str, torch.Tensor]] = {}
@@ -346,7 +347,10 @@ def read_adapter(file: Path) -> Adapter:
         down, up, rank = sides["down"], sides["up"], sides["down"].shape[0]
         if up.flatten(1).shape[1] != rank:
             raise ValueError(f"layer {key[1]}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} do not fit")
-        scale = _peft_scale(config, key[1], rank) if is_peft else float(sides.get("alpha", rank)) / rank
+        # diffusers keeps a PEFT configuration for each part, its names led by the part's.
+        part_names = [name for name, component in _PARTS.items() if name and component == key[0]]
+        own = {name.partition(".")[2]: value for name, value in diffusers_config.items() if name.partition(".")[0] in part_names}
+        scale = float(sides["alpha"]) / rank if "alpha" in sides else _peft_scale(config or own, key[1], rank)
         modules[key] = LoraModule(down, up, scale)
     return Adapter(modules, bool(config.get("fan_in_fan_out")))
 

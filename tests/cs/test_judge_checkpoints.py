@@ -10,7 +10,7 @@ import pytest
 import torch
 from cs_fluctuation import EarlyStopMonitor, LoraLayer
 from cs_replay import read_history, redecide
-from judge_checkpoints import Base, BlockBuffer, FileWeight, main, unet_layer_name
+from judge_checkpoints import Base, BlockBuffer, FileWeight, main, read_adapter, unet_layer_name
 from safetensors.torch import load_file, save_file
 from stop_rules import RuleSettings, make_rule
 
@@ -374,15 +374,15 @@ print("grown", 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - befo
 
 
 def test_the_base_is_never_in_memory(tmp_path):
-    """A base of 192 MB whose largest weight has 16 MB in float32, read in shards."""
-    side, layers = 2048, 24
+    """A base of 96 MB whose largest weight has 16 MB in float32, read in shards."""
+    side, layers = 2048, 12
     generator = torch.Generator().manual_seed(0)
     base, adapter = tmp_path / "base", tmp_path / "adapters" / "checkpoint-1"
     base.mkdir(), adapter.mkdir(parents=True)
     weight_map, lora = {}, {}
+    weight = torch.randn(side, side, generator=generator).to(torch.bfloat16)
     for layer in range(layers):
         name = f"layers.{layer}.q_proj"
-        weight = torch.randn(side, side, generator=generator).to(torch.bfloat16)
         save_file({f"{name}.weight": weight}, str(base / f"model-{layer}.safetensors"))
         weight_map[f"{name}.weight"] = f"model-{layer}.safetensors"
         for side_name, shape in (("A", (4, side)), ("B", (side, 4))):
@@ -470,3 +470,13 @@ def test_a_rule_without_a_window_judges_one_checkpoint_an_epoch(tmp_path, capsys
     verdict = judged(language_run(tmp_path, every=STEPS_PER_EPOCH), capsys)
     assert verdict["rule"] == "third" and verdict["keep"] == "checkpoint-30"
     assert verdict["certainty"].startswith("approximate")
+
+
+def test_the_scale_of_a_diffusers_file_is_in_its_metadata(tmp_path):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    tensors = {}
+    for part in ("unet.a", "text_encoder.b"):
+        tensors[f"{part}.lora_A.weight"], tensors[f"{part}.lora_B.weight"] = torch.ones(2, 3), torch.ones(3, 2)
+    save_file(tensors, str(file), {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8, "unet.r": 2})})
+    modules = read_adapter(file).modules
+    assert modules["unet", "a"].scale == 4 and modules["te1", "b"].scale == 1
