@@ -10,6 +10,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 base_model="$here/lora-llm/tiny_base"                  # a folder in Hugging Face format, or a hub name
 training_data="$here/dataset/kitchen_notes/train.jsonl" # json, jsonl, csv or tsv with input and output columns
 heldout_data="$here/dataset/kitchen_notes/heldout.jsonl" # examples to score on, never trained on; "" for none
+general_text="$here/lora-llm/tiny_base/general_text.jsonl" # tells what the LoRA has forgotten of the base; "" for none
 output="$here/output/llm-$(date +%Y%m%d-%H%M%S)"       # where everything goes; a new folder for every run
 
 bits=4                      # the frozen base in 4, 8, 16 or 32 bits (4 fits the largest models)
@@ -54,6 +55,9 @@ flags=(
 )
 if [ -n "$heldout_data" ]; then
   flags+=(--do_eval --eval_dataset "$heldout_data" --eval_strategy epoch --per_device_eval_batch_size 16)
+fi
+if [ -n "$general_text" ]; then
+  flags+=(--forgetting_data "$general_text")
 fi
 if [ -n "$precision" ]; then
   flags+=("$precision")

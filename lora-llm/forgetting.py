@@ -13,7 +13,7 @@ import torch
 from causal_collator import IGNORE_INDEX, encode_source, pad_batch
 from torch.nn.functional import cross_entropy
 
-MAX_PASSAGE_TOKENS = 256  # of every passage; the rest is cut off
+MAX_PASSAGE_TOKENS = 128  # of every passage; many short ones tell more than a few long ones
 FORGOTTEN_FROM = 1.10  # ratio of perplexities from which a LoRA is said to have forgotten
 NAMES = {"before": "before training", "kept": "turning point", "last": "last step"}
 

@@ -60,7 +60,7 @@ class DataArguments:
     forgetting_data: Optional[str] = field(
         default=None, metadata={"help": "general text (jsonl with text, or txt) that tells what the LoRA has forgotten"}
     )
-    max_forgetting_samples: int = field(default=32, metadata={"help": "score at most so many passages of it"})
+    max_forgetting_samples: int = field(default=20, metadata={"help": "score at most so many passages of it"})
 
 
 @dataclass

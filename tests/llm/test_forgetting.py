@@ -86,7 +86,7 @@ def test_passages_are_taken_evenly_and_cut(random_base, tmp_path):
     assert [text.split()[1] for text in read_general_text(str(file), 4)] == ["0", "3", "6", "9"]
     assert len(read_general_text(str(file), 32)) == 10
     text = GeneralText(str(file), AutoTokenizer.from_pretrained(random_base), 4, 2)
-    assert text.tokens == 4 * 255
+    assert text.tokens == 4 * 127
 
 
 def test_a_lora_that_has_forgotten_is_called_so():
