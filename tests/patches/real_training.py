@@ -96,13 +96,14 @@ class Trainer:
             self.folders[kind] = unpack(repository, revision, folder, upstream)
         subprocess.run([sys.executable, str(APPLY), str(self.folders["patched"])], check=True, stdout=subprocess.DEVNULL)
 
-    def run(self, kind, output, flags, steps=STEPS):
+    def run(self, kind, output, flags, steps=None):
         """(exit code, output folder, losses as hexadecimal text, what it printed)."""
         folder = self.work / "runs" / output
         if not (flags and "--resume" in flags):
             shutil.rmtree(folder, ignore_errors=True)
         losses = self.work / "runs" / f"{output}-losses.txt"
         losses.unlink(missing_ok=True)
+        steps = steps or (STEPS // 2 if "sdxl" in self.script else STEPS)  # SDXL's steps take seconds
         common = self.qlora_flags(folder) if self.upstream == "qlora" else self.network_flags(folder)
         settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true", "TINY_LOSSES": str(losses)}
         (self.work / "runs").mkdir(exist_ok=True)
