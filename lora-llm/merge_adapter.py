@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Largest difference of two logits, as a share of the largest logit: a few roundings of the coarser of the two models
 # (what is computed apart, what is written), added up over its layers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-TOLERANCE_8_BIT = 4e-2  # layers of 8 bits round the activations to 8 bits too, which the merged ones do not
+TOLERANCE_8_BIT = 8e-2  # layers of 8 bits round the activations to 8 bits too, which the merged ones do not
 PROBES = (
     "How do I keep rice from sticking to the pan?",
     "The river rose in the night, and by morning the lower fields were under water. Nobody had expected it so early.",
