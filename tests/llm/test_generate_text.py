@@ -7,9 +7,11 @@ import shutil
 import generate_text
 import pytest
 import torch
+from adapter_folders import base_of, load_frozen_base, open_adapter
 from causal_collator import encode_source
 from generate_text import main, side_by_side
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT = "how long do beans soak?"
@@ -114,6 +116,19 @@ def test_the_bits_of_the_base_are_what_was_asked_for(run, monkeypatch, bits):
     assert main(["--adapter", str(run), "--prompt", PROMPT, "--bits", bits]) == 0
     kinds = {"4": ("Linear4bit", torch.uint8), "8": ("Linear8bitLt", torch.int8), "16": ("Linear", torch.bfloat16)}
     assert seen == [kinds[bits]]
+
+
+def test_without_bits_the_base_is_as_in_training(run, tmp_path):
+    """The trainer writes them into the adapter; without that the base is as stored."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", folder)
+    file = str(folder / "adapter_model.safetensors")
+    facts = {"base": {"bits": 4, "quant_type": "fp4", "double_quant": False}}
+    save_file(load_file(file), file, metadata={"format": "pt", "es_lora": json.dumps(facts)})
+    told, untold = open_adapter(str(folder)), open_adapter(str(run))
+    model, bits = load_frozen_base(base_of([told], None), None, [told])
+    assert bits == 4 and model.model.layers[0].self_attn.q_proj.weight.quant_type == "fp4"
+    assert load_frozen_base(base_of([untold], None), None, [untold])[1] == 32
 
 
 def talk(monkeypatch, lines, flags):
