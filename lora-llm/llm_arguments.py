@@ -360,6 +360,11 @@ def _problems(settings: Settings) -> list[str]:
     check(training.lora_r >= 1, f"--lora_r {training.lora_r}: the rank must be at least 1")
     biases = ("none", "all", "lora_only")
     check(training.lora_bias in biases, f"--lora_bias {training.lora_bias}: choose one of {', '.join(biases)}")
+    check(
+        not training.load_best_model_at_end,
+        "--load_best_model_at_end: this trainer keeps the turning point or the last step; take the best of the saved "
+        "checkpoints by hand, or use EarlyStopCallback in a Trainer of your own",
+    )
     check(training.save_safetensors, "--save_safetensors False: adapters are always saved as safetensors; leave it out")
     check(not training.remove_unused_columns, "--remove_unused_columns True would remove the text; leave it out")
     check(training.mmlu_split in ("eval", "test"), f"--mmlu_split {training.mmlu_split}: choose eval or test")

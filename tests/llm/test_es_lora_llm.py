@@ -334,6 +334,10 @@ BAD = {
     "nothing to resume": (["--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
     "subject": (["--dataset", "mmlu", "--train_subject", "physics", "--mmlu_dir", "{folder}"], "mmlu"),
     "disk": (["--snapshot_disk_gb", "0"], "must be above 0"),
+    "best model": (
+        ["--load_best_model_at_end", "--save_strategy", "epoch", "--eval_strategy", "epoch", "--eval_dataset_size", "4"],
+        "keeps the turning point or the last step",
+    ),
 }
 
 
