@@ -103,7 +103,7 @@ class Trainer:
             shutil.rmtree(folder, ignore_errors=True)
         losses = self.work / "runs" / f"{output}-losses.txt"
         losses.unlink(missing_ok=True)
-        steps = steps or (STEPS // 2 if "sdxl" in self.script else STEPS)  # SDXL's steps take seconds
+        steps = steps or (STEPS * 3 // 4 if "sdxl" in self.script else STEPS)  # SDXL's steps take seconds
         common = self.qlora_flags(folder) if self.upstream == "qlora" else self.network_flags(folder)
         settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true", "TINY_LOSSES": str(losses)}
         (self.work / "runs").mkdir(exist_ok=True)
