@@ -7,6 +7,9 @@ cd "$here"
 trees=(llm ldm)
 case "${1:-}" in llm | ldm) trees=("$1") && shift ;; esac
 
+# The models of the tests are so small that a second thread costs more than it brings.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 status=0
 for tree in "${trees[@]}"; do
   environment="$here/.venv-$tree"
