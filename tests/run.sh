@@ -20,6 +20,11 @@ for tree in "${trees[@]}"; do
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
     cp "$requirements" "$environment/.installed"
   fi
+  extras="$here/lora-$tree/requirements-extras.txt" # not needed to train, but tested
+  if [ -f "$extras" ] && ! cmp -s "$extras" "$environment/.installed-extras"; then
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$extras"
+    cp "$extras" "$environment/.installed-extras"
+  fi
   echo "Testing lora-$tree ..."
   paths=("tests/$tree")
   if [ "$tree" = "${trees[0]}" ]; then
