@@ -54,7 +54,11 @@ wandb_key=""                                # logs to Weights & Biases as well, 
 environment="$here/.venv-ldm"
 if [ ! -f "$environment/.installed" ] || ! cmp -s "$here/requirements-ldm.txt" "$environment/.installed"; then
   echo "Installing the diffusion environment into $environment (once) ..."
-  python3 -m venv "$environment"
+  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "early_stop_lora_ldm.sh: Python 3.11 or newer is needed; name one: PYTHON=python3.11 bash $0" >&2
+    exit 2
+  }
+  "${PYTHON:-python3}" -m venv "$environment"
   "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-ldm.txt"
   cp "$here/requirements-ldm.txt" "$environment/.installed"
 fi
