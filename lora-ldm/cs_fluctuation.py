@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
+from gradient_evidence import GradientEvidence
 from safetensors.torch import load_file, save_file
 
 HISTORY_NAME = "cs_history.jsonl"
 HISTORY_FORMAT = "cs-history/1"
 STATE_NAME = "cs_state.json"
+GRADIENTS_NAME = "cs_gradients.safetensors"
 SNAPSHOT_FOLDER = "cs_snapshots"
 BLOCK_VALUES = 4_000_000  # largest part of a weight that is held in float32 at once
 
@@ -122,19 +124,28 @@ def layer_cosine(layer: LoraLayer, reduction: str = "matrix") -> float:
     return _cosines(layer)[0 if reduction == "matrix" else 1].item()
 
 
-def measure_layers(layers: Sequence[LoraLayer]) -> Dict[str, Dict[str, float]]:
-    """Both cosines and the update norm of all layers: {"cs_matrix", "cs_row", "delta_norm": {component: value}}.
+def measure_each(layers: Sequence[LoraLayer]) -> List[List[float]]:
+    """[matrix cosine, row cosine, squared norm of B A] of every layer. One transfer from the device.
 
-    A component's cosine is the mean over its layers, "all" the mean over all layers; delta_norm is the root of the
-    summed squares of ||BA||. One transfer from the device a measurement.
     Raises NonFiniteWeightsError where a LoRA matrix holds NaN or infinity.
     """
     values = [_cosines(layer) for layer in layers]
     table = torch.stack([value.to(values[0]) for value in values]).tolist()
-    result: Dict[str, Dict[str, float]] = {"cs_matrix": {}, "cs_row": {}, "delta_norm": {}}
-    for layer, (matrix, row, squared_norm) in zip(layers, table):
-        if not math.isfinite(matrix + row + squared_norm):
+    for layer, row in zip(layers, table):
+        if not math.isfinite(sum(row)):
             raise NonFiniteWeightsError(f"the LoRA weights of layer {layer.name} are NaN or infinite: training has diverged")
+    return table
+
+
+def measure_layers(layers: Sequence[LoraLayer]) -> Dict[str, Dict[str, float]]:
+    """Both cosines and the update norm of all layers: {"cs_matrix", "cs_row", "delta_norm": {component: value}}.
+
+    A component's cosine is the mean over its layers, "all" the mean over all layers; delta_norm is the root of the
+    summed squares of ||BA||.
+    Raises NonFiniteWeightsError where a LoRA matrix holds NaN or infinity.
+    """
+    table = measure_each(layers)
+    result: Dict[str, Dict[str, float]] = {"cs_matrix": {}, "cs_row": {}, "delta_norm": {}}
     components = list(dict.fromkeys(layer.component for layer in layers))
     for component in [*components, "all"]:
         rows = [row for layer, row in zip(layers, table) if component in ("all", layer.component)]
@@ -332,6 +343,8 @@ class EarlyStopMonitor:
     folder: where cs_history.jsonl and the snapshots go. rule: an object of stop_rules.
     layers: the LoRA layers, live. tensors: gives {name: live tensor}, what a snapshot holds; None keeps no snapshots.
     reduction: "matrix" or "row", the cosine that the rule sees as column `cs`. header: further facts for line one.
+    evidence: a GradientEvidence over the trained matrices, for the column grad_evidence; None leaves it null.
+    columns: {name: function} of further columns; each is called at every measurement and gives a float or None.
     resume_from: a folder that save_state wrote; the history goes on from there.
     It never exits, prints or kills: `measure` returns the Decision once, and the trainer acts.
     Raises FileExistsError where the folder holds the history of another run, FileNotFoundError where resume_from holds
@@ -350,7 +363,10 @@ class EarlyStopMonitor:
         header: Optional[Dict[str, Any]] = None,
         snapshot_disk_bytes: float = 20e9,
         resume_from: Union[str, Path, None] = None,
+        evidence: Optional[GradientEvidence] = None,
+        columns: Optional[Dict[str, Callable[[], Optional[float]]]] = None,
     ):
+        self.columns, self.evidence = columns if columns is not None else {}, evidence
         self.folder, self.rule, self.layers, self.tensors = Path(folder), rule, list(layers), tensors
         self.cs_interval, self.reduction, self.component = cs_interval, reduction, rule.settings.component
         self.history_path = self.folder / HISTORY_NAME
@@ -411,7 +427,9 @@ class EarlyStopMonitor:
         measured = measure_layers(self.layers)
         record = {"step": step, "epoch": round(epoch, 6), "cs": measured[f"cs_{self.reduction}"], **measured}
         record["fluctuation"] = self.series.update(record["cs"][self.component]).fluctuation
-        for name, value in columns.items():
+        record["grad_evidence"] = self.evidence.value() if self.evidence is not None else None
+        measured_now = {name: function() for name, function in self.columns.items()}
+        for name, value in {**columns, **measured_now}.items():
             record[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         if self.snapshots is not None:
             self.snapshots.put(self.measurements, step, self.tensors())
@@ -473,6 +491,9 @@ class EarlyStopMonitor:
         """Put the state and hard links to the snapshots into a checkpoint's folder."""
         if self.snapshots is not None:
             self.snapshots.copy_to(Path(folder) / SNAPSHOT_FOLDER)
+        if self.evidence is not None:
+            state = self.evidence.state_tensors()
+            write_whole(Path(folder) / GRADIENTS_NAME, lambda temporary: save_file(state, str(temporary)))
         write_text_whole(Path(folder) / STATE_NAME, json.dumps(self.state_dict()))
 
     def state_saved(self, folder: Union[str, Path]) -> None:
@@ -494,6 +515,8 @@ class EarlyStopMonitor:
         state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
         if self.snapshots is not None:
             self.snapshots.copy_from(folder / SNAPSHOT_FOLDER, state["snapshots"])
+        if self.evidence is not None and (folder / GRADIENTS_NAME).is_file():
+            self.evidence.load_state_tensors(load_file(str(folder / GRADIENTS_NAME)))
         self.load_state_dict(state)
         self._state_folder = folder
         if self.snapshots is not None and self.decision is not None:
@@ -501,6 +524,8 @@ class EarlyStopMonitor:
             self.snapshots.pin(self.decision.keep_step)
 
     def close(self) -> None:
-        """Delete the snapshots; the history stays."""
+        """Delete the snapshots and watch no more gradients; the history stays."""
+        if self.evidence is not None:
+            self.evidence.close()
         if self.snapshots is not None:
             self.snapshots.delete()

@@ -2,6 +2,7 @@
 
 from cs_fluctuation import EarlyStopMonitor
 from cs_replay import read_history, redecide
+from gradient_evidence import GradientEvidence
 from stop_rules import DEFAULT_RULE, RuleSettings, make_rule, plan_measurements
 
 
@@ -24,8 +25,11 @@ def plan(args, components, steps_per_epoch, total_steps):
     return make_rule(name, settings), chosen
 
 
-def make_monitor(args, rule, cs_interval, network, header):
-    """The EarlyStopMonitor over the network's live layers, its history in --output_dir."""
+def make_monitor(args, rule, cs_interval, network, header, batches_per_epoch, columns):
+    """The EarlyStopMonitor over the network's live layers, its history in --output_dir.
+
+    batches_per_epoch: backward passes of this process in an epoch. columns: {name: function} of further columns.
+    """
     return EarlyStopMonitor(
         args.output_dir,
         rule,
@@ -36,6 +40,8 @@ def make_monitor(args, rule, cs_interval, network, header):
         header=header,
         snapshot_disk_bytes=args.snapshot_disk_gb * 1e9,
         resume_from=args.resume,
+        evidence=GradientEvidence(network.tensors().values(), batches_per_epoch),
+        columns=columns,
     )
 
 

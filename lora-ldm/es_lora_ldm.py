@@ -59,6 +59,7 @@ class NetworkTrainer:
 
     def __init__(self, args):
         self.args = args
+        self.columns = {}  # {name: function} of further columns of the history, called at every measurement
 
     # ------------------------------------------------------------------------------- what depends on the base model
 
@@ -191,7 +192,8 @@ class NetworkTrainer:
         self.cs_interval = chosen.cs_interval
         if self.is_main:
             header = {"trainer": "es_lora_ldm", "seed": self.seed, "total_steps": self.total_steps}
-            self.monitor = make_monitor(args, rule, chosen.cs_interval, self.network, header)
+            batches = len(self.batches) / self.accelerator.num_processes
+            self.monitor = make_monitor(args, rule, chosen.cs_interval, self.network, header, batches, self.columns)
             self.say(f"CS every {chosen.cs_interval} steps, window {chosen.window}, rule {rule.name}", *chosen.notices)
             if self.monitor.snapshots is not None and self.monitor.snapshots.every > 1:
                 self.say(f"snapshots of every {self.monitor.snapshots.every}th measurement fit into --snapshot_disk_gb")

@@ -32,6 +32,7 @@ from cs_fluctuation import (
     write_text_whole,
 )
 from cs_replay import write_report
+from gradient_evidence import GradientEvidence
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -137,7 +138,8 @@ class EarlyStopCallback(TrainerCallback):
     cs_interval: optimizer steps between measurements; window_size: M in measurements; None: chosen from the epoch's length.
     cs_reduction: "row" or "matrix". snapshot_disk_gb: disk that the snapshots may use. header: more facts for the history.
     say: takes the plain sentences for the person (default: print). before_restore: called before the kept weights are put
-    back. log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names. report: at the end
+    back. columns: {name: function}, further columns of the history, measured each time; a rule may need some, such as
+    heldout_loss. log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names. report: at the end
     write result.json and report.html into the output folder and delete the snapshots; False: the caller does all that.
     Raises ValueError at the start of training where the model has no LoRA layers.
     """
@@ -157,8 +159,10 @@ class EarlyStopCallback(TrainerCallback):
         say: Callable[[str], None] = print,
         before_restore: Optional[Callable[[], None]] = None,
         log_scalar: Optional[Callable[[str, float, int], None]] = None,
+        columns: Optional[dict[str, Callable[[], Optional[float]]]] = None,
         report: bool = True,
     ):
+        self.columns = columns if columns is not None else {}
         self.early_stop, self.stop_rule, self.valley = early_stop, stop_rule, valley
         self.cs_interval, self.window_size = cs_interval, window_size
         self.cs_reduction, self.cs_component = cs_reduction, cs_component
@@ -181,11 +185,13 @@ class EarlyStopCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
         try:
-            steps_per_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+            self._batches_per_epoch = len(train_dataloader)
+            steps_per_epoch = max(1, math.ceil(self._batches_per_epoch / args.gradient_accumulation_steps))
         except TypeError:
             if self.cs_interval is None or self.window_size is None:
                 raise ValueError("the training data has no length, so give cs_interval and window_size") from None
             steps_per_epoch = self.cs_interval * self.window_size
+            self._batches_per_epoch = steps_per_epoch * args.gradient_accumulation_steps
         self.plan = plan_measurements(
             self.stop_rule,
             self.cs_component,
@@ -209,16 +215,20 @@ class EarlyStopCallback(TrainerCallback):
 
     def _open_monitor(self, args, state, model, steps_per_epoch: int) -> None:
         interval, window = self.plan.cs_interval, self.plan.window
+        layers = peft_lora_layers(model)
+        matrices = [matrix for layer in layers for matrix in (layer.down, layer.up)]
         self.monitor = EarlyStopMonitor(
             args.output_dir,
             make_rule(self.stop_rule, RuleSettings(window, self.cs_component, steps_per_epoch, interval, self.valley)),
-            peft_lora_layers(model),
+            layers,
             lambda: trainable_tensors(model),
             cs_interval=interval,
             reduction=self.cs_reduction,
             header=self.header,
             snapshot_disk_bytes=self.snapshot_disk_gb * 1e9,
             resume_from=self._resumed_checkpoint(args, state),
+            evidence=GradientEvidence(matrices, self._batches_per_epoch),
+            columns=self.columns,
         )
         epoch = f"an epoch has {steps_per_epoch} optimizer steps"
         self.say(f"CS is measured every {interval} steps, window M = {window} measurements ({epoch}; rule {self.stop_rule}).")

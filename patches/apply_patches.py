@@ -33,6 +33,7 @@ COPIED = (
     HERE / "es_lora_run.py",
     HERE / "es_lora_layers.py",
     VENDORED / "cs_fluctuation.py",
+    VENDORED / "gradient_evidence.py",
     VENDORED / "stop_rules.py",
     VENDORED / "cs_replay.py",
 )

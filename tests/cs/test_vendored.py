@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-VENDORED = ("cs_fluctuation.py", "stop_rules.py", "cs_replay.py", "judge_checkpoints.py")
-ALLOWED_IMPORTS = {"torch", "numpy", "safetensors", "cs_fluctuation", "stop_rules", "cs_replay"}
+VENDORED = ("cs_fluctuation.py", "gradient_evidence.py", "stop_rules.py", "cs_replay.py", "judge_checkpoints.py")
+ALLOWED_IMPORTS = {"torch", "numpy", "safetensors", "cs_fluctuation", "gradient_evidence", "stop_rules", "cs_replay"}
 
 
 @pytest.mark.parametrize("name", VENDORED)
