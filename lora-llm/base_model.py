@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -114,10 +115,22 @@ def fit_embeddings(base: torch.nn.Module, tokenizer: Any) -> None:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=True)
 
 
-def _linear_names(base: torch.nn.Module) -> list[str]:
-    """Every linear layer (nn.Linear and its quantised kinds, GPT-2's Conv1D) but the output head, by its full name."""
-    head = base.get_output_embeddings()
-    return [name for name, module in base.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head]
+def linear_layers(base: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every linear layer (nn.Linear and its quantised kinds, GPT-2's Conv1D) but the output head, by its full name.
+
+    Where PEFT has wrapped a layer, that is the layer inside, under the name that it had before.
+    """
+    head, wrapped, layers = base.get_output_embeddings(), [], {}
+    for name, module in base.named_modules():
+        if name.startswith(tuple(wrapped)):
+            continue
+        layer = module
+        if isinstance(module, BaseTunerLayer):
+            wrapped.append(f"{name}.")
+            layer = module.get_base_layer()
+        if isinstance(layer, (torch.nn.Linear, Conv1D)) and module is not head:
+            layers[name] = layer
+    return layers
 
 
 def lora_target_names(base: torch.nn.Module, lora_modules: str) -> list[str]:
@@ -126,7 +139,7 @@ def lora_target_names(base: torch.nn.Module, lora_modules: str) -> list[str]:
     Attention layers are those inside a module whose class has Attention in its name.
     Raises ValueError, naming what there is, where a name matches nothing.
     """
-    names = _linear_names(base)
+    names = list(linear_layers(base))
     if lora_modules == "all":
         return names
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
