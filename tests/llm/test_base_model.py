@@ -200,6 +200,27 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(settings_for):
 # ------------------------------------------------------------------------------ training on it
 
 
+@every_bits
+def test_gradients_after_an_evaluation_are_those_before_it(settings_for, bits):
+    settings = settings_for("llama", f"--bits {bits} --use_cpu")
+    model = attach_lora(load_base(settings), settings.training)
+    randomise_up(model)
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    before = gradients()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=tokens())
+    after = gradients()
+    assert all(torch.equal(gradient, after[name]) for name, gradient in before.items())
+    assert all(gradient.abs().max() > 0 for name, gradient in before.items())
+
+
+
 @every_architecture
 @every_bits
 def test_a_training_step_has_a_finite_loss_and_moves_only_lora(settings_for, architecture, bits):
