@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from image_folders import IMAGE_EXTENSIONS  # noqa: E402
 from image_loading import UnreadableImageError, load_rgb  # noqa: E402
+from prepare.caption_files import existing_caption, find_pictures, write_caption  # noqa: E402
 
 DEFAULT_REPO = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 # Categories of selected_tags.csv.
@@ -152,25 +151,6 @@ def caption_text(names: list[str], existing: Optional[str], args: argparse.Names
     return args.caption_separator.join(dict.fromkeys([*args.always_first_tags, *old, *names]))
 
 
-def write_caption(path: Path, text: str):
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def find_pictures(folder: Path, recursive: bool) -> list[Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"image folder {folder} does not exist")
-    found = sorted(folder.rglob("*") if recursive else folder.iterdir())
-    pictures = [p for p in found if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file() and not p.name.startswith(".")]
-    if not pictures:
-        raise ValueError(f"no pictures in {folder}" + ("" if recursive else " (--recursive takes subfolders, too)"))
-    return pictures
-
-
 def model_files(args: argparse.Namespace) -> tuple[Path, Path]:
     """(model.onnx, selected_tags.csv) from the command line or from the hub."""
     if args.model:
@@ -246,15 +226,6 @@ def validate(args: argparse.Namespace):
         problems.append("--caption_separator must not be empty")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def existing_caption(path: Path) -> Optional[str]:
-    if not path.exists():
-        return None
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"caption file {path} is not UTF-8 text: save it as UTF-8") from None
 
 
 def tag_pictures(captions: dict[Path, Path], tagger: Tagger, args: argparse.Namespace) -> tuple[list[str], Counter]:

@@ -1,0 +1,101 @@
+"""Where captions go: a text file beside each picture, or one metadata.jsonl for the folder. Written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from image_folders import IMAGE_EXTENSIONS  # noqa: E402
+
+
+def find_pictures(folder: Path, recursive: bool) -> list[Path]:
+    """Sorted. Raises FileNotFoundError for no such folder, ValueError for one without pictures."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image folder {folder} does not exist")
+    found = sorted(folder.rglob("*") if recursive else folder.iterdir())
+    pictures = [p for p in found if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file() and not p.name.startswith(".")]
+    if not pictures:
+        raise ValueError(f"no pictures in {folder}" + ("" if recursive else " (--recursive takes subfolders, too)"))
+    return pictures
+
+
+def existing_caption(path: Path) -> Optional[str]:
+    """The text of a caption file, None where there is none. Raises ValueError where it is not UTF-8."""
+    if not path.exists():
+        return None
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"caption file {path} is not UTF-8 text: save it as UTF-8") from None
+
+
+def write_caption(path: Path, text: str):
+    """Write a text file, whole or not at all; it ends with a line break."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+class CaptionFiles:
+    """Captions as text files beside the pictures.
+
+    Raises:
+        ValueError: two pictures would share a caption file.
+    """
+
+    def __init__(self, pictures: list[Path], extension: str):
+        self.extension = extension
+        owners: dict[Path, Path] = {}
+        for picture in pictures:
+            first = owners.setdefault(self.path(picture), picture)
+            if first != picture:
+                raise ValueError(f"{first} and {picture.name} would share {self.path(picture).name}: rename one of them")
+
+    def path(self, picture: Path) -> Path:
+        return picture.with_suffix(self.extension)
+
+    def get(self, picture: Path) -> Optional[str]:
+        return existing_caption(self.path(picture))
+
+    def put(self, picture: Path, caption: str):
+        write_caption(self.path(picture), caption)
+
+
+class MetadataFile:
+    """Captions as lines {"file_name", "text"} of FOLDER/metadata.jsonl; other lines and fields stay as they are.
+
+    Raises:
+        ValueError: the file that is there is not such a list.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.file, self.lock = folder, folder / "metadata.jsonl", threading.Lock()
+        self.entries: dict[str, dict] = {}
+        for number, line in enumerate((existing_caption(self.file) or "").splitlines(), 1):
+            if line.strip():
+                try:
+                    entry = json.loads(line)
+                    self.entries[entry["file_name"]] = entry
+                except (json.JSONDecodeError, TypeError, KeyError):
+                    raise ValueError(f'{self.file} line {number} is no JSON object with a "file_name": mend it') from None
+
+    def name(self, picture: Path) -> str:
+        return picture.relative_to(self.folder).as_posix()
+
+    def get(self, picture: Path) -> Optional[str]:
+        entry = self.entries.get(self.name(picture), {})
+        return entry.get("caption", entry.get("text"))
+
+    def put(self, picture: Path, caption: str):
+        with self.lock:
+            entry = self.entries.setdefault(self.name(picture), {"file_name": self.name(picture)})
+            entry["caption" if "caption" in entry else "text"] = caption
+            write_caption(self.file, "\n".join(json.dumps(line, ensure_ascii=False) for line in self.entries.values()))
