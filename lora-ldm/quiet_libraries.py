@@ -2,7 +2,8 @@
 
 xformers warns when its compiled part does not match the installed torch, transformers when torchvision is missing.
 Neither says anything about the run: xformers is only used when asked for (and then its own error is shown), and no
-image processor of transformers is used at all. LyCORIS logs every setting to the screen unless its logger has a
+image processor of transformers is used at all. bitsandbytes misses, on some processors, a package that only speeds up 4-bit
+weights; this tree has none. LyCORIS logs every setting to the screen unless its logger has a
 handler already; its warnings are kept.
 """
 
@@ -12,7 +13,8 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-logging.getLogger("xformers").setLevel(logging.ERROR)
+for name in ("xformers", "bitsandbytes"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 _lycoris_warnings = logging.StreamHandler()
 _lycoris_warnings.setLevel(logging.WARNING)

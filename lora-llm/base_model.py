@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.tuners_utils import BaseTunerLayer
+from quantised_weights import check_dequantisation, keep_as_loaded
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -114,6 +115,8 @@ def load_base(settings: Any) -> torch.nn.Module:
     base.config.use_cache = False
     keep_trainable_layout(base)
     if quantisation is not None:
+        keep_as_loaded(base)
+        check_dequantisation(base)
         kwargs = training.activation_checkpointing_kwargs
         return prepare_model_for_kbit_training(base, training.activation_checkpointing, kwargs)
     if training.activation_checkpointing and not training.full_finetune:

@@ -3,10 +3,11 @@
     trainer = Trainer(..., callbacks=[EarlyStopCallback()])
 
 Works in transformers' Trainer, TRL's SFTTrainer and what is built on them, on one process or with DDP. Needs only the
-vendored files beside it (cs_fluctuation.py, stop_rules.py, cs_replay.py). It measures CS after every cs_interval optimizer
-steps, stops the Trainer cleanly, saves the last weights as `adapter-last` in the output folder and puts the weights of the
-turning point back into the model before anything after training sees it. Where another callback ended the training, the
-weights are left as they are. Who stopped, and why, is said, logged and written to result.json and report.html.
+files beside it that it imports (cs_fluctuation.py, gradient_evidence.py, stop_rules.py, cs_replay.py, quantised_weights.py).
+It measures CS after every cs_interval optimizer steps, stops the Trainer cleanly, saves the last weights as `adapter-last` in
+the output folder and puts the weights of the turning point back into the model before anything after training sees it. Where
+another callback ended the training, the weights are left as they are. Who stopped, and why, is said, logged and written to
+result.json and report.html.
 """
 
 import json
@@ -25,7 +26,6 @@ from cs_fluctuation import (
     HISTORY_NAME,
     STATE_NAME,
     Decision,
-    DenseWeight,
     EarlyStopMonitor,
     LoraLayer,
     NonFiniteWeightsError,
@@ -34,37 +34,11 @@ from cs_fluctuation import (
 from cs_replay import write_report
 from gradient_evidence import GradientEvidence
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from quantised_weights import frozen_weight, keep_as_loaded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stop_rules import DEFAULT_RULE, MeasurementPlan, RuleSettings, make_rule, plan_measurements
 from transformers import TrainerCallback
-from transformers.pytorch_utils import Conv1D
-
-
-def dequantised(layer: torch.nn.Module) -> torch.Tensor:
-    """W (out, in) of a bitsandbytes 4-bit or 8-bit layer, made for one use."""
-    weight = layer.weight
-    if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)
-    # After the first forward pass the scales of an 8-bit weight lie in the layer's state. (out,)
-    scales = layer.state.SCB if layer.state.SCB is not None else weight.SCB
-    return weight.data * (scales.to(weight.device).float() / 127).unsqueeze(1)
-
-
-class QuantisedWeight(DenseWeight):
-    """The weight of a quantised layer: dequantised for one use and dropped, so that one layer at a time is dense."""
-
-    def dense(self) -> torch.Tensor:
-        return dequantised(self.weight)  # here `weight` is the whole layer
-
-
-def frozen_weight(layer: torch.nn.Module) -> DenseWeight:
-    """The frozen weight W (out, in) of an adapted layer's base layer, without a copy of it."""
-    if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):
-        return QuantisedWeight(layer)
-    return DenseWeight(layer.weight.T if isinstance(layer, Conv1D) else layer.weight)
 
 
 def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> list[LoraLayer]:
@@ -105,6 +79,19 @@ def weights_swapped_in(model: torch.nn.Module, tensors: dict[str, torch.Tensor])
         yield
     finally:
         load_tensors(model, own)
+
+
+def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlyStopMonitor]) -> Optional[int]:
+    """After a divergence at `step`: leave finite weights in the model, its own or else the newest ones measured.
+
+    Returns the step of the weights that the model then holds, None where no finite ones are known.
+    """
+    if all(bool(tensor.isfinite().all()) for tensor in trainable_tensors(model).values()):
+        return step
+    newest = monitor.latest_snapshot_step() if monitor is not None else None
+    if newest is not None:
+        load_tensors(model, monitor.load_snapshot(newest))
+    return newest
 
 
 def save_adapter(model: Any, folder: Path, facts: dict[str, Any]) -> None:
@@ -184,6 +171,7 @@ class EarlyStopCallback(TrainerCallback):
     # -------------------------------------------------------------------------------------- set up
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
+        keep_as_loaded(model)
         try:
             self._batches_per_epoch = len(train_dataloader)
             steps_per_epoch = max(1, math.ceil(self._batches_per_epoch / args.gradient_accumulation_steps))
@@ -341,25 +329,25 @@ class EarlyStopCallback(TrainerCallback):
                 self.say(f"The model holds the weights of step {kept_step} again.")
             same_on_all(model, args)
         elif self.diverged is not None and self.report:
-            kept_step = self._restore_finite(model, kept_step)
+            kept_step = restore_finite(model, kept_step, self.monitor)
             same_on_all(model, args)
         if self.report and self.monitor is not None:
             self._leave_results(args, state, model, kept_step)
 
-    def _restore_finite(self, model, kept_step: int) -> Optional[int]:
-        """After a divergence: the newest weights that were finite; the step of what the model then holds."""
-        if self.monitor is None or all(bool(tensor.isfinite().all()) for tensor in trainable_tensors(model).values()):
-            return kept_step
-        step = self.monitor.latest_snapshot_step()
-        if step is not None:
-            load_tensors(model, self.monitor.load_snapshot(step))
-        return step
+    @contextmanager
+    def turning_point_in(self, model: torch.nn.Module) -> Iterator[None]:
+        """The model with the weights of the turning point, and with its own again afterwards; on rank 0 only."""
+        if self.monitor is None:
+            yield
+            return
+        with weights_swapped_in(model, self.monitor.load_snapshot(self.decision.keep_step)):
+            yield
 
     def _leave_results(self, args, state, model, kept_step: Optional[int]) -> None:
         """Say who ended the training and what the model holds; result.json and report.html; no snapshots any more."""
         folder, decision = Path(args.output_dir), self.decision
         if decision is not None and not self.early_stop:
-            with weights_swapped_in(model, self.monitor.load_snapshot(decision.keep_step)):
+            with self.turning_point_in(model):
                 save_adapter(model, folder / "adapter-turning-point", self.facts(state.global_step))
         outcome, ended = self._outcome(args, state)
         verdict = f"{ended} {self._held(args, state, kept_step)}"
@@ -433,12 +421,27 @@ def _device(args) -> torch.device:
     return torch.device("cpu") if torch.distributed.get_backend() == "gloo" else args.device
 
 
+_last_broadcast: Any = None
+
+
+def _broadcast(tensor: torch.Tensor) -> None:
+    """Rank 0's values on every rank, in place.
+
+    The finished work is held until the next one. Where gloo's thread were the last to hold it, that thread would need the
+    interpreter to let go of the tensor, and wait for ever if the process is ending just then.
+    """
+    global _last_broadcast
+    work = torch.distributed.broadcast(tensor, 0, async_op=True)
+    work.wait()
+    _last_broadcast = work
+
+
 def heard_by_all(answer: int, args) -> int:
     """Rank 0's answer, on every rank."""
     if args.world_size == 1:
         return answer
     tensor = torch.tensor([answer], device=_device(args))
-    torch.distributed.broadcast(tensor, 0)
+    _broadcast(tensor)
     return int(tensor.item())
 
 
@@ -446,7 +449,7 @@ def same_on_all(model: torch.nn.Module, args) -> None:
     """Give every rank the trained weights of rank 0."""
     if args.world_size > 1:
         for tensor in trainable_tensors(model).values():
-            torch.distributed.broadcast(tensor.data, 0)
+            _broadcast(tensor.data)
 
 
 def best_step_loaded(args, state) -> Optional[int]:

@@ -26,10 +26,8 @@ from early_stop_callback import (
     EarlyStopCallback,
     complete_checkpoints,
     heard_by_all,
-    load_tensors,
+    restore_finite,
     save_adapter,
-    trainable_tensors,
-    weights_swapped_in,
 )
 from forgetting import GeneralText
 from llm_arguments import Settings, parse_arguments
@@ -250,9 +248,7 @@ def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run
         scorer = MMLUScorer(collator.tokenizer, mmlu_rows, training.mmlu_source_max_len, training.per_device_eval_batch_size)
         mmlu = MMLUCallback(trainer, scorer)
         trainer.add_callback(mmlu)
-    run = Run(
-        settings, splits, collator, model, trainer, interrupt, early_stop, mmlu, resume, argv, trainable_parameters(model)
-    )
+    run = Run(settings, splits, collator, model, trainer, interrupt, early_stop, mmlu, resume, argv, trainable_parameters(model))
     if early_stop is not None:
         early_stop.say = run.say
         early_stop.before_restore = lambda: _score_last(run)
@@ -353,15 +349,12 @@ def _score_last(run: Run) -> None:
 def _diverged(run: Run, reason: str) -> str:
     """Put the last finite weights back: those at hand if the loss went first, else the newest snapshot."""
     run.diverged_reason = reason
-    monitor = run.early_stop.monitor if run.early_stop is not None else None
-    if all(bool(torch.isfinite(tensor).all()) for tensor in trainable_tensors(run.model).values()):
+    last = run.trainer.state.global_step
+    kept = restore_finite(run.model, last, run.early_stop.monitor if run.early_stop is not None else None)
+    if kept == last:
         run.diverged_kept = "The weights of that moment are finite and kept."
-    elif monitor is not None and monitor.latest_snapshot_step() is not None:
-        step = monitor.latest_snapshot_step()
-        load_tensors(run.model, monitor.load_snapshot(step))
-        run.diverged_kept = f"The weights of step {step}, the last finite ones measured, are kept."
-    else:
-        run.diverged_kept = None
+    elif kept is not None:
+        run.diverged_kept = f"The weights of step {kept}, the last finite ones measured, are kept."
     return "diverged"
 
 
@@ -422,9 +415,7 @@ def _save(run: Run, name: str, facts: dict[str, Any], adapters: dict[str, str]) 
 
 def _save_turning_point(run: Run, facts: dict[str, Any], adapters: dict[str, str]) -> None:
     """The full run was asked for and has a turning point: its weights beside the last ones."""
-    monitor = run.early_stop.monitor
-    tensors = monitor.load_snapshot(monitor.decision.keep_step) if monitor is not None else trainable_tensors(run.model)
-    with weights_swapped_in(run.model, tensors):
+    with run.early_stop.turning_point_in(run.model):
         if run.settings.training.world_size == 1:
             run.heldout["kept"] = _loss(run, "kept")
         _score_general_text(run, "kept")
@@ -524,16 +515,30 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"es_lora_llm: {error}", file=sys.stderr)
         return 2
-    if not settings.training.do_train:
-        return evaluate_only(run)
-    outcome = train(run)
-    finish(run, outcome, time.monotonic() - started)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    outcome = "evaluated"
+    if settings.training.do_train:
+        outcome = train(run)
+        finish(run, outcome, time.monotonic() - started)
+    else:
+        evaluate_only(run)
+    leave_process_group(run)
     return EXIT_CODES[outcome]
 
 
-def evaluate_only(run: Run) -> int:
+def leave_process_group(run: Run) -> None:
+    """End the collectives of all processes before the interpreter ends.
+
+    The DDP wrapper goes first: were it the last to hold the group, gloo's threads would be joined with the interpreter
+    locked, and one of them may be waiting for it to let go of the tensors of the last collective.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    run.trainer.model_wrapped = run.trainer.model
+    run.trainer.accelerator.free_memory()
+    torch.distributed.destroy_process_group()
+
+
+def evaluate_only(run: Run) -> None:
     """--do_train False: score and predict with the base as it is."""
     if run.splits.evaluation is not None:
         loss = _loss(run, "eval")
@@ -543,7 +548,6 @@ def evaluate_only(run: Run) -> int:
         run.say(f"MMLU accuracy {100 * score['accuracy']:.1f}% of {score['count']} questions.")
     if run.settings.training.do_predict:
         _predict(run)
-    return 0
 
 
 if __name__ == "__main__":

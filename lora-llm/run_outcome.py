@@ -13,7 +13,7 @@ from cs_fluctuation import HISTORY_NAME, Decision, write_text_whole
 from cs_replay import write_report
 from forgetting import forgetting_table
 
-EXIT_CODES = {"stopped_early": 0, "budget_reached": 0, "no_turning_point": 0, "diverged": 3, "interrupted": 130}
+EXIT_CODES = {"stopped_early": 0, "budget_reached": 0, "no_turning_point": 0, "evaluated": 0, "diverged": 3, "interrupted": 130}
 VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 

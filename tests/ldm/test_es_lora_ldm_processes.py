@@ -1,6 +1,7 @@
 """Runs in processes of their own: interruption, a kill at any time, and two processes that stop together."""
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -94,12 +95,15 @@ trainer.finish()
 
 
 def test_two_processes_share_gradients_and_stop_together(base, images, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(tree=str(TREE)))
     flags = words(
         base, images, tmp_path / "out", early_stop=True, window_size=3, cs_interval=1, max_train_steps=40, train_batch_size=1
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     finished = subprocess.run([*launch, str(script), str(tmp_path), *flags], timeout=400, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[:3000]
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

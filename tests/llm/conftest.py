@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub, and asking for one co
 
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory) -> Path:
-    """A seeded random Llama of two layers, hidden size 32, with the embedded base's tokenizer."""
+    """A seeded random Llama of two layers, hidden size 64, with the embedded base's tokenizer."""
     import quiet_libraries  # noqa: F401
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -25,7 +25,7 @@ def random_base(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=64,  # rows of whole blocks of 64, as 4 bits need them
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -1,6 +1,6 @@
 """The base model in 4, 8, 16 and 32 bits, where LoRA lands on it, and its CS, for seven architectures.
 
-Every model is random, two layers of hidden size 32. Expected layers are spelt out by hand; expected CS values are computed
+Every model is random, two layers of hidden size 64. Expected layers are spelt out by hand; expected CS values are computed
 by the formula from the dense weight and B A.
 """
 
@@ -9,8 +9,8 @@ import weakref
 from pathlib import Path
 
 import bitsandbytes.functional as bnb_functional
-import early_stop_callback
 import pytest
+import quantised_weights
 import torch
 import transformers
 from base_model import attach_lora, fit_embeddings, load_base, load_tokenizer, lora_target_names, trainable_parameters
@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 TINY_BASE = Path(__file__).resolve().parents[2] / "lora-llm" / "tiny_base"
-LAYERS, HIDDEN, INNER, VOCABULARY = 2, 32, 64, 4096
+LAYERS, HIDDEN, INNER, VOCABULARY = 2, 64, 128, 4096
 LLAMA_LIKE = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -29,7 +29,7 @@ LLAMA_LIKE = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "head_dim": 16,
+    "head_dim": 32,
 }
 OPT_SHAPE = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "word_embed_proj_dim": HIDDEN, "ffn_dim": INNER}
 OPT_SHAPE.update(num_hidden_layers=LAYERS, num_attention_heads=2, max_position_embeddings=64)
@@ -281,7 +281,7 @@ def test_lora_bias_chooses_the_trained_biases(settings_for, bits, choice):
 @every_bits
 def test_trainable_parameters_count_the_same_in_any_precision(adapted, bits):
     count = trainable_parameters(adapted("llama", bits))
-    sizes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]  # (in, out) of q k v o gate up down
+    sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]  # (in, out) of q k v o gate up down
     lora = LAYERS * sum(4 * (inside + outside) for inside, outside in sizes)
     norms = HIDDEN * (2 * LAYERS + 1)
     base = 2 * VOCABULARY * HIDDEN + LAYERS * sum(inside * outside for inside, outside in sizes) + norms
@@ -364,7 +364,7 @@ def test_an_embedding_s_lora_is_left_out(settings_for):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_at_most_one_layer_is_dequantised_at_any_time(adapted, monkeypatch, bits):
     """The dense values lie in a numpy array, which lives as long as any tensor or view that shares its memory."""
-    dequantise = early_stop_callback.dequantised
+    dequantise = quantised_weights.dequantised
     arrays: list[weakref.ref] = []
     alive_before_each: list[int] = []
 
@@ -374,7 +374,7 @@ def test_at_most_one_layer_is_dequantised_at_any_time(adapted, monkeypatch, bits
         arrays.append(weakref.ref(array))
         return torch.from_numpy(array)
 
-    monkeypatch.setattr(early_stop_callback, "dequantised", watched)
+    monkeypatch.setattr(quantised_weights, "dequantised", watched)
     layers = peft_lora_layers(adapted("llama", bits))
     first = measure_layers(layers)
     assert len(arrays) == 2 * len(layers)  # once for the norms, which are kept, and once for W A^T
