@@ -60,17 +60,6 @@ def _device_map(training: Any) -> dict[str, Any]:
     return {"device_map": "auto", "max_memory": {index: memory for index in range(torch.cuda.device_count())}}
 
 
-def keep_trainable_layout(base: torch.nn.Module) -> None:
-    """Keep 4-bit layers as they are under evaluation, so that training can go on after it.
-
-    On a CPU with AVX-512 bf16, bitsandbytes repacks a 4-bit weight for good at its first pass in evaluation mode, into a
-    layout whose product has no gradient: everything below the last layer would silently stop learning.
-    """
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def load_base(settings: Any) -> torch.nn.Module:
     """The base model of --model_name_or_path in --bits bits, ready to be trained on (norms in float32 where quantised).
 
@@ -113,7 +102,6 @@ def load_base(settings: Any) -> torch.nn.Module:
         **options,
     )
     base.config.use_cache = False
-    keep_trainable_layout(base)
     if quantisation is not None:
         keep_as_loaded(base)
         check_dequantisation(base)
