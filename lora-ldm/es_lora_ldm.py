@@ -37,6 +37,7 @@ from run_outcome import last_lines
 from run_results import finish, lora_metadata
 from sample_images import Sampler, read_prompts, untouched_random_state
 from sd_model import load_sd_model
+from shadow_networks import ShadowNetworks
 from tqdm import tqdm
 from training_logs import log_measurement, log_step
 from training_optimizers import averaged_weights, make_optimizer, make_scheduler
@@ -125,8 +126,9 @@ class NetworkTrainer:
         self.loader, self.order = make_loader(args, self.batches, args.cache_latents and not args.cache_latents_to_disk)
         self._count_steps(resumed)
         self._make_optimizer()
+        self.shadows = ShadowNetworks(self) if args.shadows else None
         if resumed:
-            load_state(args.resume, self.accelerator, self.network, self.optimizer, self.scheduler)
+            load_state(args.resume, self.accelerator, self.network, self.optimizer, self.scheduler, self.shadows)
         elif self.accelerator.process_index:
             torch.manual_seed(self.seed + self.accelerator.process_index)  # dropouts differ between processes
         self._make_monitor()
@@ -185,6 +187,8 @@ class NetworkTrainer:
     def _make_monitor(self):
         """The first process measures and decides; the others hear of it after each measurement."""
         args, self.monitor = self.args, None
+        if self.shadows is not None:
+            self.columns["shadow_loss"] = self.shadows.score
         self.safety_copy, self.safety_interval = (0, None), max(1, self.progress.steps_per_epoch // 10)
         if not args.calculate_cs:
             return
@@ -260,9 +264,12 @@ class NetworkTrainer:
         """One optimizer step over its micro-batches; returns the mean loss over all processes."""
         seen, total = Counter(), torch.zeros((), device=self.accelerator.device)
         for batch in batches:
-            loss = self.batch_loss(batch, self._generators(batch, seen)) / len(batches)
+            noised = self.noised(batch, self._generators(batch, seen))
+            loss = self.picture_losses(batch, *noised).mean() / len(batches)
             self.accelerator.backward(loss)
             total += loss.detach()
+            if self.shadows is not None:
+                self.shadows.backward(batch, noised)
         self._share_gradients()
         loss, interrupted = self._agree(total)
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm or float("inf"))
@@ -270,6 +277,8 @@ class NetworkTrainer:
         if not finite:  # with a scaler, gradients that overflow are part of its search
             self.outcome_name = "diverged"
             return float("nan")
+        if self.shadows is not None:
+            self.shadows.step()
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
@@ -281,19 +290,22 @@ class NetworkTrainer:
         self.stop_agreed = bool(interrupted)
         return loss.item()
 
-    def batch_loss(self, batch, generators):
-        """The mean weighted loss of a micro-batch, a scalar with gradients."""
-        device = self.accelerator.device
-        latents = self.latents_of(batch, generators)  # (B, 4, h, w)
+    def noised(self, batch, generators):
+        """A micro-batch's latents, noise and noisy latents, (B, 4, h, w) each, and its timesteps (B,)."""
+        latents = self.latents_of(batch, generators)
         noise, input_noise, timesteps = draw_batch(self.args, self.schedule, latents, generators)
-        noisy = add_noise(self.schedule, latents, input_noise, timesteps)
+        return latents, noise, add_noise(self.schedule, latents, input_noise, timesteps), timesteps
+
+    def picture_losses(self, batch, latents, noise, noisy, timesteps):
+        """The weighted loss of each picture of a micro-batch, (B,) with gradients."""
+        device = self.accelerator.device
         with self.accelerator.autocast():
             states = self.encode_text(batch["captions"])
             prediction = self.predict_noise(noisy, timesteps, states, batch)
         wanted = target(self.schedule, latents, noise, timesteps)
         masks = None if batch["alpha_masks"] is None else batch["alpha_masks"].to(device)
         weights = batch["loss_weights"].to(device)
-        return sample_losses(self.args, self.schedule, prediction, wanted, timesteps, weights, masks).mean()
+        return sample_losses(self.args, self.schedule, prediction, wanted, timesteps, weights, masks)
 
     def latents_of(self, batch, generators):
         """Scaled latents (B, 4, h, w) on the device: cached ones, or encoded now."""
@@ -424,7 +436,8 @@ class NetworkTrainer:
     def save_state(self, part=""):
         path = self.files.state_path(part)
         tensors = self.network.tensors()
-        save_state(path, self.accelerator, self.progress, tensors, self.optimizer, self.scheduler, self.monitor)
+        parts = self.optimizer, self.scheduler, self.monitor, self.shadows
+        save_state(path, self.accelerator, self.progress, tensors, *parts)
         return path
 
     def finish(self):

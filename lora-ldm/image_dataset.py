@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from typing import Callable, Optional
 
 import numpy as np
 import torch
 from caption_processing import process_caption
 from dataset_metadata import dataset_metadata
-from dataset_setup import BucketedDataset, PlacedImage, prepare_datasets
+from dataset_setup import BucketedDataset, PlacedImage, prepare_datasets, without_chance
 from image_augmentation import load_sample
 from image_buckets import Size
 from latent_cache import CachedLatents, LatentFiles
@@ -227,6 +228,20 @@ class ImageBatches(torch.utils.data.Dataset):
         if any(image.record.subset.flip_aug for image in images):
             flipped = encoded(encode, pixels.flip(-1), images)
         return [CachedLatents(*parts) for parts in zip(latents, flipped, [sample.mask for sample in samples])]
+
+    def held_out(self, wanted: Callable[[PlacedImage], bool]) -> ImageBatches:
+        """The training images that are wanted, each once and as validation images are; caches are shared, not made anew."""
+        datasets = []
+        for dataset in self.datasets:
+            images = [replace(i, record=replace(i.record, subset=without_chance(i.record.subset))) for i in dataset.images]
+            buckets = {
+                size: [index for index in dict.fromkeys(indices) if not images[index].record.is_reg and wanted(images[index])]
+                for size, indices in dataset.buckets.items()
+            }
+            datasets.append(BucketedDataset(dataset.settings, images, buckets))
+        batches = ImageBatches(datasets, seed=self.seed, training=False)
+        batches._in_memory, batches._on_disk = self._in_memory, self._on_disk
+        return batches
 
     def metadata(self) -> dict[str, object]:
         """The `ss_*` facts of the saved LoRA that come from the data."""

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from shadow_training import DEFAULT_SHADOWS, rate_is_adams
+from stop_rules import RULES
+
 HUB = "the trainer does not talk to a hub; upload the finished file with `hf upload`"
 DEEPSPEED = "a LoRA and its optimizer state fit on one device without DeepSpeed"
 FP8 = "the base is held in 16 or 32 bits; use --mixed_precision bf16 or fp16"
@@ -48,13 +51,13 @@ POSITIVE = """
     sample_every_n_steps sample_every_n_epochs dataset_repeats multires_noise_iterations
     validate_every_n_steps validate_every_n_epochs max_validation_steps bucket_reso_steps min_bucket_reso
     max_bucket_reso valley initial_epoch lr_scheduler_num_cycles network_alpha huber_c huber_scale
-    min_snr_gamma scale_weight_norms snapshot_disk_gb cs_interval window_size
+    min_snr_gamma scale_weight_norms snapshot_disk_gb cs_interval window_size shadow_rank shadow_interval
 """.split()
 NOT_NEGATIVE = """
     learning_rate unet_lr max_grad_norm prior_loss_weight lr_warmup_steps lr_decay_steps
     max_data_loader_n_workers initial_step keep_tokens noise_offset ip_noise_gamma
     caption_dropout_every_n_epochs token_warmup_step
-    caption_dropout_rate caption_tag_dropout_rate
+    caption_dropout_rate caption_tag_dropout_rate shadows
 """.split()
 FRACTION = "network_dropout validation_split".split()
 EXCLUDE = [
@@ -90,7 +93,7 @@ FOLDERS = "train_data_dir reg_data_dir conditioning_data_dir resume".split()
 def collect_problems(args, parser):
     """Every problem of the settings as a list of lines; empty when there is none."""
     problems = _refused(args, parser) + _missing(args) + _ranges(args) + _contradictions(args) + _paths(args)
-    return problems
+    return problems + _shadows(args)
 
 
 def _refused(args, parser):
@@ -171,6 +174,32 @@ def _contradictions(args):
     return lines
 
 
+def rule_needs_shadows(name):
+    """Whether a stop rule reads the loss of shadow adapters."""
+    return "shadow_loss" in RULES[name].needs if name in RULES else False
+
+
+def _shadows(args):
+    measures = args.calculate_cs or args.early_stop
+    if rule_needs_shadows(args.stop_rule) and args.shadows == 0:
+        return [f"--stop_rule {args.stop_rule} decides on shadows: drop --shadows 0, or give --shadows 1 or more"]
+    if not (args.shadows or (measures and rule_needs_shadows(args.stop_rule))):
+        return []
+    lines = [] if measures else ["--shadows are scored when CS is measured: add --early_stop or --calculate_cs"]
+    if not rate_is_adams(optimizer_name(args)):
+        lines.append(
+            f"--shadows are trained by AdamW at the main learning rate, and the rate of {optimizer_name(args)} means something "
+            "else: use AdamW or AdamW8bit"
+        )
+    if args.mixed_precision == "fp16":
+        lines.append("--shadows have no loss scaling for --mixed_precision fp16: use bf16")
+    if args.network_module not in (None, "networks.lora"):
+        lines.append(f"--shadows need --network_module networks.lora, not {args.network_module}")
+    if args.network_weights:
+        lines.append("--shadows start from the bare base: fold the LoRA of --network_weights into it by --base_weights")
+    return lines
+
+
 def _paths(args):
     lines = [
         f"--{name} {getattr(args, name)}: there is no such file"
@@ -206,6 +235,12 @@ def complete(args):
     args.network_module = args.network_module or "networks.lora"
     args.log_with = args.log_with or ("tensorboard" if args.logging_dir else None)
     args.text_encoder_lr = args.text_encoder_lr[0] if args.text_encoder_lr else None
-    if not args.optimizer_type:
-        args.optimizer_type = "AdamW8bit" if args.use_8bit_adam else "Lion" if args.use_lion_optimizer else "AdamW"
+    args.optimizer_type = optimizer_name(args)
+    if args.shadows is None:
+        args.shadows = DEFAULT_SHADOWS if args.calculate_cs and rule_needs_shadows(args.stop_rule) else 0
     return args
+
+
+def optimizer_name(args):
+    """--optimizer_type, or what kohya's earlier flags say."""
+    return args.optimizer_type or ("AdamW8bit" if args.use_8bit_adam else "Lion" if args.use_lion_optimizer else "AdamW")

@@ -342,6 +342,9 @@ def _early_stop(parser):
     add("--valley", int, 2, help="stop at the n-th valley of CS-Fluctuation")
     add("--cs_reduction", str, "matrix", choices=["matrix", "row"])
     add("--cs_component", str, choices=["unet", "te", "all"], help="unet, or te where the U-Net is not trained")
+    add("--shadows", int, help="adapters beside, each scored on a fold it is not trained on; 2 with --stop_rule shadow, else 0")
+    add("--shadow_rank", int, 8, help="rank of a shadow")
+    add("--shadow_interval", int, 1, help="score the shadows at every so many measurements")
     add("--snapshot_disk_gb", float, 20.0, help="largest size of the snapshots on disk")
 
 

@@ -5,6 +5,7 @@ Transformer2DModel of the U-Net, and of the attentions and MLPs of the text enco
 layer of the residual, down- and upsampling blocks. Their forward pass is W x + (alpha / r) B A x.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +32,15 @@ class LoraModule:
     layer: torch.nn.Module
     rank: int
     alpha: float
+    adapter: str = ADAPTER  # PEFT's name of this one among the adapters of the layer
 
     @property
     def down(self):
-        return self.layer.lora_A[ADAPTER].weight  # (r, in) or (r, in, kh, kw)
+        return self.layer.lora_A[self.adapter].weight  # (r, in) or (r, in, kh, kw)
 
     @property
     def up(self):
-        return self.layer.lora_B[ADAPTER].weight  # (out, r) or (out, r, 1, 1)
+        return self.layer.lora_B[self.adapter].weight  # (out, r) or (out, r, 1, 1)
 
     @property
     def weight(self):
@@ -60,10 +62,10 @@ class LoraNetwork:
                 weight.requires_grad_(True)
         if self.dropout or self.rank_dropout:
             for module in modules:
-                module.layer.lora_A[ADAPTER].register_forward_hook(self._drop_ranks)
+                module.layer.lora_A[module.adapter].register_forward_hook(self._drop_ranks)
         if self.module_dropout:
             for module in modules:
-                module.layer.lora_B[ADAPTER].register_forward_hook(self._drop_module)
+                module.layer.lora_B[module.adapter].register_forward_hook(self._drop_module)
 
     @property
     def components(self):
@@ -79,7 +81,7 @@ class LoraNetwork:
         """Strength of the update in the forward pass; 0 gives the base model's output."""
         self._multiplier = float(value)
         for module in self.modules:
-            module.layer.scaling[ADAPTER] = self._multiplier * module.alpha / module.rank
+            module.layer.scaling[module.adapter] = self._multiplier * module.alpha / module.rank
 
     def train(self, mode=True):
         """Switch the dropouts on (the state after creation) or off. Independent of unet.train() and .eval()."""
@@ -238,6 +240,28 @@ def create_network(
     return network
 
 
+def create_network_beside(model, network, adapter, rank):
+    """A fresh network called ``adapter`` in the layers of ``network``, with its alpha / rank and its dropouts.
+
+    A forward pass goes through ``network`` as before; rows that are to go through the new one instead are named to the
+    layers (PEFT's ``adapter_names``).
+    """
+    places = {
+        id(layer): (component, path)
+        for component, root in component_roots(model).items()
+        for path, layer in root.named_modules()
+    }
+    candidates = [(*places[id(module.layer)], module.name, module.layer) for module in network.modules]
+    sizes = {module.name: (rank, rank * module.alpha / module.rank) for module in network.modules}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant here
+        modules = _inject(model, candidates, sizes, adapter)
+    for module in modules:
+        module.layer.set_adapter(ADAPTER)
+    dropouts = {"dropout": network.dropout, "rank_dropout": network.rank_dropout, "module_dropout": network.module_dropout}
+    return LoraNetwork(modules, **dropouts)
+
+
 def parse_network_args(arguments):
     """``["conv_dim=4", ...]`` of --network_args -> {"conv_rank": 4, ...}, arguments of ``create_network``.
 
@@ -320,7 +344,7 @@ def _is_pointwise(layer):
     return isinstance(layer, torch.nn.Linear) or layer.kernel_size == (1, 1)
 
 
-def _inject(model, candidates, sizes):
+def _inject(model, candidates, sizes, adapter=ADAPTER):
     modules = []
     for component, root in component_roots(model).items():
         chosen = {path: name for part, path, name, _ in candidates if part == component and name in sizes}
@@ -331,9 +355,9 @@ def _inject(model, candidates, sizes):
             rank_pattern={path: sizes[name][0] for path, name in chosen.items()},
             alpha_pattern={path: sizes[name][1] for path, name in chosen.items()},
         )
-        inject_adapter_in_model(config, root, ADAPTER)
+        inject_adapter_in_model(config, root, adapter)
         for path, name in chosen.items():
-            modules.append(LoraModule(name, component, root.get_submodule(path), *sizes[name]))
+            modules.append(LoraModule(name, component, root.get_submodule(path), *sizes[name], adapter))
     return modules
 
 

@@ -29,6 +29,7 @@ class Outcome:
     kept_step: Optional[int] = None  # whose weights lie under the normal name
     files: dict = field(default_factory=dict)
     measured: bool = False
+    shadows: Optional[dict] = None  # what the shadow adapters have cost
 
     @property
     def exit_code(self):
@@ -76,6 +77,7 @@ def write_result(folder, outcome, args, seed):
         "total_steps": outcome.total_steps,
         "reason": found.reason if found else outcome.sentence(),
         "parts": outcome.parts,
+        "shadows": outcome.shadows,
         "files": {name: Path(path).name for name, path in outcome.files.items()},
         "seed": seed,
         "versions": versions(),
@@ -125,6 +127,8 @@ def last_lines(outcome, args, prompt):
         lines.append(
             f"  {name} alone: " + (f"turning point {verdict['turning_step']}" if verdict["stopped"] else "none yet")
         )
+    if outcome.shadows:
+        lines.append(f"  {outcome.shadows['sentence']}")
     for name, path in sorted(outcome.files.items(), key=lambda item: item[0] == "state"):
         lines.append(f"  {name.replace('_', ' ')}: {show(path)}")
     report = Path(args.output_dir) / "report.html"

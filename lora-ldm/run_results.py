@@ -16,6 +16,8 @@ def finish(trainer):
         outcome.decision, outcome.parts = trainer.monitor.decision, verdict_of_each_part(trainer.monitor)
         if outcome.name == "budget_reached" and outcome.decision is None:
             outcome.name = "no_turning_point"
+    if trainer.shadows is not None:
+        outcome.shadows = trainer.shadows.training.cost(trainer.train_seconds)
     if outcome.name == "interrupted":
         outcome.files["state"] = trainer.save_state(trainer.files.step_part(trainer.progress.step))
     elif outcome.name != "diverged" and (args.save_state or args.save_state_on_train_end):

@@ -1,7 +1,7 @@
 """The state of a run on disk: all that --resume needs to go on as if it had never stopped.
 
 A state is a folder: lora.safetensors, optimizer.pt (tensors and numbers only), random-RANK.pt, progress.json, and the
-early-stop monitor's own files. It appears whole or not at all.
+files of the early-stop monitor and of the shadows. It appears whole or not at all.
 """
 
 import json
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+SHADOWS_NAME = "shadows.safetensors"
 FORMAT = "es-lora-ldm-state/1"
 
 
@@ -74,7 +75,7 @@ def restore_random_state(state):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def save_state(folder, accelerator, progress, tensors, optimizer, scheduler, monitor):
+def save_state(folder, accelerator, progress, tensors, optimizer, scheduler, monitor, shadows=None):
     """Write a state folder; every process calls it, and the folder gets its name when all have written."""
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.part")
@@ -89,6 +90,8 @@ def save_state(folder, accelerator, progress, tensors, optimizer, scheduler, mon
         (aside / "progress.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         if monitor is not None:
             monitor.save_state(aside)
+        if shadows is not None:
+            save_file(shadows.training.state_tensors(), aside / SHADOWS_NAME)
     accelerator.wait_for_everyone()
     torch.save(random_state(), aside / f"random-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
@@ -114,10 +117,10 @@ def read_progress(folder):
     return Progress(**content)
 
 
-def load_state(folder, accelerator, network, optimizer, scheduler):
-    """Put weights, optimizer, scheduler and random states back; the caller has read the Progress already.
+def load_state(folder, accelerator, network, optimizer, scheduler, shadows=None):
+    """Put weights, optimizer, scheduler, shadows and random states back; the caller has read the Progress already.
 
-    Raises ValueError where network, optimizer or the number of processes are not those of the state.
+    Raises ValueError where network, optimizer, shadows or the number of processes are not those of the state.
     """
     folder = Path(folder)
     own = folder / f"random-{accelerator.process_index}.pt"
@@ -133,6 +136,10 @@ def load_state(folder, accelerator, network, optimizer, scheduler):
         raise ValueError(f"--resume {folder}: saved with another optimizer, scheduler or network ({error})") from error
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
+    if shadows is not None:
+        if not (folder / SHADOWS_NAME).is_file():
+            raise ValueError(f"--resume {folder}: that run had no shadows; resume without --shadows, or start anew")
+        shadows.training.load_state_tensors(load_file(folder / SHADOWS_NAME))
     restore_random_state(torch.load(own, map_location="cpu", weights_only=True))
 
 

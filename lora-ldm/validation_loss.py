@@ -14,16 +14,20 @@ def validation_loss(trainer):
 
     Draws nothing from the random state of training, and switches the network's dropouts off meanwhile.
     """
-    args, batches = trainer.args, trainer.validation_batches
-    low, high = args.min_timestep or 0, args.max_timestep or len(trainer.schedule)
-    timesteps = torch.linspace(low, high, TIMESTEPS + 2)[1:-1].long().tolist()
-    losses = []
+    batches = trainer.validation_batches
     trainer.network.eval()
     with averaged_weights(trainer.raw_optimizer):
-        for index in range(min(len(batches), args.max_validation_steps or len(batches))):
-            losses += _picture_losses(trainer, batches[index], timesteps)
+        losses = fixed_losses(trainer, batches, min(len(batches), trainer.args.max_validation_steps or len(batches)))
     trainer.network.train()
     return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def fixed_losses(trainer, batches, count):
+    """The losses of the pictures of the first `count` batches at TIMESTEPS timesteps, a flat list."""
+    low, high = trainer.args.min_timestep or 0, trainer.args.max_timestep or len(trainer.schedule)
+    timesteps = torch.linspace(low, high, TIMESTEPS + 2)[1:-1].long().tolist()
+    return [loss for index in range(count) for loss in _picture_losses(trainer, batches[index], timesteps)]
 
 
 def _picture_losses(trainer, batch, timesteps):
@@ -34,12 +38,14 @@ def _picture_losses(trainer, batch, timesteps):
     latents = trainer.latents_of(batch, generators)  # (B, 4, h, w)
     noise = torch.stack([draw_noise(args, *pair) for pair in zip(latents, generators)]).to(latents)
     weights = batch["loss_weights"].to(device)
+    with trainer.accelerator.autocast():
+        states = trainer.encode_text(batch["captions"])
     losses = []
     for timestep in timesteps:
         times = torch.full((len(latents),), timestep, device=device)  # (B,)
         noisy = add_noise(schedule, latents, noise, times)
         with trainer.accelerator.autocast():
-            prediction = trainer.predict_noise(noisy, times, trainer.encode_text(batch["captions"]), batch)
+            prediction = trainer.predict_noise(noisy, times, states, batch)
         wanted = target(schedule, latents, noise, times)
         losses += sample_losses(args, schedule, prediction, wanted, times, weights).tolist()
     return losses

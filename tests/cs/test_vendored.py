@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 VENDORED = ("cs_fluctuation.py", "gradient_evidence.py", "stop_rules.py", "cs_replay.py", "judge_checkpoints.py")
+VENDORED += ("shadow_training.py",)
 ALLOWED_IMPORTS = {"torch", "numpy", "safetensors", "cs_fluctuation", "gradient_evidence", "stop_rules", "cs_replay"}
 
 

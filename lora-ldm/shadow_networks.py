@@ -1,0 +1,119 @@
+"""Shadow adapters of a diffusion model: further LoRA networks in the layers of the main one; see shadow_training.
+
+Every micro-batch goes through the model a second time, its rows repeated for the shadows that train on them, each row
+through its own shadow's layers: one pass for all shadows. The noise and the timesteps of a picture are those that the
+main network has just trained on.
+"""
+
+import contextlib
+
+import torch
+from lora_network import create_network_beside
+from sample_images import untouched_random_state
+from shadow_training import ShadowTraining, make_folds, seed_of
+from training_setup import picture_name
+from validation_loss import fixed_losses
+
+
+class ShadowNetworks:
+    """The shadows of a run, made after the trainer's network, caches and optimizer.
+
+    trainer: a NetworkTrainer; args.shadows networks of rank args.shadow_rank are put into its model. A fold is a set of
+    pictures: all repeats, sizes and flips of a picture are in the same fold, regularisation pictures are in none.
+    Raises ValueError where there are too few pictures.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, args = trainer, trainer.args
+        self._names = None  # while a pass of the shadows runs: each row's shadow
+        images = [image for dataset in trainer.batches.datasets for image in dataset.images]
+        pictures = [picture_name(image.record.path) for image in images if not image.record.is_reg]
+        folds = make_folds(pictures, args.shadows, trainer.seed)
+        self.networks = [self._create(number) for number in range(args.shadows)]
+        for module in trainer.network.modules:
+            module.layer.register_forward_pre_hook(self._name_rows, with_kwargs=True)
+        accelerator = trainer.accelerator
+        rates = args.learning_rate, args.unet_lr, args.text_encoder_lr
+        self.training = ShadowTraining(
+            folds,
+            [network.parameter_groups(*rates) for network in self.networks],
+            trainer.raw_optimizer,
+            max_norm=args.max_grad_norm,
+            interval=args.shadow_interval,
+            seed=f"{trainer.seed}/{accelerator.process_index}",
+            sum_over_processes=accelerator.reduce if accelerator.num_processes > 1 else None,
+        )
+        self.fold_batches = [self._batches_of_fold(folds, number) for number in range(args.shadows)]
+
+    def _create(self, number):
+        trainer = self.trainer
+        with untouched_random_state():
+            torch.manual_seed(seed_of(trainer.seed, "shadow", number))
+            network = create_network_beside(trainer.model, trainer.network, _name(number), trainer.args.shadow_rank)
+        weight = trainer.network.parameters()[0]
+        return network.to(weight.device, weight.dtype)
+
+    def _batches_of_fold(self, folds, number):
+        return self.trainer.batches.held_out(lambda image: folds.get(picture_name(image.record.path)) == number)
+
+    @contextlib.contextmanager
+    def _rows_through(self, names):
+        """Within it, gradients included, row i of every batch goes through the shadow names[i] instead of the network."""
+        self._names = names
+        try:
+            yield
+        finally:
+            self._names = None
+
+    def _name_rows(self, _layer, args, kwargs):
+        if self._names is None:
+            return None
+        repeats = len(args[0]) // len(self._names)  # a long caption is several rows of the text encoder
+        return args, {**kwargs, "adapter_names": [name for name in self._names for _ in range(repeats)]}
+
+    def backward(self, batch, noised):
+        """Add each shadow's gradients of a micro-batch. noised: the trainer's, as the main network was trained on it."""
+        rows = self.training.trained_rows([picture_name(key) for key in batch["image_keys"]])
+        every = [row for own in rows for row in own]
+        if not every:
+            return
+        names = [_name(number) for number, own in enumerate(rows) for _ in own]
+        with self.training.apart(), self._rows_through(names):
+            losses = self.trainer.picture_losses(chosen(batch, every), *chosen(noised, every))  # (rows,)
+            self.training.backward(losses.sum(), [len(own) for own in rows])
+
+    def step(self):
+        """The optimizer step of every shadow, at the main optimizer's present learning rates."""
+        self.training.step()
+        if self.trainer.args.scale_weight_norms:
+            for network in self.networks:
+                network.scale_weight_norms(self.trainer.args.scale_weight_norms)
+
+    def score(self):
+        """The column shadow_loss: the mean over the shadows of the loss on their folds; None where it is not due."""
+        if not self.training.score_is_due():
+            return None
+        means = []
+        with self.training.apart():
+            for number, (network, batches) in enumerate(zip(self.networks, self.fold_batches)):
+                network.eval()
+                with self._rows_through([_name(number)]):
+                    losses = fixed_losses(self.trainer, batches, len(batches))
+                network.train()
+                means.append(sum(losses) / len(losses))
+        return sum(means) / len(means)
+
+
+def _name(number):
+    return f"shadow_{number}"
+
+
+def chosen(value, rows):
+    """The rows of a batch, or of any dict, tuple or list of tensors and lists over its rows; None stays None."""
+    if isinstance(value, dict):
+        return {key: chosen(item, rows) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(chosen(item, rows) for item in value)
+    if isinstance(value, list):
+        return [value[row] for row in rows]
+    return None if value is None else value[rows]

@@ -1,0 +1,193 @@
+"""Shadows: validation without giving up data. The part that does not depend on the kind of model.
+
+Beside the main adapter, which is trained on everything, K small ones are trained on the same frozen base and the same
+micro-batches, each without the examples of a fold of its own. Scored on that fold, a shadow tells how an adapter does on
+examples that it has not seen; the mean over the K shadows is the column `shadow_loss`. This is K-fold cross-validation
+of when to stop (Stone 1974) in one run. Here are the folds, and the shadows' optimizer steps; the passes through a model
+are the trainers'. Python 3.8, torch 1.13, as the other files that both trees share.
+"""
+
+import contextlib
+import hashlib
+import json
+import random
+import time
+from typing import Any, Callable, Dict, Hashable, Iterable, Iterator, List, Optional, Sequence
+
+import torch
+
+DEFAULT_SHADOWS = 2  # where a rule needs them and the person has not said how many
+FOLD_SHARE = 0.2  # of the examples, for up to five shadows
+FEWEST_EXAMPLES = 3
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+NOT_ADAM = ("dadapt", "schedulefree")  # Adam in name, but their rate means something else
+
+
+def make_folds(examples: Iterable[Hashable], shadows: int, seed: int) -> Dict[Any, int]:
+    """{example: number of the shadow that leaves it out}, the same for the same examples and seed.
+
+    examples: their identities (numbers or texts), in any order, each as often as it comes; they must be sortable. Every
+    fold holds about FOLD_SHARE of them, 1/K where K > 5, and at least one; folds are disjoint, and for fewer than five
+    shadows some examples are in none. Raises ValueError where there are too few examples.
+    """
+    known = sorted(set(examples))
+    if len(known) < max(FEWEST_EXAMPLES, shadows):
+        raise ValueError(
+            f"--shadows {shadows} needs at least {max(FEWEST_EXAMPLES, shadows)} different training examples, and there are "
+            f"{len(known)}: give more, lower --shadows, or use another --stop_rule"
+        )
+    size = max(1, min(round(FOLD_SHARE * len(known)), len(known) // shadows))
+    left_out = random.Random(f"{seed}/shadow folds").sample(known, size * shadows)
+    return {example: position // size for position, example in enumerate(left_out)}
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed for torch that depends on all the parts and on nothing else."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def rate_is_adams(optimizer_name: str) -> bool:
+    """Whether a learning rate given to this optimizer, by its flag's or its class's name, means what it means to AdamW."""
+    name = optimizer_name.lower()
+    return "adam" in name and not any(other in name.replace("_", "") for other in NOT_ADAM)
+
+
+class ShadowTraining:
+    """Folds, gradients and AdamW steps of K shadows.
+
+    folds: of make_folds. parameter_groups: for each shadow its optimizer groups [{"params": [...]}, ...], in the order of
+    the main optimizer's groups. main_optimizer: its betas, eps and weight decay are taken once, its learning rates before
+    every step. max_norm: clips each shadow's gradient; 0 or None: no clipping. interval: a score at every so many
+    measurements. seed: of the shadows' dropouts, of any kind. sum_over_processes: takes a tensor, gives its sum over all
+    processes; None: there is one process.
+    """
+
+    def __init__(
+        self,
+        folds: Dict[Any, int],
+        parameter_groups: Sequence[List[Dict[str, Any]]],
+        main_optimizer: torch.optim.Optimizer,
+        *,
+        max_norm: Optional[float],
+        interval: int,
+        seed: Any,
+        sum_over_processes: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+    ):
+        self.folds, self.max_norm, self.interval, self.seed = folds, max_norm, interval, seed
+        self._sum_over_processes = sum_over_processes
+        self._main = main_optimizer
+        self.optimizers = [torch.optim.AdamW(self._like_main(groups)) for groups in parameter_groups]
+        self.parameters = [[p for group in groups for p in group["params"]] for groups in parameter_groups]
+        self.seconds = 0.0  # spent in shadows
+        self._counts = [0.0] * len(self.optimizers)  # what the gradients have been summed over since the last step
+        self._steps = self._measurements = 0
+
+    def _like_main(self, groups: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        names = ("lr", "betas", "eps", "weight_decay")
+        return [{**{n: main[n] for n in names if n in main}, **own} for own, main in zip(groups, self._main.param_groups)]
+
+    @property
+    def count(self) -> int:
+        return len(self.optimizers)
+
+    def trained_rows(self, examples: Sequence[Any]) -> List[List[int]]:
+        """For each shadow, the positions of a micro-batch that it trains on: all but those of its fold."""
+        fold_of = [self.folds.get(example) for example in examples]
+        return [[row for row, fold in enumerate(fold_of) if fold != shadow] for shadow in range(self.count)]
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """For a pass of the shadows: its time is noted, and its random numbers are its own and leave the main run's alone."""
+        started = time.perf_counter()
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed_of(self.seed, "shadow pass", self._steps, *self._counts))
+            yield
+        self.seconds += time.perf_counter() - started
+
+    def backward(self, summed_loss: torch.Tensor, counts: Sequence[float]) -> None:
+        """Add the gradients of a micro-batch. summed_loss: over all rows of all shadows, a scalar; counts: for each shadow
+        how many losses (pictures, tokens) were summed; the gradient of a step is divided by their total."""
+        summed_loss.backward()
+        self._counts = [total + count for total, count in zip(self._counts, counts)]
+
+    def step(self) -> None:
+        """An optimizer step of every shadow that has seen something since the last one. All processes call it."""
+        started = time.perf_counter()
+        self._share()
+        for optimizer, parameters, count in zip(self.optimizers, self.parameters, self._counts):
+            if not count:
+                continue
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(count)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm or float("inf"))
+            for own, main in zip(optimizer.param_groups, self._main.param_groups):
+                own["lr"] = main["lr"]
+            if torch.isfinite(norm):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._counts, self._steps = [0.0] * self.count, self._steps + 1
+        self.seconds += time.perf_counter() - started
+
+    def _share(self) -> None:
+        """Sum gradients and counts over the processes, in one transfer."""
+        if self._sum_over_processes is None:
+            return
+        every = [p for parameters in self.parameters for p in parameters]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in every]
+        counts = torch.tensor(self._counts, device=every[0].device)
+        flat = self._sum_over_processes(torch.cat([counts, *(part.flatten().float() for part in parts)]))
+        self._counts = flat[: self.count].tolist()
+        for parameter, part in zip(every, flat[self.count :].split([p.numel() for p in every])):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+    def score_is_due(self) -> bool:
+        """Whether the present measurement, the next in turn, is one to score at: the first, and every interval-th from it."""
+        self._measurements += 1
+        return (self._measurements - 1) % self.interval == 0
+
+    def cost(self, whole_seconds: float) -> Dict[str, Any]:
+        """What the shadows have cost of a run of so many seconds, for result.json and the last words."""
+        factor = whole_seconds / max(1e-9, whole_seconds - self.seconds)
+        sentence = f"Shadows took {self.seconds:.1f} of {whole_seconds:.1f} seconds: {factor:.2f} times the run without them."
+        return {"count": self.count, "seconds": round(self.seconds, 3), "cost_factor": round(factor, 3), "sentence": sentence}
+
+    # -------------------------------------------------------------------------------------- checkpoints
+
+    def state_tensors(self) -> Dict[str, torch.Tensor]:
+        """Weights, Adam's moments and counters of all shadows, and a fingerprint of the folds: all that a resumed run needs."""
+        state = {"steps": torch.tensor(self._steps), "measurements": torch.tensor(self._measurements)}
+        state["folds"] = self._fingerprint()
+        for name, parameter, moments in self._named():
+            state[f"{name}.weight"] = parameter.detach().cpu().contiguous()
+            state.update({f"{name}.{key}": moments[key].cpu() for key in MOMENTS if key in moments})
+        return state
+
+    @torch.no_grad()
+    def load_state_tensors(self, state: Dict[str, torch.Tensor]) -> None:
+        """Go on from state_tensors(). Raises ValueError where they belong to other shadows or other data."""
+        names = [name for name, _, _ in self._named()]
+        fits = {key.rpartition(".")[0] for key in state if "." in key} == set(names)
+        fits = fits and all(state[f"{name}.weight"].shape == parameter.shape for name, parameter, _ in self._named())
+        if not fits or not torch.equal(state["folds"], self._fingerprint()):
+            raise ValueError(
+                "the saved shadows belong to other data or other settings: go on with the same data, seed, --shadows and "
+                "--shadow_rank, or start anew"
+            )
+        self._steps, self._measurements = int(state["steps"]), int(state["measurements"])
+        for name, parameter, moments in self._named():
+            parameter.copy_(state[f"{name}.weight"])
+            for key in (key for key in MOMENTS if f"{name}.{key}" in state):
+                moments[key] = state[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device)
+
+    def _named(self):
+        """(name, parameter, its live optimizer state) of every parameter."""
+        for shadow, (optimizer, parameters) in enumerate(zip(self.optimizers, self.parameters)):
+            for index, parameter in enumerate(parameters):
+                yield f"{shadow}.{index}", parameter, optimizer.state[parameter]
+
+    def _fingerprint(self) -> torch.Tensor:
+        text = json.dumps(sorted((str(example), fold) for example, fold in self.folds.items()))
+        return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)  # (32,)
