@@ -246,11 +246,9 @@ def create_network_beside(model, network, adapter, rank):
     A forward pass goes through ``network`` as before; rows that are to go through the new one instead are named to the
     layers (PEFT's ``adapter_names``).
     """
-    places = {
-        id(layer): (component, path)
-        for component, root in component_roots(model).items()
-        for path, layer in root.named_modules()
-    }
+    places = {}
+    for component, root in component_roots(model).items():
+        places.update({id(layer): (component, path) for path, layer in root.named_modules()})
     candidates = [(*places[id(module.layer)], module.name, module.layer) for module in network.modules]
     sizes = {module.name: (rank, rank * module.alpha / module.rank) for module in network.modules}
     with warnings.catch_warnings():

@@ -16,7 +16,7 @@ from validation_loss import fixed_losses
 
 
 class ShadowNetworks:
-    """The shadows of a run, made after the trainer's network, caches and optimizer.
+    """The shadows of a run, made after the trainer's network and caches.
 
     trainer: a NetworkTrainer; args.shadows networks of rank args.shadow_rank are put into its model. A fold is a set of
     pictures: all repeats, sizes and flips of a picture are in the same fold, regularisation pictures are in none.
@@ -37,7 +37,6 @@ class ShadowNetworks:
         self.training = ShadowTraining(
             folds,
             [network.parameter_groups(*rates) for network in self.networks],
-            trainer.raw_optimizer,
             max_norm=args.max_grad_norm,
             interval=args.shadow_interval,
             seed=f"{trainer.seed}/{accelerator.process_index}",
@@ -84,7 +83,7 @@ class ShadowNetworks:
 
     def step(self):
         """The optimizer step of every shadow, at the main optimizer's present learning rates."""
-        self.training.step()
+        self.training.step(self.trainer.raw_optimizer)
         if self.trainer.args.scale_weight_norms:
             for network in self.networks:
                 network.scale_weight_norms(self.trainer.args.scale_weight_norms)

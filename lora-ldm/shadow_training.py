@@ -19,6 +19,7 @@ import torch
 DEFAULT_SHADOWS = 2  # where a rule needs them and the person has not said how many
 FOLD_SHARE = 0.2  # of the examples, for up to five shadows
 FEWEST_EXAMPLES = 3
+SETTINGS = ("lr", "betas", "eps", "weight_decay")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 NOT_ADAM = ("dadapt", "schedulefree")  # Adam in name, but their rate means something else
 
@@ -57,17 +58,15 @@ class ShadowTraining:
     """Folds, gradients and AdamW steps of K shadows.
 
     folds: of make_folds. parameter_groups: for each shadow its optimizer groups [{"params": [...]}, ...], in the order of
-    the main optimizer's groups. main_optimizer: its betas, eps and weight decay are taken once, its learning rates before
-    every step. max_norm: clips each shadow's gradient; 0 or None: no clipping. interval: a score at every so many
-    measurements. seed: of the shadows' dropouts, of any kind. sum_over_processes: takes a tensor, gives its sum over all
-    processes; None: there is one process.
+    the main optimizer's groups. max_norm: clips each shadow's gradient; 0 or None: no clipping. interval: a score at every
+    so many measurements. seed: of the shadows' dropouts, of any kind. sum_over_processes: takes a tensor, gives its sum over
+    all processes; None: there is one process.
     """
 
     def __init__(
         self,
         folds: Dict[Any, int],
         parameter_groups: Sequence[List[Dict[str, Any]]],
-        main_optimizer: torch.optim.Optimizer,
         *,
         max_norm: Optional[float],
         interval: int,
@@ -76,16 +75,11 @@ class ShadowTraining:
     ):
         self.folds, self.max_norm, self.interval, self.seed = folds, max_norm, interval, seed
         self._sum_over_processes = sum_over_processes
-        self._main = main_optimizer
-        self.optimizers = [torch.optim.AdamW(self._like_main(groups)) for groups in parameter_groups]
+        self.optimizers = [torch.optim.AdamW(groups) for groups in parameter_groups]
         self.parameters = [[p for group in groups for p in group["params"]] for groups in parameter_groups]
         self.seconds = 0.0  # spent in shadows
         self._counts = [0.0] * len(self.optimizers)  # what the gradients have been summed over since the last step
         self._steps = self._measurements = 0
-
-    def _like_main(self, groups: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-        names = ("lr", "betas", "eps", "weight_decay")
-        return [{**{n: main[n] for n in names if n in main}, **own} for own, main in zip(groups, self._main.param_groups)]
 
     @property
     def count(self) -> int:
@@ -96,13 +90,17 @@ class ShadowTraining:
         fold_of = [self.folds.get(example) for example in examples]
         return [[row for row, fold in enumerate(fold_of) if fold != shadow] for shadow in range(self.count)]
 
+    def pass_seed(self) -> int:
+        """What the dropouts of the next training pass depend on: no other pass, resumed run or score has or changes it."""
+        return seed_of(self.seed, "shadow pass", self._steps, *self._counts)
+
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """For a pass of the shadows: its time is noted, and its random numbers are its own and leave the main run's alone."""
         started = time.perf_counter()
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed_of(self.seed, "shadow pass", self._steps, *self._counts))
+            torch.manual_seed(self.pass_seed())
             yield
         self.seconds += time.perf_counter() - started
 
@@ -112,8 +110,9 @@ class ShadowTraining:
         summed_loss.backward()
         self._counts = [total + count for total, count in zip(self._counts, counts)]
 
-    def step(self) -> None:
-        """An optimizer step of every shadow that has seen something since the last one. All processes call it."""
+    def step(self, main_optimizer: torch.optim.Optimizer) -> None:
+        """A step of every shadow that has seen something since the last one, at the main optimizer's present rates, betas,
+        eps and weight decay. All processes call it."""
         started = time.perf_counter()
         self._share()
         for optimizer, parameters, count in zip(self.optimizers, self.parameters, self._counts):
@@ -123,8 +122,8 @@ class ShadowTraining:
                 if parameter.grad is not None:
                     parameter.grad.div_(count)
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm or float("inf"))
-            for own, main in zip(optimizer.param_groups, self._main.param_groups):
-                own["lr"] = main["lr"]
+            for own, main in zip(optimizer.param_groups, main_optimizer.param_groups):
+                own.update({name: main[name] for name in SETTINGS if name in main})
             if torch.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -180,7 +179,7 @@ class ShadowTraining:
         for name, parameter, moments in self._named():
             parameter.copy_(state[f"{name}.weight"])
             for key in (key for key in MOMENTS if f"{name}.{key}" in state):
-                moments[key] = state[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device)
+                moments[key] = state[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device, copy=True)
 
     def _named(self):
         """(name, parameter, its live optimizer state) of every parameter."""

@@ -33,6 +33,7 @@ from forgetting import GeneralText
 from llm_arguments import Settings, parse_arguments
 from mmlu_eval import MMLUCallback, MMLUScorer, load_mmlu
 from run_outcome import EXIT_CODES, next_commands, verdict_sentence, versions, write_result, write_run_report
+from shadow_adapters import EXAMPLE, ExampleCollator, ShadowAdapters, with_examples
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -58,6 +59,7 @@ class LoraTrainer(Seq2SeqTrainer):
     """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any process."""
 
     early_stop: Optional[EarlyStopCallback] = None
+    shadows: Optional[ShadowAdapters] = None
 
     def _get_train_sampler(self, *args, **kwargs) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -87,8 +89,9 @@ class LoraTrainer(Seq2SeqTrainer):
             if board is not None and callback._initialized:
                 board.log({name: value, "train/global_step": step})  # the step axis of transformers' own scalars
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        examples = inputs.pop(EXAMPLE, None)
+        loss = super().training_step(model, inputs, *args, **kwargs)
         finite = torch.isfinite(loss).all()
         if self.args.world_size > 1:
             finite = self.accelerator.reduce(finite.float(), "sum") == self.args.world_size
@@ -96,6 +99,8 @@ class LoraTrainer(Seq2SeqTrainer):
             raise TrainingDiverged("the training loss is NaN or infinite")
         if self.early_stop is not None:
             self.early_stop.observe_loss(loss)
+        if self.shadows is not None:
+            self.shadows.backward(self._prepare_inputs(inputs), examples)
         return loss
 
 
@@ -177,6 +182,8 @@ def set_up(settings: Settings, argv: list[str]) -> Run:
         token=settings.model.use_auth_token,
     )
     splits = load_splits(flat)
+    if settings.early_stop.shadows and splits.train is not None:
+        splits.train = with_examples(splits.train, settings)
     collator = CausalCollator(tokenizer, settings.data.source_max_len, settings.data.target_max_len, training.train_on_source)
     mmlu_rows = load_mmlu(flat) if training.do_mmlu_eval else None
     general_text = _general_text(settings, tokenizer)
@@ -237,13 +244,15 @@ def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run
     trainer = LoraTrainer(
         model=model,
         args=training,
-        data_collator=collator,
+        data_collator=ExampleCollator(collator) if settings.early_stop.shadows else collator,
         train_dataset=splits.train,
         eval_dataset=splits.evaluation,
         processing_class=collator.tokenizer,
         callbacks=callbacks,
     )
     trainer.early_stop = early_stop
+    if settings.early_stop.shadows and splits.train is not None:
+        _add_shadows(trainer, settings, splits, collator, resume)
     if mmlu_rows is not None:
         scorer = MMLUScorer(collator.tokenizer, mmlu_rows, training.mmlu_source_max_len, training.per_device_eval_batch_size)
         mmlu = MMLUCallback(trainer, scorer)
@@ -254,6 +263,15 @@ def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run
         early_stop.before_restore = lambda: _score_last(run)
         early_stop.log_scalar = trainer.log_scalar
     return run
+
+
+def _add_shadows(trainer: LoraTrainer, settings: Settings, splits: Splits, collator: CausalCollator, resume: Any) -> None:
+    """Shadow adapters beside the main one, and their column in the history."""
+    autocast = trainer.compute_loss_context_manager
+    trainer.shadows = ShadowAdapters(settings, trainer.model, splits.train, collator, autocast, resume)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(callbacks.index(trainer.early_stop), trainer.shadows)  # whose file in a checkpoint is the last one
+    trainer.early_stop.columns["shadow_loss"] = trainer.shadows.score
 
 
 def _general_text(settings: Settings, tokenizer: Any) -> Optional[GeneralText]:
@@ -477,6 +495,7 @@ def _report(run: Run, outcome: str, adapters: dict[str, str], test_loss: Optiona
         "test_loss": test_loss,
         "forgetting": run.general_text.summary() if run.general_text is not None else None,
         "mmlu": run.mmlu.results if run.mmlu is not None else [],
+        "shadows": run.trainer.shadows.training.cost(seconds) if run.trainer.shadows is not None else None,
         "trainable_parameters": run.parameters,
         "seconds": round(seconds, 1),
         "seed": run.settings.training.seed,
@@ -497,6 +516,8 @@ def _last_words(run: Run, result: dict[str, Any], has_report: bool) -> None:
         print(f"Why: {result['reason']}")
     if result["forgetting"]:
         print(result["forgetting"]["sentence"] or "General text: nothing was scored after training.")
+    if result["shadows"]:
+        print(result["shadows"]["sentence"])
     for name, folder in result["adapters"].items():
         print(f"{name + ':':15} {run.output_dir.resolve() / folder}")
     print(f"{'result:':15} {run.output_dir.resolve() / 'result.json'}")

@@ -17,6 +17,7 @@ from typing import Any, Optional, Union
 
 import torch
 from cs_fluctuation import HISTORY_NAME
+from shadow_training import DEFAULT_SHADOWS, rate_is_adams
 from stop_rules import DEFAULT_RULE, RULES
 from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -185,6 +186,12 @@ class EarlyStopArguments:
     valley: int = field(default=2, metadata={"help": "N of the rule nth-valley"})
     cs_reduction: str = field(default="row", metadata={"help": "row (mean over rows) or matrix (flattened)"})
     cs_component: str = field(default="lm", metadata={"help": "whose CS decides: lm or all"})
+    shadows: Optional[int] = field(
+        default=None,
+        metadata={"help": "adapters beside, each scored on a fold it is not trained on; 2 with --stop_rule shadow, else 0"},
+    )
+    shadow_rank: int = field(default=8, metadata={"help": "LoRA rank of a shadow"})
+    shadow_interval: int = field(default=1, metadata={"help": "score the shadows at every so many measurements"})
     snapshot_disk_gb: float = field(default=20.0, metadata={"help": "disk that the snapshots may use"})
 
 
@@ -220,6 +227,7 @@ AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_
 AT_LEAST.update(dict.fromkeys(("max_train_samples", "max_eval_samples", "max_mmlu_samples", "max_new_tokens", "num_beams"), 1))
 AT_LEAST["max_forgetting_samples"] = 1
 AT_LEAST.update(source_max_len=1, target_max_len=1, mmlu_source_max_len=1, valley=1, weight_decay=0, max_grad_norm=0)
+AT_LEAST.update(shadows=0, shadow_rank=1, shadow_interval=1)
 ABOVE_ZERO = ("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "snapshot_disk_gb", "temperature", "top_p")
 
 
@@ -314,6 +322,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
         early_stop.calculate_cs = False
         notices.append("CS is not measured: --full_finetune trains no LoRA.")
     early_stop.calculate_cs = early_stop.calculate_cs or early_stop.early_stop
+    if early_stop.shadows is None:
+        needed = early_stop.calculate_cs and _rule_needs_shadows(early_stop.stop_rule)
+        early_stop.shadows = DEFAULT_SHADOWS if needed else 0
     settings = Settings(
         model=model,
         data=data,
@@ -382,8 +393,30 @@ def _problems(settings: Settings) -> list[str]:
     )
     check(stop.cs_reduction in ("row", "matrix"), f"--cs_reduction {stop.cs_reduction}: choose row or matrix")
     check(stop.cs_component in ("lm", "all"), f"--cs_component {stop.cs_component}: choose lm or all")
-    problems += _logging_problems(training.report_to) + _output_problems(settings)
+    problems += _shadow_problems(settings) + _logging_problems(training.report_to) + _output_problems(settings)
     return problems
+
+
+def _rule_needs_shadows(name: str) -> bool:
+    return name in RULES and "shadow_loss" in RULES[name].needs
+
+
+def _shadow_problems(settings: Settings) -> list[str]:
+    """Shadows are an AdamW of their own on a frozen base; what that does not fit is refused."""
+    stop, training = settings.early_stop, settings.training
+    if not stop.shadows:
+        if stop.calculate_cs and _rule_needs_shadows(stop.stop_rule):
+            return [f"--stop_rule {stop.stop_rule} decides on shadows: leave out --shadows 0, or give --shadows 1 or more"]
+        return []
+    optimizer = getattr(training.optim, "value", training.optim)
+    refused = {
+        "--shadows are scored when CS is measured: leave out --calculate_cs False": not stop.calculate_cs,
+        f"--shadows are trained by AdamW at the main learning rate, and that of --optim {optimizer} means something else: "
+        "use an AdamW, such as paged_adamw_32bit": not rate_is_adams(optimizer),
+        "--shadows have no loss scaling for --fp16: use --bf16": training.fp16,
+        "--shadows need a base whose biases stay as they are: use --lora_bias none": training.lora_bias != "none",
+    }
+    return [message for message, applies in refused.items() if applies]
 
 
 def _logging_problems(names: list[str]) -> list[str]:
