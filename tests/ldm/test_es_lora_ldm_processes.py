@@ -89,7 +89,9 @@ trainer.set_up()
 trainer.train()
 weights = torch.cat([weight.detach().flatten() for weight in trainer.network.parameters()])
 rank = trainer.accelerator.process_index
-torch.save({{"step": trainer.progress.step, "outcome": trainer.outcome_name, "weights": weights}}, f"{{sys.argv[1]}}/{{rank}}.pt")
+shadows = {{name: value for name, value in trainer.shadows.training.state_tensors().items() if name != "measurements"}}
+facts = {{"step": trainer.progress.step, "outcome": trainer.outcome_name, "weights": weights, "shadows": shadows}}
+torch.save(facts, f"{{sys.argv[1]}}/{{rank}}.pt")
 trainer.finish()
 """
 
@@ -101,14 +103,16 @@ def test_two_processes_share_gradients_and_stop_together(base, images, tmp_path)
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(tree=str(TREE)))
     flags = words(
-        base, images, tmp_path / "out", early_stop=True, window_size=3, cs_interval=1, max_train_steps=40, train_batch_size=1
-    )
+        base, images, tmp_path / "out", early_stop=True, window_size=3, cs_interval=1, max_train_steps=40, train_batch_size=1,
+        shadows=1,
+    )  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     finished = subprocess.run([*launch, str(script), str(tmp_path), *flags], timeout=400, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[:3000]
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["outcome"] == two["outcome"] == "stopped_early" and one["step"] == two["step"] < 40
     assert torch.equal(one["weights"], two["weights"])
+    assert all(torch.equal(one["shadows"][name], two["shadows"][name]) for name in two["shadows"])
     result = result_of(tmp_path / "out")
     assert result["last_step"] == one["step"] and Path(tmp_path / "out/lora.safetensors").exists()
     header = (tmp_path / "out/cs_history.jsonl").read_text().splitlines()[0]

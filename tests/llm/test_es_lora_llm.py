@@ -218,7 +218,7 @@ def test_two_processes_stop_together(random_base, text_files, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     output = tmp_path / "two"
-    more = ["--early_stop", "--per_device_train_batch_size", "2", "--ddp_backend", "gloo"]
+    more = ["--early_stop", "--per_device_train_batch_size", "2", "--ddp_backend", "gloo", "--shadows", "1"]
     more += ["--do_eval", "--eval_dataset", str(text_files["heldout"])]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), str(PROGRAM)]
     done = subprocess.run(
@@ -227,7 +227,9 @@ def test_two_processes_stop_together(random_base, text_files, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     result = result_of(output)
     assert result["outcome"] == "stopped_early" and result["last_step"] == result["detection_step"] < 24
-    assert [r["step"] for r in read_history(output).records] == list(range(1, result["last_step"] + 1))
+    records = read_history(output).records
+    assert [r["step"] for r in records] == list(range(1, result["last_step"] + 1))
+    assert records[0]["shadow_loss"] > records[-1]["shadow_loss"] > 0
     assert done.stdout.count("Stopped early at step") == 1
     assert result["heldout"]["kept"] != result["heldout"]["last"]
 
