@@ -29,6 +29,7 @@ from early_stop_callback import (
     restore_finite,
     save_adapter,
 )
+from epoch_order import EpochSeededLengthSampler
 from forgetting import GeneralText
 from llm_arguments import Settings, parse_arguments
 from mmlu_eval import MMLUCallback, MMLUScorer, load_mmlu
@@ -44,15 +45,6 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class TrainingDiverged(RuntimeError):
     """The loss is NaN or infinite."""
-
-
-class EpochSeededLengthSampler(LengthGroupedSampler):
-    """Groups by length in an order that depends on (seed, epoch) alone, so that a run resumed mid-epoch sees it again."""
-
-    seed = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class LoraTrainer(Seq2SeqTrainer):
