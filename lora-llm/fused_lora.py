@@ -55,23 +55,31 @@ class _Group:
         return torch.empty_like(rows).bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
 
 
+def _add_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """target += scale * left right, in place; a target in fewer bits is rounded once."""
+    if target.dtype == left.dtype:
+        target.addmm_(left, right, alpha=scale)
+    else:
+        target.add_(left @ right, alpha=scale)
+
+
 class _GroupedLowRank(torch.autograd.Function):
-    """output + scaling * dropout(x) A^T B^T, each group of rows with matrices of its own."""
+    """output + scaling * dropout(x) A^T B^T, each group of rows with matrices of its own; in place: no layer keeps its output."""
 
     @staticmethod
     def forward(ctx, output, x, groups, dtype, *matrices):
         """output (..., out), x (..., in), matrices A0 (r0, in), B0 (out, r0), A1, B1, ...: computed in `dtype`."""
-        result = output.clone(memory_format=torch.contiguous_format)
-        rows_in, rows_out, inner = x.reshape(-1, x.shape[-1]), result.view(-1, result.shape[-1]), []
+        rows_in, rows_out, inner = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1]), []
         for group, down, up in zip(groups, matrices[::2], matrices[1::2]):
             part = rows_in[group.start : group.stop].to(dtype)  # (rows, in)
             if group.dropout:
                 part = part * group.kept(part)
             inner.append(part @ down.to(dtype).T)  # (rows, r)
-            rows_out[group.start : group.stop].add_(inner[-1] @ up.to(dtype).T, alpha=group.scaling)
+            _add_product(rows_out[group.start : group.stop], inner[-1], up.to(dtype).T, group.scaling)
+        ctx.mark_dirty(output)
         ctx.groups, ctx.dtype = groups, dtype
         ctx.save_for_backward(x, *matrices, *inner)
-        return result
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -88,9 +96,10 @@ class _GroupedLowRank(torch.autograd.Function):
             grads.append((grad_low.T @ (part if kept is None else part * kept)).to(down.dtype))
             grads.append((grad_out.T @ low).mul_(group.scaling).to(up.dtype))
             if grad_x is not None:
-                grad_part = grad_low @ down.to(dtype)  # (rows, in)
-                grad_part = grad_part if kept is None else grad_part.mul_(kept)
-                grad_x.view(-1, x.shape[-1])[group.start : group.stop].copy_(grad_part)
+                grad_part = grad_x.view(-1, x.shape[-1])[group.start : group.stop]  # (rows, in)
+                _add_product(grad_part, grad_low, down.to(dtype), 1.0)
+                if kept is not None:
+                    grad_part.mul_(kept)
         return grad, grad_x, None, None, *grads
 
 
@@ -108,7 +117,7 @@ class FusedAdapter:
         self._layers, self._base = layers, base
         generator = torch.Generator().manual_seed(seed)
         for name, layer in layers.items():
-            out_features, in_features = _shape(layer)
+            out_features, in_features = linear_shape(layer)
             down = torch.empty(rank, in_features)
             torch.nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
             self.down[name] = torch.nn.Parameter(down.to(layer.weight.device))
@@ -167,7 +176,7 @@ class FusedAdapter:
         save_adapter(self, Path(folder), facts)
 
 
-def _shape(layer: torch.nn.Module) -> tuple[int, int]:
+def linear_shape(layer: torch.nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer; a 4-bit weight is packed, so its tensor does not tell."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
@@ -242,9 +251,10 @@ class FusedLora:
         del self.adapters[name]
 
     @contextmanager
-    def rows(self, counts: Sequence[tuple[Optional[str], int]]) -> Iterator[None]:
+    def rows(self, counts: Sequence[tuple[Optional[str], int]], counted: bool = True) -> Iterator[None]:
         """While open, a batch's rows go through these adapters in this order: (name, number of rows); None: the base alone.
 
+        counted False: an evaluation, which leaves the adapters' number of passes, and so their next dropout masks, alone.
         Raises KeyError for a name that was not added, and, in the pass, ValueError for a batch with another number of rows.
         """
         parts, row = [], 0
@@ -252,7 +262,7 @@ class FusedLora:
             if name is not None:
                 adapter = self.adapters[name]
                 parts.append((adapter, adapter.passes, row, row + count))
-                adapter.passes += 1
+                adapter.passes += counted
             row += count
         outer, self._pass = self._pass, _Pass(parts, row)
         try:
