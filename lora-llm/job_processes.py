@@ -1,0 +1,91 @@
+"""Several processes: jobs are spread over them, or, where there are fewer jobs than processes, all train every job together.
+
+Started by `torchrun --nproc_per_node 2 multi_lora.py ...` or `accelerate launch`; one process needs neither.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import InitProcessGroupKwargs
+
+LONGEST_WAIT = timedelta(days=7)  # processes end their jobs at different times
+
+
+class Processes:
+    """The processes of a run. `together`: data-parallel, every process has a share of every micro-batch."""
+
+    def __init__(self, use_cpu: bool, together: bool = False):
+        handler = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+        self._state = PartialState(cpu=use_cpu, **handler.to_kwargs())
+        self.together = together and self.count > 1
+
+    @property
+    def count(self) -> int:
+        return self._state.num_processes
+
+    @property
+    def index(self) -> int:
+        return self._state.process_index
+
+    @property
+    def device(self) -> torch.device:
+        return self._state.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process measures and saves what it trains: each its own jobs, the first where they train together."""
+        return self.is_first or not self.together
+
+    def own_jobs(self, costs: Sequence[float]) -> list[int]:
+        """Indices of the jobs that this process trains: the dearest first, each to the process with the least to do."""
+        if self.count == 1 or self.together:
+            return list(range(len(costs)))
+        loads, own = [0.0] * self.count, []
+        for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+            process = loads.index(min(loads))
+            loads[process] += costs[index]
+            if process == self.index:
+                own.append(index)
+        return sorted(own)
+
+    def share(self, examples: Sequence[Any]) -> Sequence[Any]:
+        """This process's part of a micro-batch."""
+        return examples[self.index :: self.count] if self.together else examples
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes that train together."""
+        if self.together:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Add up the gradients of the processes that train together, in one transfer."""
+        if not self.together:
+            return
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.summed(torch.cat([grad.flatten() for grad in grads]))
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            parameter.grad = part.view_as(parameter).clone()
+
+    def heard(self, value: Any) -> Any:
+        """The first process's value, on all that train together."""
+        if not self.together:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, 0)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any of the processes that train together."""
+        return bool(self.summed(torch.tensor([float(flag)], device=self.device)).item())
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self._state.wait_for_everyone()

@@ -1,0 +1,102 @@
+"""Which jobs train now, and whose rows share a pass: no tensors, so that every decision can be tested by hand.
+
+A round is one micro-batch of every active job: fair turns. Its micro-batches are sorted by length and cut into passes, so
+that rows of like length share one and padding stays low. A waiting job is admitted when a slot and its memory are free:
+highest priority first, then in the order of the file. The head of the queue is never overtaken, so no job starves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+# What one more walk through the frozen weights costs, in tokens: a micro-batch that would waste more than that by padding has
+# a pass of its own.
+PASS_TOKENS = 64
+LORA_BYTES = 24  # of a LoRA parameter in training: weight, gradient, two Adam moments, and what measuring keeps, in float32
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """What a job takes while it trains, estimated: bytes for its adapter, and tokens of its largest micro-batch."""
+
+    adapter_bytes: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_rows: rows a pass. max_jobs: adapters that train at once. free_bytes: what the base leaves of --memory_gb.
+
+    token_bytes: activations of one token in a pass. Without free_bytes memory is not bounded.
+    """
+
+    max_rows: int
+    max_jobs: int
+    free_bytes: Optional[float] = None
+    token_bytes: float = 1.0
+
+    def max_tokens(self, needs: Sequence[MemoryNeed]) -> Optional[int]:
+        """Tokens a pass may hold beside these adapters; None: any number."""
+        if self.free_bytes is None:
+            return None
+        return int((self.free_bytes - sum(need.adapter_bytes for need in needs)) / self.token_bytes)
+
+    def fit(self, needs: Sequence[MemoryNeed]) -> bool:
+        """Whether these jobs may train at once: each one's micro-batch has room beside all the adapters."""
+        tokens = self.max_tokens(needs)
+        return len(needs) <= self.max_jobs and (tokens is None or max((need.tokens for need in needs), default=0) <= tokens)
+
+
+def token_bytes(model: Any, layer_sizes: Sequence[tuple[int, int]], checkpointing: bool) -> float:
+    """Bytes that one token takes in a training pass, estimated from the model's shape.
+
+    layer_sizes: (in, out) of every linear layer. Kept for the backward pass: about twice each layer's input and output (the
+    layer's own, and those of norms and activations between), and the logits three times in float32. With checkpointing only
+    the inputs of blocks stay, and one block at a time has all of its own.
+    """
+    config = model.config.get_text_config()
+    size = model.get_input_embeddings().weight.element_size()
+    layers = 2 * size * sum(sum(sizes) for sizes in layer_sizes)
+    blocks = max(1, getattr(config, "num_hidden_layers", 1))
+    if checkpointing:
+        layers = layers / blocks + blocks * config.hidden_size * size
+    return layers + 3 * 4 * config.vocab_size
+
+
+def waiting_order(priorities: Sequence[int]) -> list[int]:
+    """Indices of the jobs in the order of their admission."""
+    return sorted(range(len(priorities)), key=lambda index: (-priorities[index], index))
+
+
+@dataclass
+class JobQueue:
+    """Jobs that wait, in order, each with its MemoryNeed."""
+
+    limits: Limits
+    waiting: list[tuple[Any, MemoryNeed]] = field(default_factory=list)
+
+    def admit(self, active: Sequence[MemoryNeed]) -> list[tuple[Any, MemoryNeed]]:
+        """The jobs that start now beside the active ones; they leave the queue."""
+        admitted: list[tuple[Any, MemoryNeed]] = []
+        while self.waiting and self.limits.fit([*active, *(need for _, need in admitted), self.waiting[0][1]]):
+            admitted.append(self.waiting.pop(0))
+        return admitted
+
+
+def split_round(sizes: Sequence[tuple[int, int]], max_rows: int, max_tokens: Optional[int] = None) -> list[list[int]]:
+    """Cut a round into passes: lists of indices into sizes, (rows, longest row in tokens) of every micro-batch.
+
+    No pass has more than max_rows rows, or more than max_tokens tokens, padding included; a micro-batch is never split, and
+    never padded by more than PASS_TOKENS tokens for the company of longer ones.
+    """
+    passes: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index][1], index)):
+        rows, length = sizes[index]
+        if passes:
+            together, longest = sum(sizes[other][0] for other in passes[-1]) + rows, sizes[passes[-1][0]][1]
+            fits = together <= max_rows and (max_tokens is None or together * longest <= max_tokens)
+            if fits and rows * (longest - length) <= PASS_TOKENS:
+                passes[-1].append(index)
+                continue
+        passes.append([index])
+    return passes
