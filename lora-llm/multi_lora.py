@@ -1,0 +1,311 @@
+"""Many LoRA adapters at once over one frozen base, each with its own data and settings, each stopped at its own turning point.
+
+    python multi_lora.py --base_model FOLDER --config jobs.toml --output_dir OUTPUT
+
+In Python:
+
+    from multi_lora import Job, train_jobs
+    overview = train_jobs([Job("a", dataset="a.jsonl"), Job("b", dataset="b.jsonl", rank=8)], "FOLDER", "OUTPUT", bits=4)
+
+Each job leaves in OUTPUT/NAME what a single run leaves; OUTPUT/overview.html has a row for each. Examples of jobs.toml lie in
+templates/. Several processes (torchrun, accelerate launch) share the jobs out among them.
+
+Exit codes: 0 every job trained to its budget or stopped early; 2 bad arguments or configuration, or a job that could not be
+trained (the others were); 3 a job diverged (the others went on); 130 interrupted (state saved; --resume goes on).
+"""
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, Optional, Union
+
+import quiet_libraries  # noqa: F401  (first, before the libraries speak)
+import torch
+from base_model import fit_embeddings, linear_layers, load_base, load_tokenizer
+from fused_lora import linear_shape
+from fused_training import FusedTraining, finished_result, memory_need
+from job_config import Job, read_jobs
+from job_data import JobData, prepare_job
+from job_processes import Processes
+from job_scheduler import Limits, MemoryNeed, token_bytes
+from jobs_overview import write_overview
+from run_outcome import next_commands
+
+__all__ = ["Job", "main", "train_jobs"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run; every state is saved."""
+
+
+def base_settings(base_model: str, bits: int, use_cpu: bool, device: Any, **options: Any) -> SimpleNamespace:
+    """What base_model.load_base reads of the single trainer's settings."""
+    model = SimpleNamespace(
+        model_name_or_path=str(base_model), trust_remote_code=options["trust_remote_code"], use_auth_token=False
+    )
+    training = SimpleNamespace(
+        bits=bits,
+        use_cpu=use_cpu,
+        device=device,
+        world_size=2,  # the whole base on this process's own device
+        bf16=options["bf16"],
+        fp16=False,
+        cache_dir=options["cache_dir"],
+        double_quant=True,
+        quant_type="nf4",
+        full_finetune=False,
+        activation_checkpointing=options["gradient_checkpointing"],
+        activation_checkpointing_kwargs={"use_reentrant": False},
+    )
+    return SimpleNamespace(model=model, training=training)
+
+
+def train_jobs(
+    jobs: Sequence[Job],
+    base_model: Union[str, Path],
+    output_dir: Union[str, Path],
+    *,
+    bits: int = 4,
+    max_rows: int = 32,
+    max_jobs: int = 16,
+    memory_gb: Optional[float] = None,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    use_cpu: bool = False,
+    data_parallel: Optional[bool] = None,
+    save_minutes: float = 10.0,
+    resume: bool = False,
+    cache_dir: Optional[str] = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train all jobs over one base and return the overview: {"summary", "chosen", "jobs": [result of each job], ...}.
+
+    bits: 4, 8, 16 or 32, of the frozen base. max_rows: rows a pass; max_jobs: adapters that train at once; memory_gb: estimated
+    memory of base, adapters and activations together. data_parallel: with several processes, all train every job together;
+    None: where there are fewer jobs than processes. save_minutes: how often everything is saved for --resume. A job that cannot
+    be trained (its data, its name) is refused, told and listed, and the others are trained.
+    Raises ValueError, FileNotFoundError or FileExistsError where nothing can be trained, Interrupted after Ctrl-C.
+    """
+    started, output_dir = time.monotonic(), Path(output_dir)
+    _check_run(jobs, output_dir, bits, max_rows, max_jobs, resume)
+    use_cpu = use_cpu or not torch.accelerator.is_available()
+    together = data_parallel if data_parallel is not None else len(jobs) < _processes_asked_for()
+    processes = Processes(use_cpu, together)
+    say = say if processes.is_first or not processes.together else lambda text: None
+    tokenizer = load_tokenizer(str(base_model), cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    options = {"bf16": bf16, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    settings = base_settings(
+        str(base_model), bits, use_cpu, processes.device, gradient_checkpointing=gradient_checkpointing, **options
+    )
+    base = load_base(settings)
+    fit_embeddings(base, tokenizer)
+    if bits in (16, 32):
+        base.to(processes.device)
+    base.requires_grad_(False)
+    facts = {"model": str(base_model), "bits": bits}
+    limits = _limits(base, max_rows, max_jobs, memory_gb, gradient_checkpointing)
+    ready, refused = _prepare(jobs, base, tokenizer, limits, cache_dir, say if processes.is_first else lambda text: None)
+    earlier = {data.job.name: finished_result(output_dir / data.job.name) if resume else None for data, _ in ready}
+    to_train = [(data, need) for data, need in ready if earlier[data.job.name] is None]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    own = processes.own_jobs([data.total_steps * data.job.batch_size * data.job.accumulation for data, _ in to_train])
+    training = FusedTraining(
+        base,
+        tokenizer,
+        output_dir,
+        processes,
+        limits,
+        facts=facts,
+        precision=torch.bfloat16 if bf16 else None,
+        save_minutes=save_minutes,
+        say=say,
+    )
+    whole = training.train([to_train[index] for index in own], resume)
+    if not whole:
+        raise Interrupted(f"interrupted; everything needed to go on is saved in {output_dir}")
+    processes.wait()
+    results = [finished_result(output_dir / data.job.name) for data, _ in ready] + refused
+    overview = {"jobs": results}
+    if processes.is_first:
+        overview = write_overview(output_dir, results, time.monotonic() - started, facts)
+    processes.wait()
+    return overview
+
+
+def _processes_asked_for() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_run(jobs: Sequence[Job], output_dir: Path, bits: int, max_rows: int, max_jobs: int, resume: bool) -> None:
+    problems = []
+    if not jobs:
+        problems.append("there is no job to train")
+    if bits not in (4, 8, 16, 32):
+        problems.append(f"--bits {bits}: choose 4, 8, 16 or 32")
+    for name, value in (("max_rows", max_rows), ("max_jobs", max_jobs)):
+        if value < 1:
+            problems.append(f"--{name} {value}: must be at least 1")
+    largest = max(jobs, key=lambda job: job.batch_size, default=None)
+    if largest is not None and max_rows >= 1 and largest.batch_size > max_rows:
+        problems.append(
+            f"job {largest.name}: batch_size {largest.batch_size} is above --max_rows {max_rows}; raise --max_rows, or lower "
+            "batch_size and raise accumulation"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"--output_dir {output_dir} is a file: choose a folder")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not resume:
+        raise FileExistsError(f"--output_dir {output_dir} is not empty: choose a new folder, or go on with its run by --resume")
+
+
+def _limits(base: Any, max_rows: int, max_jobs: int, memory_gb: Optional[float], checkpointing: bool) -> Limits:
+    if memory_gb is None:
+        return Limits(max_rows, max_jobs)
+    base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
+    sizes = [linear_shape(layer) for layer in linear_layers(base).values()]
+    free = memory_gb * 1e9 - base_bytes
+    if free <= 0:
+        raise ValueError(f"--memory_gb {memory_gb:g}: the base alone takes {base_bytes / 1e9:.2f} GB; raise it or lower --bits")
+    return Limits(max_rows, max_jobs, free, token_bytes(base, sizes, checkpointing))
+
+
+def _prepare(
+    jobs: Sequence[Job], base: Any, tokenizer: Any, limits: Limits, cache_dir: Optional[str], say: Callable[[str], None]
+) -> tuple[list[tuple[JobData, MemoryNeed]], list[dict[str, Any]]]:
+    """(jobs that can be trained, results of those that cannot). Raises ValueError where none can."""
+    ready: list[tuple[JobData, MemoryNeed]] = []
+    refused: list[dict[str, Any]] = []
+    for job in jobs:
+        try:
+            if job.name in [data.job.name for data, _ in ready]:
+                raise ValueError("another job has this name already; give each a name of its own")
+            data = prepare_job(job, tokenizer, cache_dir)
+            need = memory_need(base, data)
+            if not limits.fit([need]):
+                size = f"{(need.adapter_bytes + need.tokens * limits.token_bytes) / 1e9:.2f} GB"
+                raise ValueError(f"it needs about {size} beside the base, more than --memory_gb leaves; lower batch_size")
+            ready.append((data, need))
+        except (ValueError, FileNotFoundError) as error:
+            say(f"{job.name}: not trained: {error}")
+            refused.append({"name": job.name, "group": job.group, "outcome": "refused", "reason": str(error), "heldout": {}})
+    if not ready:
+        raise ValueError("no job can be trained: " + "; ".join(f"{entry['name']}: {entry['reason']}" for entry in refused))
+    return ready, refused
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"multi_lora: {message}; see --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    truth = {"type": _truth, "nargs": "?", "const": True, "default": False}
+    parser = Parser(
+        description="Many LoRA adapters at once over one frozen base, each stopped at its own turning point.",
+        epilog="The jobs file is described in job_config.py; three that run as they are lie in templates/.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--base_model", "--model_name_or_path", required=True, help="a folder in Hugging Face format, or a hub name")
+    add("--config", required=True, help="the jobs: a toml, yaml or json file")
+    add("--output_dir", default="./output", help="where everything goes; a new folder for every run")
+    add("--bits", type=int, default=None, help="bits of the frozen base: 4 (the default), 8, 16 or 32")
+    add("--load_4bit", help="the same as --bits 4", **truth)
+    add("--load_8bit", help="the same as --bits 8", **truth)
+    add("--bf16", help="compute in bf16", **truth)
+    add("--gradient_checkpointing", help="recompute activations to save memory", **truth)
+    add("--max_rows", type=int, default=32, help="examples in one pass, of all jobs together (default 32)")
+    add("--max_jobs", type=int, default=16, help="adapters that train at once; others wait (default 16)")
+    add("--memory_gb", type=float, default=None, help="bound on the estimated memory of base, adapters and activations, in GB")
+    together = "several processes train every job together; default: only where there are fewer jobs than processes"
+    add("--data_parallel", **{**truth, "default": None}, help=together)
+    add("--save_minutes", type=float, default=10.0, help="save everything for --resume so often (default 10)")
+    add("--resume", help="go on with the run in --output_dir", **truth)
+    add("--use_cpu", help="train on the CPU even where there is a GPU", **truth)
+    add("--cache_dir", default=None, help="where hub downloads are kept")
+    add("--trust_remote_code", help="run code that comes with the base model (only if you trust its authors)", **truth)
+    return parser
+
+
+def _truth(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse; bits resolved. Raises ValueError for an unknown flag, naming the nearest, and for contradicting bits."""
+    parser = build_parser()
+    known = [option for action in parser._actions for option in action.option_strings]
+    problems = []
+    for word in (word.split("=")[0] for word in argv if word.startswith("--")):
+        if word not in known:
+            nearest = difflib.get_close_matches(word, known, n=1)
+            problems.append(f"{word} is unknown" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    if problems:
+        raise ValueError("; ".join(problems))
+    arguments = parser.parse_args(argv)
+    said = {bits for bits, flag in ((4, arguments.load_4bit), (8, arguments.load_8bit), (arguments.bits, arguments.bits)) if flag}
+    if len(said) > 1:
+        raise ValueError("--bits, --load_4bit and --load_8bit contradict each other: give one of them")
+    arguments.bits = said.pop() if said else 4
+    return arguments
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = vars(parse_arguments(argv))
+        jobs = read_jobs(options.pop("config"))
+        output_dir = Path(options["output_dir"])
+        options = {name: value for name, value in options.items() if name not in ("load_4bit", "load_8bit")}
+        overview = train_jobs(jobs, **options)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"multi_lora: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"\n{error}\ngo on:  {_command(argv)} --resume true")
+        return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if "summary" in overview:
+        _last_words(overview, output_dir)
+    outcomes = {result["outcome"] for result in overview["jobs"]}
+    return 3 if "diverged" in outcomes else 2 if "refused" in outcomes else 0
+
+
+def _command(argv: Sequence[str]) -> str:
+    kept = [word for word in argv if not word.startswith("--resume")]
+    return f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).resolve()))} {shlex.join(kept)}"
+
+
+def _last_words(overview: dict[str, Any], output_dir: Path) -> None:
+    print(f"\n{overview['summary']}")
+    for result in overview["jobs"]:
+        if result["outcome"] == "refused":
+            print(f"{result['name']}: not trained: {result['reason']}")
+    for group, choice in overview["chosen"].items():
+        print(f"{group}: {choice['name'] or 'none chosen'}: {choice['reason']}.")
+    print(f"overview: {output_dir.resolve() / 'overview.html'}")
+    best = [choice["name"] for choice in overview["chosen"].values() if choice["name"]]
+    kept = best or [result["name"] for result in overview["jobs"] if result.get("adapters")]
+    for name in kept[:1]:
+        for line in next_commands("stopped_early", output_dir.resolve() / name, Path(__file__).resolve(), []):
+            print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
