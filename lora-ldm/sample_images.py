@@ -134,7 +134,7 @@ def make_scheduler(name, config):
 class Sampler:
     """Makes pictures with the live parts of a model, so that LoRA layers in it take effect.
 
-    encode_text: [captions] -> text states (B, tokens, D), the function that training uses.
+    encode_text: [captions] -> what the U-Net is conditioned on, the function that training uses.
     """
 
     def __init__(self, model, encode_text, *, sampler="ddim", device="cpu"):
@@ -150,11 +150,10 @@ class Sampler:
         with untouched_random_state():
             self.pipeline.scheduler = make_scheduler(prompt.sample_sampler or self.sampler, self.model.scheduler_config)
             generator = torch.Generator().manual_seed(prompt.seed)
-            dtype = self.model.unet.dtype
-            guided = {} if prompt.scale <= 1 else {
-                "negative_prompt_embeds": self.encode_text([prompt.negative_prompt]).to(dtype)}  # fmt: skip
+            negative = self.encode_text([prompt.negative_prompt]) if prompt.scale > 1 else None
+            prompts = self.model.pipeline_prompts(self.encode_text([prompt.prompt]), negative)
             latents = self.pipeline(
-                prompt_embeds=self.encode_text([prompt.prompt]).to(dtype), **guided, width=width, height=height,
+                **prompts, width=width, height=height,
                 num_inference_steps=prompt.sample_steps, guidance_scale=prompt.scale, generator=generator,
                 output_type="latent",
             ).images  # (1, 4, h, w)  # fmt: skip

@@ -4,37 +4,36 @@ A base model is a folder in diffusers layout, a single .safetensors or .ckpt fil
 the Hugging Face hub. Nothing is fetched unless a hub name is given or a single file's tokenizer is found nowhere here.
 """
 
-import json
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
+from base_files import (
+    hash_metadata,
+    load_clip_tokenizer,
+    load_from_folder,
+    local_path,
+    read_json,
+    write_clip_vocabulary,
+)
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers.utils import logging as diffusers_logging
-from lora_file import file_hashes
-from single_file import config_folder, load_components, load_single_file_vae, read_tensors
+from single_file import config_folder, load_components, load_single_file_vae
+from tensor_file import read_tensors
 from text_encoding import encode_captions
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPTextModel
 
-CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
-SPECIAL_TOKENS = 3  # begin, end and padding, which a tokenizer without a vocabulary still has
-HUB_TIMEOUT_SEC = 5
-PIPELINE_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
-
-diffusers_logging.set_verbosity_error()
-transformers_logging.set_verbosity_error()
-for _library_logging in (diffusers_logging, transformers_logging):
-    _library_logging.disable_progress_bar()
+TEXT_ENCODERS = {"text_encoder": CLIPTextModel}
 
 
 @dataclass
 class SDModel:
     """A frozen base model and the facts that training needs of it."""
+
+    vae_family: ClassVar[str] = "sd1"  # whose configuration fits a VAE in a single file
+    is_sdxl: ClassVar[bool] = False
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -100,6 +99,12 @@ class SDModel:
         """The name of a U-Net module in kohya's files, dots still in it. SD 1.x and 2.x use diffusers' names."""
         return module_name
 
+    def pipeline_prompts(self, positive, negative=None):
+        """Arguments of the pipeline for conditions that ``encode_text`` gave; negative None: without guidance."""
+        dtype = self.unet.dtype
+        prompts = {"prompt_embeds": positive.to(dtype)}
+        return prompts if negative is None else {**prompts, "negative_prompt_embeds": negative.to(dtype)}
+
     def to_pipeline(self):
         """A StableDiffusionPipeline of the live parts (no copies), without safety checker."""
         return StableDiffusionPipeline(
@@ -134,78 +139,76 @@ def load_sd_model(
     Raises:
         FileNotFoundError, ValueError: one message with the value and the fix.
     """
-    location = _local_path(path)
+    location = local_path(path)
     if location.is_dir():
-        unet, vae_model, text_encoder, tokenizer, scheduler_config = _load_folder(location, dtype)
+        if (location / "text_encoder_2").is_dir():
+            raise ValueError(f"{path} has two text encoders, as SDXL has; train it with es_lora_sdxl.py")
+        parts = load_folder(location, dtype, TEXT_ENCODERS)
     else:
         tensors = read_tensors(location)
         config = config_folder(location, tensors, v_parameterization)
-        unet, vae_model, text_encoder = load_components(location, tensors, config, dtype)
+        components = load_components(location, tensors, config, dtype, TEXT_ENCODERS)
         tokenizer = load_clip_tokenizer(config / "tokenizer", tokenizer_cache_dir)
-        scheduler_config = _read_json(config / "scheduler" / "scheduler_config.json")
-    if vae:
-        vae_model = load_vae(vae, dtype)
-    if v_parameterization:
-        scheduler_config = {**scheduler_config, "prediction_type": "v_prediction"}
-    _check_version(path, unet, v2)
+        parts = *components, [tokenizer], read_json(config / "scheduler" / "scheduler_config.json")
+    _check_version(path, parts[0], v2)
+    return make_model(SDModel, parts, path, location, vae, v_parameterization, dtype, is_v2=v2)
 
-    for part in (unet, vae_model, text_encoder):
-        part.requires_grad_(False).eval()
-    hashes = _hash_metadata("sd_model", path, location) | (_hash_metadata("vae", vae, Path(vae)) if vae else {})
-    return SDModel(
-        unet=unet,
-        vae=vae_model,
-        text_encoders=[text_encoder],
-        tokenizers=[tokenizer],
-        scheduler_config=scheduler_config,
-        base_path=str(path),
-        is_v2=v2,
-        vae_path=str(vae) if vae else None,
-        base_hashes=hashes,
+
+def load_folder(folder, dtype, encoder_classes):
+    """(unet, vae, [text encoders], [tokenizers], scheduler configuration) of a folder in diffusers layout.
+
+    encoder_classes: {"text_encoder": its class, ...}; the tokenizer of ``text_encoder_2`` is ``tokenizer_2``.
+    """
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoder_classes]
+    needed = ["unet", "vae", *encoder_classes, *tokenizers, "scheduler"]
+    missing = [name for name in needed if not (folder / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is not a Stable Diffusion folder in diffusers layout: it lacks {', '.join(missing)}"
+        )
+    return (
+        load_from_folder(UNet2DConditionModel, folder / "unet", dtype),
+        load_from_folder(AutoencoderKL, folder / "vae", dtype),
+        [load_from_folder(encoder_class, folder / name, dtype) for name, encoder_class in encoder_classes.items()],
+        [load_clip_tokenizer(folder / name) for name in tokenizers],
+        read_json(folder / "scheduler" / "scheduler_config.json"),
     )
 
 
-def load_vae(path, dtype=torch.float32):
-    """A VAE from a file in the original layout or a diffusers folder (the VAE's own or a whole pipeline's)."""
-    location = _local_path(path)
-    if location.is_file():
-        return load_single_file_vae(location, dtype)
-    folder = location / "vae" if (location / "vae").is_dir() else location
-    return _from_folder(AutoencoderKL, folder, dtype)
+def make_model(model_class, parts, path, location, vae, v_parameterization, dtype, **facts):
+    """A frozen model of the parts that ``load_folder`` gives, with another VAE and velocity prediction where asked for.
 
-
-def load_clip_tokenizer(folder=None, tokenizer_cache_dir=None):
-    """The CLIP tokenizer from a folder, from --tokenizer_cache_dir, from the transformers cache, or from the hub.
-
-    Raises:
-        FileNotFoundError: found nowhere; says which files to put where.
+    path: as the person gave it; location: where it lies. facts: further fields of the model class.
     """
-    candidates = [Path(folder)] if folder else []
-    if tokenizer_cache_dir:
-        cache = Path(tokenizer_cache_dir)
-        candidates += [cache, cache / CLIP_VOCABULARY.replace("/", "_"), cache / CLIP_VOCABULARY, cache / "tokenizer"]
-    for candidate in candidates:
-        if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
-            return CLIPTokenizer.from_pretrained(candidate, local_files_only=True)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, local_files_only=not _hub_answers())
-    except OSError:
-        tokenizer = None
-    if tokenizer is None or tokenizer.vocab_size <= SPECIAL_TOKENS:  # transformers 5 makes an empty one of no files
-        where = tokenizer_cache_dir or "a folder of your choice, named with --tokenizer_cache_dir"
-        raise FileNotFoundError(
-            f"the CLIP vocabulary was not found: a single-file checkpoint does not contain it. Put vocab.json and "
-            f"merges.txt of {CLIP_VOCABULARY} (SD 2.x uses the same ones) into {where}"
-        )
-    return tokenizer
+    unet, vae_model, text_encoders, tokenizers, scheduler_config = parts
+    hashes = hash_metadata("sd_model", path, location)
+    if vae:
+        vae_model = load_vae(vae, dtype, model_class.vae_family)
+        hashes |= hash_metadata("vae", vae, Path(vae))
+    if v_parameterization:
+        scheduler_config = {**scheduler_config, "prediction_type": "v_prediction"}
+    for part in (unet, vae_model, *text_encoders):
+        part.requires_grad_(False).eval()
+    return model_class(
+        unet=unet,
+        vae=vae_model,
+        text_encoders=text_encoders,
+        tokenizers=tokenizers,
+        scheduler_config=scheduler_config,
+        base_path=str(path),
+        vae_path=str(vae) if vae else None,
+        base_hashes=hashes,
+        **facts,
+    )
 
 
-def write_clip_vocabulary(tokenizer, folder):
-    """Write vocab.json and merges.txt beside tokenizer.json: transformers 4 and other programs read only those."""
-    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
-    (Path(folder) / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
-    (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+def load_vae(path, dtype=torch.float32, family="sd1"):
+    """A VAE from a file in the original layout (of this family) or a diffusers folder (the VAE's own or a pipeline's)."""
+    location = local_path(path)
+    if location.is_file():
+        return load_single_file_vae(location, dtype, family)
+    folder = location / "vae" if (location / "vae").is_dir() else location
+    return load_from_folder(AutoencoderKL, folder, dtype)
 
 
 def set_attention(model, kind):
@@ -228,75 +231,6 @@ def set_attention(model, kind):
         raise ValueError(f"attention is {kind!r}; allowed are sdpa, xformers, sliced and plain")
 
 
-def _local_path(path):
-    location = Path(path).expanduser()
-    if location.exists():
-        return location
-    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
-        return _hub_folder(str(path))
-    raise FileNotFoundError(f"{path} does not exist; give a diffusers folder, a .safetensors/.ckpt file or a hub name")
-
-
-def _hub_folder(name):
-    import huggingface_hub
-
-    try:
-        offline = not _hub_answers()
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PIPELINE_FILES, local_files_only=offline))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise FileNotFoundError(
-            f"{name} is neither a file or folder here nor could it be read from the Hugging Face hub "
-            f"({str(error).splitlines()[0]}); give a local path"
-        ) from error
-
-
-def _hub_answers():
-    """Whether the hub can be reached: without it, its client would retry for minutes before it says so."""
-    import huggingface_hub
-
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SEC).close()
-    except urllib.error.HTTPError:
-        return True  # it refuses this request, but it is there
-    except OSError:
-        return False
-    return True
-
-
-def _load_folder(folder, dtype):
-    needed = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-    missing = [name for name in needed if not (folder / name).is_dir()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} is not a Stable Diffusion folder in diffusers layout: it lacks {', '.join(missing)}"
-        )
-    if (folder / "text_encoder_2").is_dir():
-        raise ValueError(f"{folder} has two text encoders, as SDXL has; train it with es_lora_sdxl.py")
-    return (
-        _from_folder(UNet2DConditionModel, folder / "unet", dtype),
-        _from_folder(AutoencoderKL, folder / "vae", dtype),
-        _from_folder(CLIPTextModel, folder / "text_encoder", dtype),
-        load_clip_tokenizer(folder / "tokenizer"),
-        _read_json(folder / "scheduler" / "scheduler_config.json"),
-    )
-
-
-def _from_folder(model_class, folder, dtype):
-    """from_pretrained without the network; reads the ``fp16`` files where a folder has no others."""
-    weights = [file.name for file in folder.glob("*.safetensors")] + [file.name for file in folder.glob("*.bin")]
-    if not weights:
-        raise FileNotFoundError(f"{folder} holds no weights (*.safetensors or *.bin)")
-    variant = "fp16" if all(".fp16." in name for name in weights) else None
-    precision = "dtype" if model_class is CLIPTextModel else "torch_dtype"
-    try:
-        return model_class.from_pretrained(folder, local_files_only=True, variant=variant, **{precision: dtype})
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be loaded ({str(error).splitlines()[0]}); copy or download it again") from error
-
-
 def _check_version(path, unet, v2):
     width = unet.config.cross_attention_dim
     if v2 and width == 768:
@@ -305,18 +239,3 @@ def _check_version(path, unet, v2):
         raise ValueError(
             f"{path} is an SD 2.x model (text width 1024); add --v2, and --v_parameterization for a 768-pixel v model"
         )
-
-
-def _hash_metadata(kind, name, location):
-    """ss_sd_model_* or ss_vae_*: the name, and for a file the two hashes by which WebUIs know it."""
-    metadata = {f"ss_{kind}_name": Path(name).name if location.exists() else str(name)}
-    if location.is_file():
-        legacy, full = file_hashes(location)
-        metadata |= {f"ss_{kind}_hash": legacy, f"ss_new_{kind}_hash": full}
-    return metadata
-
-
-def _read_json(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    return json.loads(path.read_text(encoding="utf-8"))

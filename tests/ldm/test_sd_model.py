@@ -8,10 +8,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import base_files  # noqa: E402
 import sd_model  # noqa: E402
 import torch  # noqa: E402
+from base_files import load_clip_tokenizer  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from sd_model import load_clip_tokenizer, load_sd_model, load_vae, set_attention  # noqa: E402
+from sd_model import load_sd_model, load_vae, set_attention  # noqa: E402
 from single_file import CONFIG_ROOT, unet_original_names  # noqa: E402
 from text_encoding import parse_weighted_caption, tokenize_chunks  # noqa: E402
 from tiny_sd import original_layout, tiny_sd, tiny_tokenizer  # noqa: E402
@@ -135,8 +137,8 @@ def test_a_missing_vocabulary_says_which_files_to_put_where(tmp_path, monkeypatc
     def no_hub(*args, **kwargs):
         raise OSError("offline")
 
-    monkeypatch.setattr(sd_model.urllib.request, "urlopen", no_hub)
-    monkeypatch.setattr(sd_model, "CLIP_VOCABULARY", "openai/clip-not-in-any-cache")
+    monkeypatch.setattr(base_files.urllib.request, "urlopen", no_hub)
+    monkeypatch.setattr(base_files, "CLIP_VOCABULARY", "openai/clip-not-in-any-cache")
     with pytest.raises(FileNotFoundError, match="Put vocab.json and merges.txt of openai/clip"):
         load_clip_tokenizer(tokenizer_cache_dir=tmp_path)
 
