@@ -222,7 +222,7 @@ def create_network(
     if not candidates:
         raise ValueError("no layer to train: the U-Net and the text encoder are both switched off, or have no such layers")
     if weights is not None:
-        weights = rename_text_encoder(weights, [name for _, _, name, _ in candidates])
+        weights = rename_modules(weights, candidates)
     if dim_from_weights:
         sizes = sizes_from_weights(weights)
         unknown = sorted(set(sizes) - {name for _, _, name, _ in candidates})
@@ -306,6 +306,20 @@ def find_modules(model, train_unet=True, train_text_encoder=True, with_convoluti
         for path, layer in _layers_inside(model.unet, None if everywhere else unet_blocks):
             found.append(("unet", path, f"lora_unet_{model.lora_unet_name(path)}".replace(".", "_"), layer))
     return found
+
+
+def rename_modules(tensors, candidates):
+    """{key of a LoRA file: tensor} under the names that this model's modules have.
+
+    Programs disagree on the first text encoder's prefix, and some name SDXL's U-Net as diffusers does.
+    candidates: what ``find_modules`` gives.
+    """
+    names = {f"lora_{part}_{path}".replace(".", "_"): name for part, path, name, _ in candidates if part == "unet"}
+    renamed = {}
+    for key, value in tensors.items():
+        module, dot, part = key.partition(".")
+        renamed[names.get(module, module) + dot + part] = value
+    return rename_text_encoder(renamed, [name for _, _, name, _ in candidates])
 
 
 def component_roots(model):

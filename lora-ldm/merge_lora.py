@@ -35,10 +35,11 @@ def fold_lora(model, tensors, weight=1.0):
     Raises:
         ValueError: names the modules that the model lacks or that do not fit; nothing is changed then.
     """
-    from lora_network import find_modules
+    from lora_network import find_modules, rename_modules
 
-    layers = {name: layer for _, _, name, layer in find_modules(model, everywhere=True)}
-    _fold(tensors, weight, {name: layer.weight.data for name, layer in layers.items()})
+    candidates = find_modules(model, everywhere=True)
+    weights = {name: layer.weight.data for _, _, name, layer in candidates}
+    _fold(rename_modules(tensors, candidates), weight, weights)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -40,6 +40,17 @@ def read_tensors(path):
     if not tensors:
         raise ValueError(f"{path} holds no named tensors; give a model checkpoint")
     return tensors
+
+
+def tensor_names(path):
+    """The names in a file of tensors; of .safetensors only the header is read. Raises as read_tensors."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return read_tensors(path).keys()
+    try:
+        with safe_open(path, "pt") as file:
+            return file.keys()
+    except SafetensorError:
+        return read_tensors(path).keys()  # which says what is wrong
 
 
 def write_whole(path, write):

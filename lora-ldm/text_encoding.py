@@ -83,7 +83,7 @@ def tokenize_chunks(tokenizer, caption, chunks, body_tokens=75, weighted=False):
 
 
 def encode_captions(
-    text_encoder, tokenizer, captions, *, max_token_length=75, clip_skip=None, weighted=False, with_pooled=False
+    text_encoder, tokenizer, captions, *, max_token_length=75, clip_skip=None, weighted=False, sdxl=False
 ):
     """Text states of a batch of captions.
 
@@ -93,10 +93,11 @@ def encode_captions(
         max_token_length: 75, 150 or 225 tokens (None means 75).
         clip_skip: take the n-th state from the end, then the final layer norm; None or 1 is the last layer.
         weighted: read ``(word:1.3)`` and ``[word]``; the mean of each caption's states is preserved.
-        with_pooled: also return the first chunk's pooled output (B, P), as SDXL needs it.
+        sdxl: as SDXL takes its text: the penultimate layer's states without the final layer norm, chunks joined as they
+            are, and the first chunk's pooled output.
 
     Returns:
-        (B, 75 n + 2, D), with_pooled: a pair.
+        (B, 75 n + 2, D); with ``sdxl`` a pair of it and (B, P).
     """
     chunks = _chunk_count(max_token_length)
     body_tokens = text_encoder.config.max_position_embeddings - 2
@@ -105,11 +106,12 @@ def encode_captions(
     ids = torch.stack([pair[0] for pair in pairs]).to(device)  # (B, n, 77)
 
     output = text_encoder(ids.flatten(0, 1), output_hidden_states=True)
-    states = _layer_states(text_encoder, output, clip_skip)  # (B n, 77, D)
-    states = _join_chunks(states.unflatten(0, (len(captions), chunks)), ids, tokenizer)
+    states = output.hidden_states[-2] if sdxl else _layer_states(text_encoder, output, clip_skip)  # (B n, 77, D)
+    states = states.unflatten(0, (len(captions), chunks))
+    states = _join_chunks(states if sdxl else _empty_as_padding(states, ids, tokenizer))
     if weighted:
         states = _weight_states(states, torch.stack([pair[1] for pair in pairs]).to(device))
-    if not with_pooled:
+    if not sdxl:
         return states
     pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
     return states, pooled.unflatten(0, (len(captions), chunks))[:, 0]
@@ -131,17 +133,20 @@ def _layer_states(text_encoder, output, clip_skip):
     return text_model.final_layer_norm(output.hidden_states[-clip_skip])
 
 
-def _join_chunks(states, ids, tokenizer):
-    """(B, n, 77, D) -> (B, 75 n + 2, D): the first BOS, every chunk's body, the last EOS."""
-    bodies = states[:, :, 1:-1]  # (B, n, 75, D)
+def _empty_as_padding(states, ids, tokenizer):
+    """A later chunk without text starts with an EOS that the joined caption already has: show it as padding."""
     pad = tokenizer.pad_token_id
-    if states.shape[1] > 1 and pad is not None and pad != tokenizer.eos_token_id:
-        # A later chunk without text starts with an EOS that the joined caption already has: show it as padding.
-        empty = ids[:, :, 1] == tokenizer.eos_token_id  # (B, n)
-        empty[:, 0] = False
-        first = torch.where(empty[..., None], bodies[:, :, 1], bodies[:, :, 0])
-        bodies = torch.cat([first[:, :, None], bodies[:, :, 1:]], dim=2)
-    return torch.cat([states[:, 0, :1], bodies.flatten(1, 2), states[:, -1, -1:]], dim=1)
+    if states.shape[1] == 1 or pad is None or pad == tokenizer.eos_token_id:
+        return states
+    empty = ids[:, :, 1] == tokenizer.eos_token_id  # (B, n)
+    empty[:, 0] = False
+    first = torch.where(empty[..., None], states[:, :, 2], states[:, :, 1])
+    return torch.cat([states[:, :, :1], first[:, :, None], states[:, :, 2:]], dim=2)
+
+
+def _join_chunks(states):
+    """(B, n, 77, D) -> (B, 75 n + 2, D): the first BOS, every chunk's body, the last EOS."""
+    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)
 
 
 def _weight_states(states, weights):
