@@ -1,4 +1,4 @@
-"""What training does to a caption each time it is drawn: prefix, dropout, wildcards, shuffling, warm-up.
+"""What training does to a caption each time it is drawn: prefix, dropout, wildcards, shuffling, warm-up, trigger word.
 
 Order and meaning follow kohya's trainers. All chance comes from the generator that the caller seeds.
 """
@@ -45,7 +45,15 @@ def process_caption(
         text = ", ".join(process_tags(text, subset, rng, step, total_steps))
     if subset.secondary_separator:
         text = text.replace(subset.secondary_separator, subset.caption_separator)
-    return text
+    return text if subset.is_reg else with_trigger_word(text, subset)
+
+
+def with_trigger_word(text: str, subset: SubsetSettings) -> str:
+    """The text with the trigger word first, unless it begins with it already."""
+    trigger = subset.trigger_word
+    if not trigger or re.match(rf"{re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
+        return text
+    return f"{trigger}{subset.caption_separator} {text}" if text else trigger
 
 
 def is_dropped(subset: SubsetSettings, rng: random.Random, epoch: int) -> bool:

@@ -9,8 +9,7 @@ class CheckpointFiles:
 
     def __init__(self, args, total_epochs):
         self.args, self.folder = args, Path(args.output_dir)
-        ending = args.save_model_as
-        self.suffix = f".{ending}"
+        self.suffix = "" if args.train_full_unet else f".{args.save_model_as}"  # a whole model is a folder
         self.every_epochs = args.save_every_n_epochs
         if args.save_n_epoch_ratio:
             self.every_epochs = max(1, total_epochs // args.save_n_epoch_ratio)
@@ -56,7 +55,10 @@ class CheckpointFiles:
         return too_old - too_old % self.args.save_every_n_steps
 
     def _delete_file(self, part):
-        self.path(part).unlink(missing_ok=True)
+        path = self.path(part)
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
 
     def _delete_state(self, part):
         shutil.rmtree(self.state_path(part), ignore_errors=True)

@@ -20,6 +20,7 @@ SUBSET_FACTS = (
     "enable_wildcard",
     "caption_prefix",
     "caption_suffix",
+    "trigger_word",
 )
 
 

@@ -44,6 +44,7 @@ class SubsetSettings:
     conditioning_data_dir: Optional[str] = setting(None, "str", distinct=True)
     is_reg: bool = setting(False, "bool", distinct=True)
     class_tokens: Optional[str] = setting(None, "str")
+    trigger_word: Optional[str] = setting(None, "str")
     caption_extension: str = setting(".caption", "extension")
     num_repeats: int = setting(1, "int", minimum=1)
     shuffle_caption: bool = setting(False, "bool")

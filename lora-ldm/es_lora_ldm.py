@@ -17,6 +17,7 @@ import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
 from accelerate.utils import broadcast, set_seed
 from checkpoint_files import CheckpointFiles
+from class_images import make_class_images
 from cs_fluctuation import NonFiniteWeightsError
 from diffusion_loss import (
     NoiseSchedule,
@@ -28,6 +29,7 @@ from diffusion_loss import (
     target,
 )
 from early_stopping import make_monitor, plan
+from full_unet import FullUnet, save_full_model
 from image_dataset import build_datasets
 from ldm_arguments import parse_arguments
 from lora_file import DTYPES, save_lora
@@ -58,6 +60,9 @@ from validation_loss import validation_loss
 class NetworkTrainer:
     """One training run: `set_up`, `train`, `finish`. Another model family overrides the methods of the first block."""
 
+    program = "es_lora_ldm"
+    is_sdxl = False
+
     def __init__(self, args):
         self.args = args
         self.columns = {}  # {name: function} of further columns of the history, called at every measurement
@@ -76,12 +81,17 @@ class NetworkTrainer:
             v2=args.v2,
             v_parameterization=args.v_parameterization,
             vae=args.vae,
-            dtype=self.weight_dtype,
+            dtype=self.base_dtype,
             tokenizer_cache_dir=args.tokenizer_cache_dir,
         )
 
+    def fill_caches(self):
+        """Encode once what does not change from epoch to epoch, as far as that is asked for."""
+        if self.args.cache_latents:
+            cache_latents(self)
+
     def encode_text(self, captions):
-        """Text states (B, tokens, D); with gradients where the text encoder is trained."""
+        """What `predict_noise` takes of B captions; with gradients where the text encoder is trained."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_text):
             return self.model.encode_text(
                 captions,
@@ -110,8 +120,11 @@ class NetworkTrainer:
         resumed = read_progress(args.resume) if args.resume else None
         self.seed = args.seed = resumed.seed if resumed else self._agreed_seed()
         set_seed(self.seed)
-        self.batches, self.validation_batches = build_datasets(args, self.accelerator.num_processes)
         self.weight_dtype = PRECISIONS[args.mixed_precision]
+        self.base_dtype = torch.float32 if args.train_full_unet else self.weight_dtype
+        if args.num_class_images:
+            make_class_images(self)
+        self.batches, self.validation_batches = build_datasets(args, self.accelerator.num_processes)
         self.model = self.load_model()
         self.assert_supported()
         fold_base_weights(self.args, self.model)
@@ -121,8 +134,7 @@ class NetworkTrainer:
         alphas = self.model.alphas_cumprod
         alphas = rescale_to_zero_terminal_snr(alphas) if args.zero_terminal_snr else alphas
         self.schedule = NoiseSchedule(alphas, self.model.prediction_type)
-        if args.cache_latents:
-            cache_latents(self)
+        self.fill_caches()
         self.loader, self.order = make_loader(args, self.batches, args.cache_latents and not args.cache_latents_to_disk)
         self._count_steps(resumed)
         self._make_optimizer()
@@ -138,6 +150,8 @@ class NetworkTrainer:
 
     def create_network(self):
         """(network with LoRA layers in the model, the parsed --network_args)."""
+        if self.args.train_full_unet:
+            return FullUnet(self.model.unet), {}
 
         def make_lycoris(*words, **settings):
             from lycoris_network import create_lycoris_network
@@ -189,13 +203,14 @@ class NetworkTrainer:
         args, self.monitor = self.args, None
         if self.shadows is not None:
             self.columns["shadow_loss"] = self.shadows.score
-        self.safety_copy, self.safety_interval = (0, None), max(1, self.progress.steps_per_epoch // 10)
+        copies_per_epoch = 1 if args.train_full_unet else 10
+        self.safety_copy, self.safety_interval = (0, None), max(1, self.progress.steps_per_epoch // copies_per_epoch)
         if not args.calculate_cs:
             return
         rule, chosen = plan(args, self.network.components, self.progress.steps_per_epoch, self.total_steps)
         self.cs_interval = chosen.cs_interval
         if self.is_main:
-            header = {"trainer": "es_lora_ldm", "seed": self.seed, "total_steps": self.total_steps}
+            header = {"trainer": self.program, "seed": self.seed, "total_steps": self.total_steps}
             batches = len(self.batches) / self.accelerator.num_processes
             self.monitor = make_monitor(args, rule, chosen.cs_interval, self.network, header, batches, self.columns)
             self.say(f"CS every {chosen.cs_interval} steps, window {chosen.window}, rule {rule.name}", *chosen.notices)
@@ -427,10 +442,12 @@ class NetworkTrainer:
             self.save_state(part)
 
     def save_weights(self, part, tensors, outcome=None):
-        """Write {kohya key: tensor} as a LoRA file; returns its path."""
-        path = self.files.path(part)
-        if self.is_main:
-            save_lora(path, tensors, lora_metadata(self, outcome), DTYPES[self.args.save_precision])
+        """Write the network's tensors as a LoRA file, or the whole model with a full U-Net; returns the path."""
+        path, dtype = self.files.path(part), DTYPES[self.args.save_precision]
+        if self.is_main and self.args.train_full_unet:
+            save_full_model(path, self.model, tensors, dtype)
+        elif self.is_main:
+            save_lora(path, tensors, lora_metadata(self, outcome), dtype)
         return path
 
     def save_state(self, part=""):
@@ -457,9 +474,9 @@ def show_data(args):
 
 def main(argv=None, trainer_class=NetworkTrainer):
     """Run the trainer; returns the exit code."""
-    trainer = None
+    trainer, program = None, trainer_class.program
     try:
-        args = parse_arguments(argv)
+        args = parse_arguments(argv, trainer_class.is_sdxl)
         if args.debug_dataset:
             show_data(args)
             return 0
@@ -469,14 +486,14 @@ def main(argv=None, trainer_class=NetworkTrainer):
         outcome = trainer.finish()
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         for line in str(error).splitlines():
-            print(f"es_lora_ldm: {line}", file=sys.stderr)
+            print(f"{program}: {line}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
         advice = "lower --train_batch_size or --resolution, or add --gradient_checkpointing or --mixed_precision"
-        print(f"es_lora_ldm: out of memory: {advice} ({str(error).splitlines()[0]})", file=sys.stderr)
+        print(f"{program}: out of memory: {advice} ({str(error).splitlines()[0]})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("es_lora_ldm: interrupted at once; what was saved before is whole", file=sys.stderr)
+        print(f"{program}: interrupted at once; what was saved before is whole", file=sys.stderr)
         return 130
     if trainer.is_main:
         prompt = trainer.prompts[0].prompt if trainer.prompts else trainer.batches[0]["captions"][0]

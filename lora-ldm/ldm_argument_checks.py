@@ -40,6 +40,7 @@ REJECTED = {
     "cpu_offload_checkpointing": (False, "use --gradient_checkpointing, which keeps activations out of memory"),
     "lowram": (False, "the base model is loaded once, in the precision of training, whatever the memory"),
     "dataset_class": (True, "foreign dataset classes cannot be resumed bit for bit; use --dataset_config"),
+    "disable_mmap_load_safetensors": (False, "files are read through a memory map; copy the base to a fast disk"),
     "cache_info": (False, "image sizes are read fast enough without a cache"),
     "skip_cache_check": (False, "every cached latent is checked against its image, its VAE and the resolution"),
 }
@@ -52,6 +53,7 @@ POSITIVE = """
     validate_every_n_steps validate_every_n_epochs max_validation_steps bucket_reso_steps min_bucket_reso
     max_bucket_reso valley initial_epoch lr_scheduler_num_cycles network_alpha huber_c huber_scale
     min_snr_gamma scale_weight_norms snapshot_disk_gb cs_interval window_size shadow_rank shadow_interval
+    num_class_images
 """.split()
 NOT_NEGATIVE = """
     learning_rate unet_lr max_grad_norm prior_loss_weight lr_warmup_steps lr_decay_steps
@@ -75,6 +77,7 @@ EXCLUDE = [
     ("cache_latents_to_disk", "color_aug"),
     ("cache_latents_to_disk", "random_crop"),
     ("scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"),
+    ("num_class_images", "dataset_config"),
 ]
 NEED = [
     ("adaptive_noise_scale", "noise_offset"),
@@ -85,15 +88,23 @@ NEED = [
     ("in_json", "train_data_dir"),
     ("base_weights_multiplier", "base_weights"),
     ("skip_until_initial_step", "initial_step"),
+    ("num_class_images", "class_prompt"),
+    ("num_class_images", "reg_data_dir"),
+    ("class_prompt", "num_class_images"),
 ]
+# What --train_full_unet has no use for: there is no LoRA.
+LORA_ONLY = """
+    early_stop calculate_cs network_dim network_module network_args network_dropout network_weights dim_from_weights
+    network_train_text_encoder_only scale_weight_norms shadows
+""".split()
 FILES = "network_weights in_json dataset_config sample_prompts log_tracker_config".split()
 FOLDERS = "train_data_dir reg_data_dir conditioning_data_dir resume".split()
 
 
 def collect_problems(args, parser):
     """Every problem of the settings as a list of lines; empty when there is none."""
-    problems = _refused(args, parser) + _missing(args) + _ranges(args) + _contradictions(args) + _paths(args)
-    return problems + _shadows(args)
+    checks = _missing, _ranges, _contradictions, _shadows, _full_unet, _sdxl, _paths
+    return _refused(args, parser) + [line for check in checks for line in check(args)]
 
 
 def _refused(args, parser):
@@ -103,7 +114,7 @@ def _refused(args, parser):
         if getattr(args, name) != parser.get_default(name)
     ]
     for name, choices in REJECTED_CHOICES.items():
-        if getattr(args, name) in choices:
+        if getattr(args, name) in choices and not args.train_full_unet:
             lines.append(f"--{name} {getattr(args, name)} is not supported: {choices[getattr(args, name)]}")
     return lines
 
@@ -138,8 +149,9 @@ def _ranges(args):
     for value in args.text_encoder_lr or []:
         if not 0 <= value < float("inf"):
             lines.append(f"--text_encoder_lr {value} is not allowed: it must be a finite number of at least 0")
-    if args.text_encoder_lr and len(args.text_encoder_lr) > 1:
-        lines.append(f"--text_encoder_lr has {len(args.text_encoder_lr)} values: these models have one text encoder")
+    encoders = 2 if args.sdxl else 1
+    if args.text_encoder_lr and len(args.text_encoder_lr) > encoders:
+        lines.append(f"--text_encoder_lr has {len(args.text_encoder_lr)} values: these models have {encoders} text encoder(s)")
     low, high = args.min_timestep or 0, 1000 if args.max_timestep is None else args.max_timestep
     if not 0 <= low < high <= 1000:
         lines.append(f"--min_timestep {low} --max_timestep {high}: they must satisfy 0 <= min < max <= 1000")
@@ -167,8 +179,8 @@ def _contradictions(args):
         lines.append("--optimizer_type and --use_8bit_adam / --use_lion_optimizer both name an optimizer; keep one")
     if args.cs_component == "unet" and args.network_train_text_encoder_only:
         lines.append("--cs_component unet: the U-Net is not trained with --network_train_text_encoder_only")
-    if args.cs_component == "te" and args.network_train_unet_only:
-        lines.append("--cs_component te: the text encoder is not trained with --network_train_unet_only")
+    if (args.cs_component or "").startswith("te") and args.network_train_unet_only:
+        lines.append(f"--cs_component {args.cs_component}: the text encoder is not trained with --network_train_unet_only")
     if args.clip_skip and args.clip_skip > 12:
         lines.append(f"--clip_skip {args.clip_skip} is not allowed: the text encoder has 12 layers; 1 or 2 is usual")
     return lines
@@ -200,6 +212,32 @@ def _shadows(args):
     return lines
 
 
+def _full_unet(args):
+    if not args.train_full_unet:
+        return []
+    lines = []
+    for name in LORA_ONLY:
+        if _given(args, name):
+            measured = name in ("early_stop", "calculate_cs")
+            reason = "trains no LoRA" + (", so that there is no similarity to stop by" if measured else "")
+            lines.append(f"--train_full_unet {reason}: leave --{name} out")
+    if args.save_model_as not in (None, "diffusers_safetensors") or args.use_safetensors:
+        lines.append("--train_full_unet saves a diffusers folder: leave --save_model_as out or give diffusers_safetensors")
+    return lines
+
+
+def _sdxl(args):
+    if not args.sdxl:
+        return []
+    lines = ["--v2: the base is SDXL; leave it out"] if args.v2 else []
+    if args.clip_skip is not None:
+        lines.append("--clip_skip: SDXL always takes the penultimate layer of its text encoders; leave it out")
+    caches = args.cache_text_encoder_outputs or args.cache_text_encoder_outputs_to_disk
+    if caches and not (args.network_train_unet_only or args.train_full_unet):
+        lines.append("--cache_text_encoder_outputs needs --network_train_unet_only: what is encoded once is not trained")
+    return lines
+
+
 def _paths(args):
     lines = [
         f"--{name} {getattr(args, name)}: there is no such file"
@@ -211,6 +249,7 @@ def _paths(args):
         f"--{name} {getattr(args, name)}: there is no such folder"
         for name in FOLDERS
         if getattr(args, name) and not Path(getattr(args, name)).is_dir()
+        and not (name == "reg_data_dir" and args.num_class_images)  # it is made then
     ]
     base = args.pretrained_model_name_or_path
     if base and (base.endswith((".safetensors", ".ckpt", ".pt")) or base.startswith((".", "/"))) and not Path(base).exists():
@@ -229,12 +268,18 @@ def complete(args):
         args.caption_extension = args.caption_extention
     args.cache_latents = args.cache_latents or args.cache_latents_to_disk
     args.calculate_cs = bool(args.calculate_cs or args.early_stop)
+    if args.train_full_unet:
+        args.save_model_as = "diffusers_safetensors"
     args.save_model_as = "safetensors" if args.use_safetensors else args.save_model_as or "safetensors"
     args.output_name = args.output_name or "last"
     args.network_dim = args.network_dim or 4
     args.network_module = args.network_module or "networks.lora"
     args.log_with = args.log_with or ("tensorboard" if args.logging_dir else None)
-    args.text_encoder_lr = args.text_encoder_lr[0] if args.text_encoder_lr else None
+    rates = args.text_encoder_lr or [None]
+    args.text_encoder_lr = rates if len(rates) > 1 else rates[0]
+    if args.sdxl:
+        args.cache_text_encoder_outputs = args.cache_text_encoder_outputs or args.cache_text_encoder_outputs_to_disk
+    args.metadata_trigger_phrase = args.metadata_trigger_phrase or args.trigger_word
     args.optimizer_type = optimizer_name(args)
     if args.shadows is None:
         args.shadows = DEFAULT_SHADOWS if args.calculate_cs and rule_needs_shadows(args.stop_rule) else 0

@@ -1,6 +1,5 @@
 """The command line of the diffusion trainers: kohya's flag names, defaults and meanings, plus early stopping.
 
-Source of names and defaults: the public interface of sd-scripts' train_network.py (v0.7 to v0.10.1), SD 1.x / 2.x.
 A flag that exists there and is not supported here is declared too, and refused by name with the reason
 (see ldm_argument_checks.REJECTED): nothing is accepted and then ignored.
 """
@@ -16,14 +15,15 @@ from ldm_flags import build_parser, yes_or_no
 NOT_IN_CONFIG_FILE = ("config_file", "output_config", "wandb_api_key", "huggingface_token")
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv=None, sdxl=False):
     """The checked settings of a run as an argparse.Namespace.
 
     argv: list of words, or None for sys.argv. A --config_file supplies values that the command line overrides.
+    sdxl: with the flags of es_lora_sdxl.py.
     Raises ValueError with one line per problem (unknown flag or key, unsupported flag, contradiction, missing file).
     With --output_config the settings that differ from the defaults are written to --config_file; SystemExit(0) follows.
     """
-    parser = build_parser()
+    parser = build_parser(sdxl)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [_unknown(word, parser) for word in unknown if word.startswith("-")]

@@ -1,6 +1,7 @@
 """Every flag of the diffusion trainers with its type, default and choices, in groups.
 
-Source of names and defaults: the public interface of sd-scripts' train_network.py (v0.7 to v0.10.1), SD 1.x / 2.x.
+Source of names and defaults: the public interface of sd-scripts' train_network.py (v0.7 to v0.10.1), SD 1.x / 2.x, and of
+its sdxl_train_network.py.
 """
 
 import argparse
@@ -49,16 +50,21 @@ def yes_or_no(text):
     raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
 
 
-def build_parser():
+def build_parser(sdxl=False):
+    """The parser of es_lora_ldm.py, or with ``sdxl`` that of es_lora_sdxl.py, which has a few flags more."""
+    family = "Stable Diffusion XL" if sdxl else "Stable Diffusion 1.x / 2.x"
     parser = Parser(
-        prog="es_lora_ldm.py",
+        prog="es_lora_sdxl.py" if sdxl else "es_lora_ldm.py",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a LoRA for Stable Diffusion 1.x / 2.x and stop at its turning point.",
+        description=f"Train a LoRA for {family} and stop at its turning point.",
     )
+    parser.set_defaults(sdxl=sdxl)
     for add_group in (
         _model,
+        *([_sdxl] if sdxl else []),
         _data,
+        _dreambooth,
         _captions,
         _buckets,
         _network,
@@ -103,6 +109,12 @@ def _model(parser):
     add("--max_token_length", int, choices=[None, 150, 225], help="longest caption; 75 when not given")
 
 
+def _sdxl(parser):
+    add = _adder(parser, "text encoders of SDXL")
+    add("--cache_text_encoder_outputs", help="encode every caption once; needs --network_train_unet_only")
+    add("--cache_text_encoder_outputs_to_disk", help="the same, kept beside the images")
+
+
 def _data(parser):
     add = _adder(parser, "images")
     add("--train_data_dir", str, help="folder of <repeats>_<name> folders")
@@ -127,6 +139,14 @@ def _data(parser):
     add("--max_data_loader_n_workers", int, 8, help="at most this many processes prepare images; 0: none")
     add("--persistent_data_loader_workers", help="keep them between epochs")
     add("--debug_dataset", help="show what would be trained on, then end")
+
+
+def _dreambooth(parser):
+    add = _adder(parser, "DreamBooth (ES-LoRA)")
+    add("--trigger_word", str, help="comes first in every caption, not in those of regularisation images")
+    add("--num_class_images", int, help="pictures of the class in --reg_data_dir; missing ones are generated")
+    add("--class_prompt", str, help="what they are generated from, for instance 'a photo of a statue'")
+    add("--train_full_unet", help="train the whole U-Net, not a LoRA; then extract_lora.py makes a LoRA of the difference")
 
 
 def _captions(parser):
@@ -341,7 +361,7 @@ def _early_stop(parser):
     add("--stop_rule", str, help="name of a rule in stop_rules.py; the project's default when not given")
     add("--valley", int, 2, help="stop at the n-th valley of CS-Fluctuation")
     add("--cs_reduction", str, "matrix", choices=["matrix", "row"])
-    add("--cs_component", str, choices=["unet", "te", "all"], help="unet, or te where the U-Net is not trained")
+    add("--cs_component", str, choices=["unet", "te", "te1", "te2", "all"], help="unet, or text where it is not trained")
     add("--shadows", int, help="adapters beside, each scored on a fold it is not trained on; 2 with --stop_rule shadow, else 0")
     add("--shadow_rank", int, 8, help="rank of a shadow")
     add("--shadow_interval", int, 1, help="score the shadows at every so many measurements")

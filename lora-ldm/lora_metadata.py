@@ -31,8 +31,10 @@ SPEC_FLAGS = """
 """.split()
 
 
-def base_model_version(v2, v_parameterization):
-    """kohya's short name of the base: sd_v1, sd_v2, sd_v2_v."""
+def base_model_version(v2, v_parameterization, sdxl=False):
+    """kohya's short name of the base: sd_v1, sd_v2, sd_v2_v, sdxl_base_v1-0."""
+    if sdxl:
+        return "sdxl_base_v1-0"
     return ("sd_v2" if v2 else "sd_v1") + ("_v" if v_parameterization else "")
 
 
@@ -48,8 +50,8 @@ def build_metadata(settings, *, base=None, network_args=None, data=None, trainin
             num_epochs, max_train_steps, optimizer, steps, epoch, ...). They win over flags.
     """
     metadata = {f"ss_{name}": settings[name] for name in PLAIN_FLAGS if name in settings}
-    v2, v_parameterization = bool(settings.get("v2")), bool(settings.get("v_parameterization"))
-    metadata["ss_base_model_version"] = base_model_version(v2, v_parameterization)
+    kind = (bool(settings.get(name)) for name in ("v2", "v_parameterization", "sdxl"))
+    metadata["ss_base_model_version"] = base_model_version(*kind)
     metadata["ss_debiased_estimation"] = bool(settings.get("debiased_estimation_loss"))
     if network_args:
         metadata["ss_network_args"] = json.dumps(network_args)
@@ -63,19 +65,22 @@ def build_metadata(settings, *, base=None, network_args=None, data=None, trainin
 
 
 def model_spec(settings):
-    """The ``modelspec.*`` keys of a LoRA for SD 1.x or 2.x. Source: the SAI model metadata standard 1.0.0."""
-    v2, v_parameterization = bool(settings.get("v2")), bool(settings.get("v_parameterization"))
-    if v2:
+    """The ``modelspec.*`` keys of a LoRA. Source: the SAI model metadata standard 1.0.0."""
+    sdxl, v2, v_parameterization = (bool(settings.get(name)) for name in ("sdxl", "v2", "v_parameterization"))
+    resolution_px = 1024 if sdxl else 768 if v2 and v_parameterization else 512
+    if sdxl:
+        architecture = "stable-diffusion-xl-v1-base"
+    elif v2:
         architecture = "stable-diffusion-v2-768-v" if v_parameterization else "stable-diffusion-v2-512"
     else:
         architecture = "stable-diffusion-v1"
     spec = {
         "sai_model_spec": "1.0.0",
         "architecture": f"{architecture}/lora",
-        "implementation": "diffusers",
+        "implementation": "https://github.com/Stability-AI/generative-models" if sdxl else "diffusers",
         "title": settings.get("metadata_title") or settings.get("output_name") or "LoRA",
         "date": datetime.datetime.now().replace(microsecond=0).isoformat(),
-        "resolution": _resolution_text(settings.get("resolution"), 768 if v2 and v_parameterization else 512),
+        "resolution": _resolution_text(settings.get("resolution"), resolution_px),
         "prediction_type": "v" if v_parameterization else "epsilon",
     }
     for name in SPEC_FLAGS:

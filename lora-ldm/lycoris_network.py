@@ -140,6 +140,8 @@ class LycorisNetwork:
     def parameter_groups(self, learning_rate, unet_lr=None, text_encoder_lr=None):
         """Optimizer groups, one a component (two with LoRA+ ratios); a rate of 0 leaves a component out."""
         if isinstance(text_encoder_lr, (list, tuple)):
+            if len(set(text_encoder_lr)) > 1:
+                raise ValueError("LyCORIS trains both text encoders at one rate: give --text_encoder_lr one value")
             text_encoder_lr = text_encoder_lr[0]
         groups, descriptions = self.network.prepare_optimizer_params(text_encoder_lr, unet_lr, learning_rate)
         names = [description.replace("textencoder", "te") for description in descriptions]

@@ -9,17 +9,14 @@ naming are read, and LyCORIS' locon, loha and lokr.
 
 import argparse
 import json
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from lora_file import DTYPES, group_modules, load_lora, rename_text_encoder
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tensor_file import read_tensors, write_whole
+from tensor_file import read_tensors, write_folder_whole, write_whole
 
 OPEN_CLIP_PREFIX = "cond_stage_model.model.transformer.resblocks."
 CLIP_PREFIX = "cond_stage_model.transformer."
@@ -180,24 +177,17 @@ def _merge_file(base, target, loras, args):
 
 
 def _merge_folder(base, target, loras, args):
-    from sd_model import load_sd_model
+    from sdxl_model import load_base_model
 
     dtype = DTYPES[args.save_precision] or torch.float32
-    model = load_sd_model(
+    model = load_base_model(
         base, v2=args.v2, v_parameterization=args.v_parameterization, tokenizer_cache_dir=args.tokenizer_cache_dir
     )
     for tensors, ratio in loras:
         fold_lora(model, tensors, ratio)
     for part in (model.unet, model.vae, *model.text_encoders):
         part.to(dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        model.save_pipeline(aside)
-        os.chmod(aside, 0o755)
-        os.replace(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    write_folder_whole(target, model.save_pipeline)
 
 
 def _check(args):

@@ -3,7 +3,7 @@
 import torch
 from lora_file import load_lora
 from sd_model import set_attention
-from training_setup import choose_attention, vae_key
+from training_setup import choose_attention, weights_key
 
 
 def fold_base_weights(args, model):
@@ -29,7 +29,8 @@ def place_model(trainer):
             encoder.train()  # transformers checkpoints in training mode only
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    model.vae.to(device, torch.float32 if args.no_half_vae else trainer.weight_dtype)
+    whole_vae = args.no_half_vae or args.train_full_unet  # the latter saves it beside the U-Net
+    model.vae.to(device, torch.float32 if whole_vae else trainer.weight_dtype)
     trainer.network.to(device, trainer.weight_dtype if args.full_fp16 or args.full_bf16 else torch.float32)
 
 
@@ -40,7 +41,7 @@ def cache_latents(trainer):
     def encode(pixels):
         return trainer.encode_images(pixels, torch.Generator().manual_seed(trainer.seed)).cpu()
 
-    key = vae_key(trainer.model.vae)
+    key = weights_key(trainer.model.vae)
     settings = {"to_disk": args.cache_latents_to_disk, "batch_size": args.vae_batch_size}
     for batches in filter(None, (trainer.batches, trainer.validation_batches)):
         if args.cache_latents_to_disk and not trainer.is_main:

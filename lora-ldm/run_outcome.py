@@ -14,6 +14,7 @@ from cs_fluctuation import Decision, write_text_whole
 from cs_replay import write_report
 
 EXIT_CODES = {"stopped_early": 0, "budget_reached": 0, "no_turning_point": 0, "interrupted": 130, "diverged": 3}
+PART_NAMES = {"unet": "U-Net", "te": "text encoder", "te1": "first text encoder", "te2": "second text encoder"}
 PACKAGES = "torch diffusers transformers peft accelerate safetensors".split()
 
 
@@ -123,7 +124,7 @@ def last_lines(outcome, args, prompt):
     """The verdict, each part's own, the files, and the command to go on with."""
     lines = ["", outcome.sentence()]
     for part, verdict in outcome.parts.items() if len(outcome.parts) > 1 else ():
-        name = {"unet": "U-Net", "te": "text encoder"}.get(part, part)
+        name = PART_NAMES.get(part, part)
         lines.append(
             f"  {name} alone: " + (f"turning point {verdict['turning_step']}" if verdict["stopped"] else "none yet")
         )
@@ -139,12 +140,20 @@ def last_lines(outcome, args, prompt):
         words = _words_without_resume(sys.argv)
         lines += ["Carry on with:", f"  {shlex.join([python, *words, '--resume', show(outcome.files['state'])])}"]
     elif "kept" in outcome.files:
-        script = show(Path(__file__).with_name("sample_images.py"))
         kind = (["--v2"] if args.v2 else []) + (["--v_parameterization"] if args.v_parameterization else [])
         kind += ["--clip_skip", str(args.clip_skip)] if args.clip_skip else []
-        command = [script, "--base", args.pretrained_model_name_or_path, *kind, "--lora", show(outcome.files["kept"])]
-        lines += ["Try it:", f"  {shlex.join([python, *command, '--prompt', prompt])}"]
+        kept, base = show(outcome.files["kept"]), args.pretrained_model_name_or_path
+        models = ["--base", kept, *kind] if args.train_full_unet else ["--base", base, *kind, "--lora", kept]
+        lines += ["Try it:", _command("sample_images.py", *models, "--prompt", prompt)]
+        if args.train_full_unet:
+            words = ["--model_org", base, "--model_tuned", kept, "--save_to", f"{kept}-lora.safetensors"]
+            lines += ["Make a LoRA of it, which stage two trains on:", _command("extract_lora.py", *words)]
     return lines
+
+
+def _command(script, *words):
+    """A command line of another script of this folder."""
+    return "  " + shlex.join([show(sys.executable), show(Path(__file__).with_name(script)), *words])
 
 
 def show(path):

@@ -35,7 +35,7 @@ def finish(trainer):
 
 
 def save_results(trainer, outcome):
-    """The LoRA files that this outcome leaves; returns pictures for the report, [(caption, path)].
+    """The LoRA files, or the whole model, that this outcome leaves; returns pictures for the report, [(caption, path)].
 
     With --early_stop the kept weights get the normal name and the last ones `-last`; without it the last ones get the
     normal name and those of the turning point `-turning-point`.
@@ -58,6 +58,9 @@ def save_results(trainer, outcome):
         if found:
             turning_point = _state_with(trainer, found)
             outcome.files["turning_point"] = trainer.save_weights("-turning-point", turning_point, outcome)
+    if trainer.args.train_full_unet:
+        trainer.save_previews("-last")  # there is no LoRA to switch off for a comparison
+        return []
     return compare(trainer, found)
 
 

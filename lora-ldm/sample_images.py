@@ -212,10 +212,11 @@ def main(argv=None):
         prompts = [parse_prompt_line(line) for line in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
         from lora_file import load_lora
         from merge_lora import fold_lora
-        from sd_model import load_sd_model
+        from sdxl_model import load_base_model
 
         dtype = torch.float32 if args.device == "cpu" else torch.float16
-        model = load_sd_model(args.base, v2=args.v2, v_parameterization=args.v_parameterization, vae=args.vae, dtype=dtype)
+        settings = {"v2": args.v2, "v_parameterization": args.v_parameterization, "vae": args.vae}
+        model = load_base_model(args.base, **settings, dtype=dtype)
         for text in args.lora:
             path, weight = split_weight(text)
             fold_lora(model, load_lora(path)[0], weight)

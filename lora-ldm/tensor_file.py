@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -66,3 +67,29 @@ def write_whole(path, write):
         os.replace(aside, path)
     finally:
         Path(aside).unlink(missing_ok=True)
+
+
+def write_folder_whole(folder, write):
+    """Let ``write(aside)`` fill a folder beside, then give it the name, in place of a folder that had it."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    try:
+        write(aside)
+        for file in filter(Path.is_file, aside.rglob("*")):
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+        os.chmod(aside, 0o755)
+        replace_folder(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(aside, folder):
+    """A folder cannot replace a full one in one step: the old one steps aside first."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,6 @@
 """What goes to TensorBoard and wandb, under the published names."""
 
-LEARNING_RATE_NAMES = {"unet": "unet", "te": "textencoder"}
+LEARNING_RATE_NAMES = {"unet": "unet", "te": "textencoder", "te1": "textencoder 1", "te2": "textencoder 2"}
 
 
 def log_measurement(accelerator, monitor):

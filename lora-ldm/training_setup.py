@@ -78,7 +78,8 @@ def choose_attention(args, device):
 def network_from_arguments(args, model, make_lora, make_lycoris):
     """The network of --network_module, put into the model. make_*: functions that create either kind."""
     train_unet = not args.network_train_text_encoder_only and _rate(args.unet_lr, args.learning_rate) != 0
-    train_text = not args.network_train_unet_only and _rate(args.text_encoder_lr, args.learning_rate) != 0
+    text_rates = args.text_encoder_lr if isinstance(args.text_encoder_lr, list) else [args.text_encoder_lr]
+    train_text = not args.network_train_unet_only and any(_rate(rate, args.learning_rate) for rate in text_rates)
     if not (train_unet or train_text):
         raise ValueError("nothing to train: the learning rates of the U-Net and of the text encoder are both 0")
     common = dict(
@@ -104,10 +105,11 @@ def _rate(own, common):
     return common if own is None else own
 
 
-def vae_key(vae):
-    """Names a VAE by its weights, so that latents cached with another one are noticed."""
+def weights_key(*networks):
+    """Names a VAE or text encoders by their weights, so that what was cached with others is noticed."""
     digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
+    weights = [item for network in networks for item in network.state_dict().items()]
+    for name, value in sorted(weights, key=lambda item: item[0]):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else b"")
     return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tensor_file import replace_folder
 
 SHADOWS_NAME = "shadows.safetensors"
 FORMAT = "es-lora-ldm-state/1"
@@ -98,7 +99,7 @@ def save_state(folder, accelerator, progress, tensors, optimizer, scheduler, mon
     if accelerator.is_main_process:
         for file in aside.rglob("*"):
             _flush(file)
-        _replace_folder(aside, folder)
+        replace_folder(aside, folder)
         if monitor is not None:
             monitor.state_saved(folder)
     accelerator.wait_for_everyone()
@@ -156,13 +157,3 @@ def _flush(file):
     if file.is_file():
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
-
-
-def _replace_folder(aside, folder):
-    """A folder cannot replace a full one in one step: the old one steps aside first."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
