@@ -153,6 +153,8 @@ class ImageBatches(torch.utils.data.Dataset):
             loaded = load_sample(record, placement, rng if self.training else None)
             left_top, mask = loaded.crop_left_top_px, loaded.mask
             sample["images"] = to_tensor(loaded.pixels, flipped)
+        if flipped:  # what is cut off on the left of the mirrored picture was cut off on the right
+            left_top = (placement.slack_px[0] - left_top[0], left_top[1])
         sample["crop_top_lefts"] = left_top[::-1]
         if mask is not None:
             mask = torch.from_numpy(np.ascontiguousarray(mask)).float()[None] / 255  # (1, H, W)

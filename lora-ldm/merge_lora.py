@@ -18,8 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tensor_file import read_tensors, write_folder_whole, write_whole
 
-OPEN_CLIP_PREFIX = "cond_stage_model.model.transformer.resblocks."
-CLIP_PREFIX = "cond_stage_model.transformer."
+UNET_PREFIX = "model.diffusion_model."
+# {prefix in a single file: component} of text encoders in CLIP's and in OpenCLIP's layout.
+CLIP_PREFIXES = {"cond_stage_model.transformer.": "te", "conditioner.embedders.0.transformer.": "te1"}
+OPEN_CLIP_PREFIXES = {
+    "cond_stage_model.model.transformer.resblocks.": "te",
+    "conditioner.embedders.1.model.transformer.resblocks.": "te2",
+}
 
 
 @torch.no_grad()
@@ -46,20 +51,26 @@ def fold_into_tensors(checkpoint, tensors, weight=1.0, layers_per_block=2):
 
 
 def original_weights(checkpoint, layers_per_block=2):
-    """{kohya module name: weight} of a single file's U-Net and text encoder; views, not copies."""
-    from single_file import unet_original_names
+    """{kohya module name: weight} of a single file's U-Net and text encoders; views, not copies."""
+    from single_file import SDXL_KEY, unet_original_names
 
+    if SDXL_KEY in checkpoint:  # kohya's names for SDXL are those of the original layout
+        unet = {name.removeprefix(UNET_PREFIX): name for name in checkpoint if name.startswith(UNET_PREFIX)}
+    else:
+        unet = unet_original_names(checkpoint, layers_per_block)
     weights = {}
-    for name, original in unet_original_names(checkpoint, layers_per_block).items():
+    for name, original in unet.items():
         if name.endswith(".weight"):
             weights["lora_unet_" + name.removesuffix(".weight").replace(".", "_")] = checkpoint[original]
     for name, value in checkpoint.items():
-        if name.startswith(CLIP_PREFIX) and name.endswith(".weight"):
-            path = name.removeprefix(CLIP_PREFIX).removesuffix(".weight")
-            path = path if path.startswith("text_model.") else f"text_model.{path}"
-            weights["lora_te_" + path.replace(".", "_")] = value
-        elif name.startswith(OPEN_CLIP_PREFIX):
-            weights |= _open_clip_weights(name, value)
+        for prefix, component in CLIP_PREFIXES.items():
+            if name.startswith(prefix) and name.endswith(".weight"):
+                path = name.removeprefix(prefix).removesuffix(".weight")
+                path = path if path.startswith("text_model.") else f"text_model.{path}"
+                weights[f"lora_{component}_" + path.replace(".", "_")] = value
+        for prefix, component in OPEN_CLIP_PREFIXES.items():
+            if name.startswith(prefix):
+                weights |= _open_clip_weights(component, name.removeprefix(prefix), value)
     return weights
 
 
@@ -144,10 +155,10 @@ def _lokr_factor(parts, name):
     return (left @ right.flatten(1)).reshape(left.shape[0], *right.shape[1:])
 
 
-def _open_clip_weights(name, value):
-    """The kohya names of one OpenCLIP tensor (SD 2.x); query, key and value stand in one tensor there."""
-    number, _, part = name.removeprefix(OPEN_CLIP_PREFIX).partition(".")
-    stem = f"lora_te_text_model_encoder_layers_{number}_"
+def _open_clip_weights(component, name, value):
+    """The kohya names of one tensor of an OpenCLIP block; query, key and value stand in one tensor there."""
+    number, _, part = name.partition(".")
+    stem = f"lora_{component}_text_model_encoder_layers_{number}_"
     single = {
         "attn.out_proj.weight": "self_attn_out_proj",
         "mlp.c_fc.weight": "mlp_fc1",
