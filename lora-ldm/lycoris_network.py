@@ -233,8 +233,9 @@ def create_lycoris_network(
     else:
         options = {"dropout": dropout or 0.0, "warn_on_unmatched": False, **options}
         network = create_lycoris(1.0, rank, alpha, model.vae, text_encoders, model.unet, **options)
-    for module in network.text_encoder_loras:
-        module.lora_name = _file_name(module.lora_name)
+    names = _unet_names(model)
+    for module in network.text_encoder_loras + network.unet_loras:
+        module.lora_name = _file_name(names.get(module.lora_name, module.lora_name))
     network.apply_to(text_encoders, model.unet, text_encoders is not None, train_unet)
     if not network.loras:
         raise ValueError("no layer to train: the U-Net and the text encoder are both switched off, or have no such layers")
@@ -267,11 +268,22 @@ def _network_like(weights, model, text_encoders):
     """Layers with the algorithm, rank and alpha that the tensors of a file have, and their values."""
     if weights is None:
         raise ValueError("--dim_from_weights needs --network_weights, the file whose layers are to be taken")
-    if not hasattr(model.text_encoders[0], "text_model"):
-        weights = {name.replace("_text_model_", "_", 1): value for name, value in weights.items()}
+    own_names, flat = {name: own for own, name in _unet_names(model).items()}, ("lora_te_", "lora_te1_")
+    renamed = {}
+    for key, value in weights.items():
+        module, dot, part = key.partition(".")
+        if module.startswith(flat) and not hasattr(model.text_encoders[0], "text_model"):
+            module = module.replace("_text_model_", "_", 1)
+        renamed[own_names.get(module, module) + dot + part] = value
     LycorisNetworkKohya.apply_preset(PRESET["full"])
-    network, _ = create_network_from_weights(1.0, "", model.vae, text_encoders, model.unet, weights_sd=weights)
+    network, _ = create_network_from_weights(1.0, "", model.vae, text_encoders, model.unet, weights_sd=renamed)
     return network
+
+
+def _unet_names(model):
+    """{LyCORIS' name of a U-Net module, which follows diffusers: its name in kohya's files}."""
+    paths = [path for path, _ in model.unet.named_modules()]
+    return {f"lora_unet_{path}".replace(".", "_"): f"lora_unet_{model.lora_unet_name(path)}".replace(".", "_") for path in paths}
 
 
 def _layer(module):

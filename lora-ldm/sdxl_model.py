@@ -157,7 +157,7 @@ def original_unet_name(path, layers_per_block, up_block_types):
     block, index = int(match[2] or 0), int(match[4])
     if kind == "resnets":
         part, dot, tail = rest.partition(".")
-        rest = _RESIDUAL_PARTS[part] + dot + tail
+        rest = _RESIDUAL_PARTS.get(part, part) + dot + tail
     place = 1 if kind == "attentions" else 0
     if side == "mid":
         return f"middle_block.{1 if place else 2 * index}.{rest}"
