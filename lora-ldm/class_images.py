@@ -46,7 +46,7 @@ def _generate(trainer, folder, missing):
 
     width, height = checked_resolution("--resolution", args.resolution)
     sampler = Sampler(model, encode, sampler=args.sample_sampler, device=device)
-    unused = (number for number in itertools.count() if not any(folder.glob(f"class_{number:05d}_*")))
+    unused = (number for number in itertools.count() if not any(folder.glob(f"class_{number:05d}_*.png")))
     for number in itertools.islice(unused, missing):
         prompt = Prompt(args.class_prompt, width=width, height=height, seed=trainer.seed + number)
         ((_, picture),) = sampler.save_pictures([prompt], folder, f"class_{number:05d}")

@@ -46,9 +46,9 @@ class SDXLNetworkTrainer(NetworkTrainer):
                 raise ValueError(f"{flag} {','.join(map(str, sides))}: this base needs multiples of {step_px} px")
 
     def fill_caches(self):
-        super().fill_caches()
         if self.args.cache_text_encoder_outputs:
             cache_text(self)
+        super().fill_caches()
 
     def encode_text(self, captions):
         if not all(caption in self.text_cache for caption in captions):

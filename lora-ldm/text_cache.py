@@ -39,7 +39,7 @@ class TextFiles:
             with safe_open(self.path(image), "pt") as file:
                 if (file.metadata() or {}).get("key") != self._key_of(caption):
                     return None
-                return TextConditions(*(file.get_tensor(name) for name in TextConditions._fields))
+                return TextConditions(*(file.get_tensor(name).clone() for name in TextConditions._fields))
         except (OSError, SafetensorError):
             return None
 
