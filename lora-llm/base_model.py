@@ -91,6 +91,8 @@ def load_base(settings: Any) -> torch.nn.Module:
         )
     if training.bits == 32:
         dtype = torch.float32
+    if getattr(training, "packed_varlen", False):
+        options["attn_implementation"] = "flash_attention_2"
     if quantisation is not None or not training.use_cpu:
         options.update(_device_map(training))
     base = _from_hub_or_folder(
@@ -107,9 +109,29 @@ def load_base(settings: Any) -> torch.nn.Module:
         check_dequantisation(base)
         kwargs = training.activation_checkpointing_kwargs
         return prepare_model_for_kbit_training(base, training.activation_checkpointing, kwargs)
+    if training.bits == 16 and training.bf16 and training.use_cpu and not training.full_finetune:
+        small_parts_in_float32(base)
     if training.activation_checkpointing and not training.full_finetune:
         base.enable_input_require_grads()
     return base
+
+
+def small_parts_in_float32(base: torch.nn.Module) -> None:
+    """Norms, biases and logits of a bf16 base on a CPU in float32: they cost little and round a lot.
+
+    The matrices stay in bf16 and are multiplied in it, by AMX or AVX-512 where the processor has them.
+    """
+    for parameter in base.parameters():
+        if parameter.ndim == 1:
+            parameter.data = parameter.data.float()
+    base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)  # matrices meet float32 biases and activations
+    base.get_output_embeddings().register_forward_hook(lambda head, inputs, logits: logits.float())
+
+
+def bf16_products() -> str:
+    """What multiplies bf16 matrices on this processor, for the screen; empty where nothing does it fast."""
+    able = torch.cpu.get_capabilities()
+    return " (bf16 by AMX)" if able.get("amx_bf16") else " (bf16 by AVX-512)" if able.get("avx512_bf16") else ""
 
 
 def fit_embeddings(base: torch.nn.Module, tokenizer: Any) -> None:

@@ -14,13 +14,23 @@ import io
 import json
 import logging
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 from datasets.exceptions import DatasetsError
-from instruction_formats import check_columns, check_format_name, convert_row, detect_format, to_input_output
+from deeplake_rows import PREFIX, deeplake_rows
+from instruction_formats import (
+    Format,
+    check_columns,
+    convert_row,
+    described,
+    detect_format,
+    format_named,
+    to_input_output,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +43,7 @@ HUB_DATASETS: dict[str, dict[str, str]] = {
     "hh-rlhf": {"path": "Anthropic/hh-rlhf"},
     "longform": {"path": "akoksal/LongForm"},
     "oasst1": {"path": "timdettmers/openassistant-guanaco"},
+    "lima": {"path": "GAIR/lima", "data_files": "train.jsonl"},  # its test questions have no answers
 }
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 _EVALUATION_NAMES = ("eval", "validation", "valid", "val")
@@ -44,7 +55,7 @@ Pools = dict[str, Optional[Dataset]]
 class Splits:
     """Three data sets of columns "input" and "output" (text); one that was not asked for is None."""
 
-    train: Dataset | None
+    train: Dataset | IterableDataset | None
     evaluation: Dataset | None
     test: Dataset | None
     format: str
@@ -54,13 +65,14 @@ class Splits:
 def load_splits(args: Any) -> Splits:
     """Loads `args.dataset`, converts it to {"input", "output"} and splits it.
 
-    args.dataset is a name in HUB_DATASETS, "mmlu" (with `train_subject`, `mmlu_dir`), a json/jsonl/csv/tsv file or any
-    other hub name. Sizes are rows, or a fraction of the training rows where below 1. The same seed (`data_seed`, else
-    `seed`) gives the same splits, whether `do_train` is set or not.
+    args.dataset is a name in HUB_DATASETS, "mmlu" (with `train_subject`, `mmlu_dir`), a json/jsonl/csv/tsv file,
+    deeplake:PATH_OR_URL or any other hub name; or several of them, which are mixed. Sizes are rows, or a fraction of the
+    training rows where below 1. The same seed (`data_seed`, else `seed`) gives the same splits, whether `do_train` is set
+    or not. `args.dataset_format` is a format's name or a Format.
 
     Raises FileNotFoundError or ValueError with one message that says what is wrong and what to do.
     """
-    _check_arguments(args)
+    check_sources(args)
     pools, format_name, source = _load_pools(args)
     if getattr(args, "eval_dataset", None):
         pools["evaluation"], _ = read_table_as_pairs(args.eval_dataset, args.dataset_format)
@@ -78,27 +90,74 @@ def load_splits(args: Any) -> Splits:
     )
 
 
-def read_table_as_pairs(path: str | Path, format_name: str | None = None) -> tuple[Dataset, str]:
+@dataclass(frozen=True)
+class Source:
+    """One data set of --dataset; weight is its share of what is drawn, None where all rows of all sets are taken."""
+
+    name: str
+    weight: float | None
+
+
+def data_sources(given: str | Sequence[str]) -> list[Source]:
+    """NAME or NAME:WEIGHT, one or several. Raises ValueError on a weight that is none and where only some have one."""
+    sources = [_source_of(text) for text in ([given] if isinstance(given, str) else given)]
+    if len(sources) == 1:
+        return [Source(sources[0].name, None)]
+    if len({source.weight is None for source in sources}) > 1:
+        raise ValueError("--dataset: give every data set a weight, or none: --dataset a.jsonl:0.7 b.jsonl:0.3")
+    if any(source.name == "mmlu" for source in sources):
+        raise ValueError("--dataset mmlu cannot be mixed with others: it is split by its authors")
+    return sources
+
+
+def _source_of(text: str) -> Source:
+    name, colon, number = text.rpartition(":")
+    try:
+        weight = float(number) if colon and not Path(text).exists() else None
+    except ValueError:  # deeplake:PATH, https://...
+        weight = None
+    if weight is None:
+        return Source(text, None)
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"--dataset {text}: the weight must be a number above 0")
+    return Source(name, weight)
+
+
+def mixed(datasets: Sequence[Dataset], sources: Sequence[Source], seed: int) -> Dataset:
+    """All rows of all sets; with weights, rows drawn by them until one set is used up, none twice."""
+    if sources[0].weight is None:
+        return concatenate_datasets(list(datasets))
+    total = sum(source.weight for source in sources)
+    shares = [source.weight / total for source in sources]
+    return interleave_datasets(list(datasets), probabilities=shares, seed=seed, stopping_strategy="first_exhausted")
+
+
+def read_table_as_pairs(path: str | Path, format_name: str | Format | None = None) -> tuple[Dataset, str]:
     """A local table as (data set of "input"/"output", its format's name); without a name the columns tell the format.
 
     Raises FileNotFoundError, or ValueError that names the line, on a broken line, a missing column, a cell that is no
     text, an empty output and an empty file.
     """
-    rows = read_table(path)
+    return _as_pairs(read_table(path), str(path), format_name, "line")
+
+
+def _as_pairs(
+    rows: list[tuple[int, dict[str, Any]]], path: str, format_name: str | Format | None, unit: str
+) -> tuple[Dataset, str]:
     columns = sorted({column for _, row in rows for column in row})
     try:
         format_name = format_name or detect_format(columns, rows[0][1])
         check_columns(columns, format_name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    pairs = [convert_row(row, format_name, f"{path}, line {line}") for line, row in rows]
-    empty = [str(line) for (line, _), pair in zip(rows, pairs) if not pair["output"].strip()]
+    pairs = [convert_row(row, format_name, f"{path}, {unit} {number}") for number, row in rows]
+    empty = [str(number) for (number, _), pair in zip(rows, pairs) if not pair["output"].strip()]
     if empty:
         raise ValueError(
-            f"{path}: {len(empty)} row(s) have an empty output, first at line {', '.join(empty[:3])}: "
+            f"{path}: {len(empty)} row(s) have an empty output, first at {unit} {', '.join(empty[:3])}: "
             "there is nothing to learn from them, remove them or fill them in"
         )
-    return Dataset.from_list(pairs), format_name
+    return Dataset.from_list(pairs), format_name if isinstance(format_name, str) else described(format_name)
 
 
 def read_table(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
@@ -127,16 +186,20 @@ def _read_json(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from None
     else:
-        numbered = [(n, _json_line(path, n, line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    for number, row in numbered:
-        if not isinstance(row, dict):
-            raise ValueError(f'{path}, row {number}: {row!r:.60} is no object {{"column": "text", ...}}')
-    return numbered
+        numbered = [(n, json_line(path, n, line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [(number, _object(path, number, row)) for number, row in numbered]
 
 
-def _json_line(path: Path, number: int, line: str) -> Any:
+def _object(path: Path, number: int, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f'{path}, row {number}: {row!r:.60} is no object {{"column": "text", ...}}')
+    return row
+
+
+def json_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    """The object on one line of a jsonl file. Raises ValueError that names the line."""
     try:
-        return json.loads(line)
+        return _object(path, number, json.loads(line))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: broken JSON at line {number}: {error.msg}. Give one object a line, or one list of objects"
@@ -144,10 +207,14 @@ def _json_line(path: Path, number: int, line: str) -> Any:
 
 
 def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    return list(csv_rows(path, io.StringIO(text, newline="")))
+
+
+def csv_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a csv or tsv file, one at a time. Raises ValueError that names the line."""
     csv.field_size_limit(_CSV_FIELD_LIMIT_CHARS)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    rows = []
+    reader = csv.DictReader(lines, delimiter=delimiter)
     try:
         for row in reader:
             if None in row:
@@ -155,17 +222,17 @@ def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
                     f"{path}, line {reader.line_num}: more cells than the {len(reader.fieldnames)} columns "
                     "of the first line: put cells with a separator in quotes"
                 )
-            rows.append((reader.line_num, row))
+            yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    return rows
 
 
-def _check_arguments(args: Any) -> None:
+def check_sources(args: Any) -> None:
+    """Raises ValueError with every problem of the data flags that can be seen before anything is read."""
     problems = []
     if args.dataset_format is not None:
         try:
-            check_format_name(args.dataset_format)
+            format_named(args.dataset_format)
         except ValueError as error:
             problems.append(str(error))
     for name in ("eval_dataset_size", "test_dataset_size"):
@@ -184,10 +251,28 @@ def _check_arguments(args: Any) -> None:
 
 def _load_pools(args: Any) -> tuple[Pools, str, str]:
     """The source's own splits named train, evaluation and test (None where it has none), its format and description."""
-    name = str(args.dataset)
+    sources = data_sources(args.dataset)
+    loaded = [_load_source(source.name, args) for source in sources]
+    if len(loaded) == 1:
+        return loaded[0]
+    own = [pools["evaluation"] for pools, _, _ in loaded]
+    train = mixed([pools["train"] for pools, _, _ in loaded], sources, seed_of(args))
+    evaluation = None if any(split is None for split in own) else concatenate_datasets(own)
+    formats = dict.fromkeys(format_name for _, format_name, _ in loaded)
+    pools = {"train": train, "evaluation": evaluation, "test": None}
+    return pools, ", ".join(formats), f"{len(train)} rows of {' and '.join(source for _, _, source in loaded)}"
+
+
+def _load_source(name: str, args: Any) -> tuple[Pools, str, str]:
     if name == "mmlu":
         return _load_mmlu(args)
-    if _is_path(name):
+    if name.startswith(PREFIX):
+        rows = list(deeplake_rows(name))
+        if not rows:
+            raise ValueError(f"{name} has no rows: give at least one")
+        train, format_name = _as_pairs(rows, name, args.dataset_format, "row")
+        return {"train": train, "evaluation": None, "test": None}, format_name, f"{name} ({len(train)} rows)"
+    if is_path(name):
         train, format_name = read_table_as_pairs(name, args.dataset_format)
         return {"train": train, "evaluation": None, "test": None}, format_name, f"{name} ({len(train)} rows)"
     return _load_from_hub(name, args)
@@ -206,12 +291,12 @@ def _load_mmlu(args: Any) -> tuple[Pools, str, str]:
     if n_test:  # a subject trains on a handful of questions, so the third split is taken from the many that evaluate
         if n_test >= len(evaluation):
             raise ValueError(f"--test_dataset_size {n_test}: MMLU has {len(evaluation)} held-out rows here, give fewer")
-        evaluation, test = _carve(evaluation, n_test, _seed(args))
+        evaluation, test = _carve(evaluation, n_test, seed_of(args))
     source = f"MMLU {subject or 'all subjects'}: dev + validation questions to train, test questions to evaluate"
     return {"train": train, "evaluation": evaluation, "test": test}, "mmlu", source
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     # A folder is left to load_dataset: a hub repository that was downloaded whole loads from there.
     if Path(name).expanduser().is_dir():
         return False
@@ -241,8 +326,9 @@ def _load_from_hub(name: str, args: Any) -> tuple[Pools, str, str]:
             pools[key] = None
             continue
         if sizes.get(key):  # published held-out splits can be large: a sample of the size asked for
-            pool = _sample(pool, _row_count(sizes[key], len(train)), _seed(args))
+            pool = _sample(pool, _row_count(sizes[key], len(train)), seed_of(args))
         pools[key] = _without_empty_outputs(to_input_output(pool, format_name), f"{name} {key}")
+    format_name = format_name if isinstance(format_name, str) else described(format_name)
     return pools, format_name, f"{request['path']} from the Hugging Face hub ({len(train)} rows)"
 
 
@@ -302,13 +388,13 @@ def _hold_out(pools: Pools, args: Any) -> Pools:
             "hold out fewer, for example --eval_dataset_size 0.1 (a tenth)"
         )
     if n_evaluation:
-        train, evaluation = _carve(train, n_evaluation, _seed(args))
+        train, evaluation = _carve(train, n_evaluation, seed_of(args))
     if n_test:
-        train, test = _carve(train, min(n_test, len(train)), _seed(args))
+        train, test = _carve(train, min(n_test, len(train)), seed_of(args))
     return {"train": train, "evaluation": evaluation if wants_evaluation else None, "test": test if test_size else None}
 
 
-def _seed(args: Any) -> int:
+def seed_of(args: Any) -> int:
     seeds = (getattr(args, "data_seed", None), getattr(args, "seed", None), 42)
     return next(seed for seed in seeds if seed is not None)
 

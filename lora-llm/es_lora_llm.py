@@ -18,7 +18,7 @@ from typing import Any, Optional
 
 import quiet_libraries  # noqa: F401  (first, before the libraries speak)
 import torch
-from base_model import attach_lora, fit_embeddings, load_base, load_tokenizer, trainable_parameters
+from base_model import attach_lora, bf16_products, fit_embeddings, load_base, load_tokenizer, trainable_parameters
 from causal_collator import CausalCollator
 from cs_fluctuation import HISTORY_NAME, SNAPSHOT_FOLDER, write_text_whole
 from dataset_sources import Splits, load_splits
@@ -33,8 +33,11 @@ from epoch_order import EpochSeededLengthSampler
 from forgetting import GeneralText
 from llm_arguments import Settings, parse_arguments
 from mmlu_eval import MMLUCallback, MMLUScorer, load_mmlu
+from prompt_templates import template_format
 from run_outcome import EXIT_CODES, next_commands, verdict_sentence, versions, write_result, write_run_report
+from sequence_packing import PackedCollator, check_base_keeps_samples_apart, pack, packing_notice, uses_varlen_kernel
 from shadow_adapters import EXAMPLE, ExampleCollator, ShadowAdapters, with_examples
+from text_streams import StreamedRowError, load_streamed_splits
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -124,6 +127,13 @@ class InterruptCallback(TrainerCallback):
             signal.signal(number, handler)
 
 
+class EndOfStreamCallback(TrainerCallback):
+    """The end of a stream ends the training; the Trainer would start it again."""
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = True
+
+
 @dataclass
 class Run:
     """Everything a run needs, ready to train."""
@@ -173,7 +183,9 @@ def set_up(settings: Settings, argv: list[str]) -> Run:
         trust_remote_code=settings.model.trust_remote_code,
         token=settings.model.use_auth_token,
     )
-    splits = load_splits(flat)
+    if flat.prompt_template:
+        flat.dataset_format = template_format(flat.prompt_template, tokenizer)
+    splits = load_streamed_splits(flat) if flat.streaming else load_splits(flat)
     if settings.early_stop.shadows and splits.train is not None:
         splits.train = with_examples(splits.train, settings)
     collator = CausalCollator(tokenizer, settings.data.source_max_len, settings.data.target_max_len, training.train_on_source)
@@ -181,14 +193,32 @@ def set_up(settings: Settings, argv: list[str]) -> Run:
     general_text = _general_text(settings, tokenizer)
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
         _delete_earlier_run(Path(training.output_dir))
+    training.packed_varlen = settings.data.packing == "samples" and uses_varlen_kernel(training)
     base = load_base(settings)
     fit_embeddings(base, tokenizer)
     model = base if training.full_finetune else attach_lora(base, training)
     if training.group_by_length:
         _add_lengths(splits, collator, training.length_column_name)
+    if settings.data.packing:
+        _pack(settings, splits, collator, model)
     run = _assemble(settings, splits, collator, model, mmlu_rows, resume, argv)
     run.general_text = general_text
     return run
+
+
+def _pack(settings: Settings, splits: Splits, collator: CausalCollator, model: Any) -> None:
+    """Pack the training samples; evaluation keeps single ones. Raises ValueError where the base cannot be trained so."""
+    data = settings.data
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if data.packing == "samples" and not settings.training.packed_varlen:
+        check_base_keeps_samples_apart(model)
+    elif data.packing == "wrapped" and positions is not None and data.seq_length > positions:
+        raise ValueError(f"--seq_length {data.seq_length}: the base has {positions} positions, and a wrapped sequence uses all")
+    if splits.train is None:
+        return
+    samples, splits.train = splits.train, pack(splits.train, collator, data.packing, data.seq_length)
+    if not data.streaming:
+        settings.notices.append(packing_notice(len(samples), splits.train, data.seq_length))
 
 
 def _checkpoint_to_resume(settings: Settings) -> Optional[str]:
@@ -233,10 +263,14 @@ def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run
     if settings.early_stop.calculate_cs:
         early_stop = _early_stop_callback(settings)
         callbacks.append(early_stop)
+    if settings.data.streaming:
+        training.accelerator_config.dispatch_batches = False  # every process reads the stream and takes its share
+        if not settings.data.packing_repeat:
+            callbacks.append(EndOfStreamCallback())
     trainer = LoraTrainer(
         model=model,
         args=training,
-        data_collator=ExampleCollator(collator) if settings.early_stop.shadows else collator,
+        data_collator=_training_collator(settings, collator),
         train_dataset=splits.train,
         eval_dataset=splits.evaluation,
         processing_class=collator.tokenizer,
@@ -264,6 +298,15 @@ def _add_shadows(trainer: LoraTrainer, settings: Settings, splits: Splits, colla
     callbacks = trainer.callback_handler.callbacks
     callbacks.insert(callbacks.index(trainer.early_stop), trainer.shadows)  # whose file in a checkpoint is the last one
     trainer.early_stop.columns["shadow_loss"] = trainer.shadows.score
+
+
+def _training_collator(settings: Settings, collator: CausalCollator) -> Any:
+    data = settings.data
+    if settings.early_stop.shadows:
+        return ExampleCollator(collator)
+    if data.packing:
+        return PackedCollator(collator, data.packing, data.seq_length, settings.training.packed_varlen)
+    return collator
 
 
 def _general_text(settings: Settings, tokenizer: Any) -> Optional[GeneralText]:
@@ -321,10 +364,12 @@ def train(run: Run) -> str:
 
 def _announce(run: Run) -> None:
     training, count = run.settings.training, run.parameters
-    sizes = {"training": run.splits.train, "evaluation": run.splits.evaluation, "test": run.splits.test}
-    present = ", ".join(f"{len(rows)} {name}" for name, rows in sizes.items() if rows is not None)
+    packed = "packed training" if run.settings.data.packing else "training"
+    sizes = {packed: run.splits.train, "evaluation": run.splits.evaluation, "test": run.splits.test}
+    counts = {name: len(rows) if hasattr(rows, "__len__") else "streamed" for name, rows in sizes.items() if rows is not None}
+    present = ", ".join(f"{count} {name}" for name, count in counts.items())
     run.say(f"Data: {present} examples ({run.splits.format}) from {run.splits.source}.")
-    where = "CPU" if training.use_cpu else str(training.device)
+    where = "CPU" + (bf16_products() if training.bf16 else "") if training.use_cpu else str(training.device)
     run.say(f"Base: {run.settings.model.model_name_or_path}, {training.bits} bits, on {where}.")
     run.say(f"Trainable parameters: {count['trainable']:,} of {count['total']:,} ({count['percent']} %).")
     for notice in run.settings.notices:
@@ -530,7 +575,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     outcome = "evaluated"
     if settings.training.do_train:
-        outcome = train(run)
+        try:
+            outcome = train(run)
+        except StreamedRowError as error:
+            print(f"es_lora_llm: {error}", file=sys.stderr)
+            return 2
         finish(run, outcome, time.monotonic() - started)
     else:
         evaluate_only(run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Union
 
 from datasets import Dataset
 
@@ -50,6 +50,42 @@ def _text(row: Row, column: str) -> str:
 
 def _optional_text(row: Row, column: str) -> str:
     return "" if row.get(column) is None else _text(row, column)
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def turns_of(row: Row) -> list[dict[str, str]]:
+    """A dialogue up to its last answer, as [{"role", "content"}], from the column `conversations` or `messages`.
+
+    A turn is a text (LIMA: the person and the assistant in turn), {"from", "value"} or {"role", "content"}.
+    Raises ValueError where a turn is none of these or nothing is answered.
+    """
+    turns = row.get("conversations") or row.get("messages")
+    if not isinstance(turns, (list, tuple)):
+        raise ValueError("a dialogue needs the column conversations (or messages) with a list of turns")
+    if all(isinstance(turn, str) for turn in turns):
+        dialogue = [{"role": "user" if number % 2 == 0 else "assistant", "content": turn} for number, turn in enumerate(turns)]
+    else:
+        dialogue = [_turn(turn) for turn in turns]
+    while dialogue and dialogue[-1]["role"] != "assistant":
+        dialogue.pop()
+    if len(dialogue) < 2:
+        raise ValueError("the dialogue has no answer to learn: it needs a turn of the person and then one of the assistant")
+    return dialogue
+
+
+def _turn(turn: Any) -> dict[str, str]:
+    given = turn if isinstance(turn, Mapping) else {}
+    role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+    if role not in ROLES or not isinstance(content, str):
+        raise ValueError(f"{turn!r:.60} is no turn: write a text, or a role (of {', '.join(ROLES)}) and its content")
+    return {"role": ROLES[role], "content": content}
+
+
+def _from_dialogue(row: Row) -> tuple[str, str]:
+    *given, answer = (turn["content"].strip() for turn in turns_of(row))
+    return "\n\n".join(given) + "\n\n", answer
 
 
 def _from_alpaca(row: Row) -> tuple[str, str]:
@@ -93,6 +129,7 @@ def mmlu_prompt(subject: str, question: str, examples: Iterable[str] = ()) -> st
     return "\n\n".join([header, *examples, question])
 
 
+_DIALOGUE = "a dialogue, of which the last answer is learnt"
 _ALPACA = Format(("instruction", "output"), _from_alpaca, ("input",), "an instruction, an input or none, the answer")
 
 FORMATS: dict[str, Format] = {
@@ -107,6 +144,8 @@ FORMATS: dict[str, Format] = {
         ("input", "output"), lambda row: (_text(row, "input"), _text(row, "output")), (), "an instruction, a long text"
     ),
     "oasst1": Format(("text",), lambda row: ("", _text(row, "text")), (), "a dialogue or any text, learnt whole"),
+    "lima": Format(("conversations",), _from_dialogue, (), _DIALOGUE),
+    "messages": Format(("messages",), _from_dialogue, (), _DIALOGUE),
     "mmlu": Format(("question", "answer"), _from_mmlu, ("choices", "subject", *MMLU_LETTERS), "question, choices"),
     "input-output": Format(
         ("input", "output"), lambda row: (_text(row, "input"), _text(row, "output")), (), "the pair itself"
@@ -123,13 +162,16 @@ _HUB_FORMATS = {
     "akoksal/longform": "longform",
     "timdettmers/openassistant-guanaco": "oasst1",
     "cais/mmlu": "mmlu",
+    "gair/lima": "lima",
 }
 
 
-def check_format_name(name: str) -> str:
-    """Returns `name`; raises ValueError naming the nearest format where there is no such one."""
-    if name in FORMATS:
+def format_named(name: Union[str, Format]) -> Format:
+    """The format of that name (or the one given itself); ValueError naming the nearest where there is no such one."""
+    if isinstance(name, Format):
         return name
+    if name in FORMATS:
+        return FORMATS[name]
     nearest = difflib.get_close_matches(name, FORMATS, n=1)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
     raise ValueError(f"--dataset_format '{name}' is unknown. Known formats: {', '.join(FORMATS)}{hint}")
@@ -151,7 +193,7 @@ def detect_format(columns: Iterable[str], first_row: Row | None = None, dataset_
     if {"text"} <= present and str((first_row or {}).get("text", "")).lstrip().startswith("<human>:"):
         return "chip2"
     # alpaca before input-output: it has these two columns and the instruction besides.
-    for name in ("alpaca", "input-output", "self-instruct", "hh-rlhf", "oasst1"):
+    for name in ("alpaca", "input-output", "self-instruct", "hh-rlhf", "oasst1", "lima", "messages"):
         if set(FORMATS[name].columns) <= present:
             return name
     raise ValueError(
@@ -160,26 +202,31 @@ def detect_format(columns: Iterable[str], first_row: Row | None = None, dataset_
     )
 
 
-def check_columns(columns: Iterable[str], format_name: str) -> None:
+def described(format_name: Union[str, Format]) -> str:
+    """A format's name, or what it is where it has none."""
+    return format_name.description if isinstance(format_name, Format) else f"the format '{format_name}'"
+
+
+def check_columns(columns: Iterable[str], format_name: Union[str, Format]) -> None:
     """Raises ValueError that lists what is missing and what is there."""
-    missing = [column for column in FORMATS[check_format_name(format_name)].columns if column not in set(columns)]
+    missing = [column for column in format_named(format_name).columns if column not in set(columns)]
     if missing:
         raise ValueError(
-            f"the format '{format_name}' needs the column(s) {_listed(missing)}; there are {_listed(columns)}. "
+            f"{described(format_name)} needs the column(s) {_listed(missing)}; there are {_listed(columns)}. "
             "Rename the columns or choose another --dataset_format"
         )
 
 
-def convert_row(row: Row, format_name: str, where: str) -> dict[str, str]:
+def convert_row(row: Row, format_name: Union[str, Format], where: str) -> dict[str, str]:
     """One row as {"input", "output"}; `where` ("x.jsonl, line 3") opens the message of a ValueError."""
     try:
-        source, target = FORMATS[format_name].convert(row)
+        source, target = format_named(format_name).convert(row)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return {"input": source, "output": target}
 
 
-def to_input_output(dataset: Dataset, format_name: str) -> Dataset:
+def to_input_output(dataset: Dataset, format_name: Union[str, Format]) -> Dataset:
     """A data set with exactly the columns "input" and "output", both text.
 
     Raises ValueError on an unknown format, a missing column and a cell that is no text.
@@ -189,7 +236,7 @@ def to_input_output(dataset: Dataset, format_name: str) -> Dataset:
         lambda row, index: convert_row(row, format_name, f"row {index + 1}"),
         with_indices=True,
         remove_columns=dataset.column_names,
-        desc=f"Format {format_name}",
+        desc=f"Reading {described(format_name)}",
     )
 
 

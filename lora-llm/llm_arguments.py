@@ -17,11 +17,37 @@ from typing import Any, Optional, Union
 
 import torch
 from cs_fluctuation import HISTORY_NAME
+from prompt_templates import TEMPLATES
+from sequence_packing import PACKINGS
 from shadow_training import DEFAULT_SHADOWS, rate_is_adams
 from stop_rules import DEFAULT_RULE, RULES
 from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+# --preset NAME: what stands in for the defaults of these flags.
+PRESETS: dict[str, dict[str, str]] = {
+    "sft-cpu": {
+        "use_cpu": "True",
+        "bits": "16",
+        "bf16": "True",
+        "lora_r": "16",
+        "lora_alpha": "32",
+        "lora_dropout": "0.05",
+        "per_device_train_batch_size": "8",
+        "gradient_accumulation_steps": "1",
+        "learning_rate": "1e-4",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": "10",
+        "weight_decay": "0.05",
+        "optim": "adamw_torch",
+        "num_train_epochs": "10",
+        "do_eval": "True",
+        "eval_dataset_size": "0.1",
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+    }
+}
 
 
 @dataclass
@@ -37,16 +63,46 @@ class ModelArguments:
     )
 
 
+class OneOrMore(argparse.Action):
+    """One word stays a word, several become a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 @dataclass
 class DataArguments:
     dataset: str = field(
         default="alpaca",
         metadata={
-            "help": "alpaca, alpaca-clean, chip2, self-instruct, hh-rlhf, longform, oasst1, mmlu, another hub name, or a "
-            "json, jsonl, csv or tsv file"
+            "nargs": "+",
+            "action": OneOrMore,
+            "help": "alpaca, alpaca-clean, chip2, self-instruct, hh-rlhf, longform, oasst1, lima, mmlu, another hub name, a "
+            "json, jsonl, csv or tsv file, or deeplake:PATH_OR_URL; several are mixed, NAME:WEIGHT by their weights",
         },
     )
     dataset_format: Optional[str] = field(default=None, metadata={"help": "format of the rows; default: told by the columns"})
+    prompt_template: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": 'rows of any columns: "Question: {question}\\n\\nAnswer: {answer}", of which the last column is learnt; or '
+            f"{', '.join(TEMPLATES)} or chat (the tokenizer's own chat template)"
+        },
+    )
+    streaming: bool = field(default=False, metadata={"help": "read training rows as they are needed; needs --max_steps"})
+    packing: Optional[str] = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "samples",
+            "help": "fill sequences with whole samples that do not see each other (no word or `samples`), or with one "
+            "contiguous stream of them (`wrapped`)",
+        },
+    )
+    seq_length: int = field(default=1024, metadata={"help": "tokens of a packed sequence"})
+    packing_repeat: bool = field(
+        default=False, metadata={"help": "with --streaming: start an exhausted stream again, until --max_steps"}
+    )
     eval_dataset: Optional[str] = field(default=None, metadata={"help": "a file of held-out examples, used whole"})
     eval_dataset_size: float = field(
         default=1024, metadata={"help": "examples held out of the training data for evaluation; below 1 a fraction"}
@@ -62,6 +118,10 @@ class DataArguments:
         default=None, metadata={"help": "general text (jsonl with text, or txt) that tells what the LoRA has forgotten"}
     )
     max_forgetting_samples: int = field(default=20, metadata={"help": "score at most so many passages of it"})
+
+    def __post_init__(self) -> None:
+        words = {"true": "samples", "false": None, "none": None}
+        self.packing = words.get(str(self.packing).lower(), self.packing)
 
 
 @dataclass
@@ -175,6 +235,13 @@ class GenerationArguments:
 
 
 @dataclass
+class PresetArguments:
+    preset: Optional[str] = field(
+        default=None, metadata={"help": f"values for all flags that are not given: {', '.join(PRESETS)}"}
+    )
+
+
+@dataclass
 class EarlyStopArguments:
     calculate_cs: bool = field(default=True, metadata={"help": "measure CS and CS-Fluctuation, and report the turning point"})
     cs_interval: str = field(
@@ -225,7 +292,7 @@ REJECTED = {
 # Ranges, checked where a value is given; NaN is in none of them.
 AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1)
 AT_LEAST.update(dict.fromkeys(("max_train_samples", "max_eval_samples", "max_mmlu_samples", "max_new_tokens", "num_beams"), 1))
-AT_LEAST["max_forgetting_samples"] = 1
+AT_LEAST.update(max_forgetting_samples=1, seq_length=2)
 AT_LEAST.update(source_max_len=1, target_max_len=1, mmlu_source_max_len=1, valley=1, weight_decay=0, max_grad_norm=0)
 AT_LEAST.update(shadows=0, shadow_rank=1, shadow_interval=1)
 ABOVE_ZERO = ("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "snapshot_disk_gb", "temperature", "top_p")
@@ -257,6 +324,7 @@ class Settings:
         for group in (self.model, self.data, self.training, self.generation, self.early_stop):
             for entry in fields(group):
                 value = getattr(group, entry.name, None)
+                value = " ".join(value) if entry.name == "dataset" and isinstance(value, list) else value
                 if isinstance(value, (str, int, float, bool)) and not (differing_only and value == entry.default):
                     result[entry.name] = value
         return result
@@ -268,7 +336,7 @@ class Parser(HfArgumentParser):
 
 
 def build_parser() -> HfArgumentParser:
-    groups = (ModelArguments, DataArguments, TrainingArguments, GenerationArguments, EarlyStopArguments)
+    groups = (ModelArguments, DataArguments, TrainingArguments, GenerationArguments, EarlyStopArguments, PresetArguments)
     description = "LoRA fine-tuning of a language model that stops at its turning point."
     return Parser(groups, allow_abbrev=False, description=description)
 
@@ -307,12 +375,15 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
     if "help" not in given:
         _check_names(parser, given)
     notices = []
+    argv = _with_preset(argv, given)
+    given = _given_flags(argv)
     if "num_train_epochs" in given and "max_steps" not in given:
         argv += ["--max_steps", "-1"]
-    if "train_sampling_strategy" in given and "group_by_length" not in given:
+    unsorted = given & {"train_sampling_strategy", "packing", "streaming"}  # with these there are no lengths to group by
+    if unsorted and "group_by_length" not in given:
         argv += ["--group_by_length", "False"]
     try:
-        model, data, training, generation, early_stop = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        model, data, training, generation, early_stop, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:  # transformers' own checks, some of several lines
         raise ValueError(" ".join(str(error).split())) from error
     generation_use_cache = training.use_cache if "use_cache" in given else True
@@ -341,6 +412,25 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
     if problems:
         raise ValueError("; ".join(problems))
     return settings
+
+
+def _with_preset(argv: list[str], given: set[str]) -> list[str]:
+    """The words of --preset before the given ones, which win. Raises ValueError on an unknown preset."""
+    if "preset" not in given:
+        return argv
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    name = parser.parse_known_args(argv)[0].preset
+    if name not in PRESETS:
+        raise ValueError(f"--preset {name}: choose of {', '.join(PRESETS)}")
+    also_known_as = {"use_cpu": {"no_cuda"}, "eval_strategy": {"evaluation_strategy"}, "num_train_epochs": {"max_steps"}}
+    also_known_as.update(eval_dataset_size={"eval_dataset"}, warmup_steps={"warmup_ratio"}, optim={"adam8bit", "adafactor"})
+    also_known_as.update(bf16={"fp16"}, per_device_train_batch_size={"per_gpu_train_batch_size"})
+    words = []
+    for flag, value in PRESETS[name].items():
+        if not given & {flag, *also_known_as.get(flag, ())}:
+            words += [f"--{flag}", value]
+    return words + argv
 
 
 def _resume(text: Optional[str]) -> Union[str, bool, None]:
@@ -393,7 +483,48 @@ def _problems(settings: Settings) -> list[str]:
     )
     check(stop.cs_reduction in ("row", "matrix"), f"--cs_reduction {stop.cs_reduction}: choose row or matrix")
     check(stop.cs_component in ("lm", "all"), f"--cs_component {stop.cs_component}: choose lm or all")
-    problems += _shadow_problems(settings) + _logging_problems(training.report_to) + _output_problems(settings)
+    problems += _shadow_problems(settings) + _data_problems(settings)
+    problems += _logging_problems(training.report_to) + _output_problems(settings)
+    return problems
+
+
+def _data_problems(settings: Settings) -> list[str]:
+    """Ways to read and pack the data that do not go together."""
+    data, training, stop, problems = settings.data, settings.training, settings.early_stop, []
+
+    def check(condition: bool, message: str) -> None:
+        if not condition:
+            problems.append(message)
+
+    check(data.packing in (None, *PACKINGS), f"--packing {data.packing}: choose one of {', '.join(PACKINGS)}, or leave it out")
+    check(
+        not (data.packing or data.streaming) or not training.group_by_length,
+        "--group_by_length needs single samples whose lengths are known: leave it out, or --packing and --streaming",
+    )
+    check(
+        data.prompt_template is None or data.dataset_format is None,
+        "--prompt_template and --dataset_format both say how to read a row: give one of them",
+    )
+    check(
+        data.dataset != "mmlu" or not (data.prompt_template or data.streaming),
+        "--dataset mmlu has its own format and splits: leave out --prompt_template and --streaming",
+    )
+    check(data.streaming or not data.packing_repeat, "--packing_repeat starts a stream again: it needs --streaming")
+    check(
+        not stop.shadows or not (data.packing or data.streaming),
+        "--shadows hold single samples out of a known set: leave them out, or --packing and --streaming",
+    )
+    if data.streaming:
+        check(training.max_steps > 0, "--streaming: a stream has no known length, so give --max_steps")
+        fraction = 0 < data.eval_dataset_size < 1 and not data.eval_dataset and (training.do_eval or training.do_predict)
+        check(not fraction and not 0 < data.test_dataset_size < 1, "--streaming: hold out a number of rows, not a fraction")
+        check(
+            not stop.calculate_cs or None not in (settings.cs_interval, settings.window_size),
+            "--streaming: the length of an epoch is not known, so give --cs_interval and --window_size (M measurements, about "
+            "one pass over the data), or --calculate_cs False",
+        )
+        for name in ("eval_strategy", "save_strategy"):
+            check(getattr(training, name) != "epoch", f"--{name} epoch: a stream has no known epochs; give steps")
     return problems
 
 

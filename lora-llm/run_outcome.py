@@ -37,13 +37,16 @@ def verdict_sentence(outcome: str, facts: dict[str, Any], decision: Optional[Dec
     kept = None if decision is None else f"step {decision.keep_step} (epoch {decision.keep_step / steps_per_epoch:.1f})"
     if outcome == "stopped_early":
         return f"Stopped early at step {last} of {budget}. The weights of the turning point, {kept}, are kept.{compared}"
+    trained = f"Trained to its budget of {budget} steps"
+    if last < budget:
+        trained = f"Trained to the end of the data, step {last} of {budget}"
     if outcome == "budget_reached" and decision is not None:
         found = f"The turning point was {kept}, found at step {decision.detected_step}."
-        return f"Trained to its budget of {budget} steps. {found}{compared}"
+        return f"{trained}. {found}{compared}"
     if outcome == "budget_reached":
-        return f"Trained to its budget of {budget} steps."
+        return f"{trained}."
     if outcome == "no_turning_point":
-        return f"Trained to its budget of {budget} steps: no evidence of overfitting yet, so there is no turning point."
+        return f"{trained}: no evidence of overfitting yet, so there is no turning point."
     if outcome == "diverged":
         return f"Training diverged at step {last}: {facts['diverged']}. {facts['diverged_kept']}"
     return f"Interrupted at step {last} of {budget}; everything needed to go on is saved."
