@@ -52,10 +52,16 @@ def _pieces(template: str) -> list[tuple[str, Any]]:
     bad = [name or "{}" for _, name, form, conversion in parsed if name is not None and (not name or form or conversion)]
     if bad:
         raise ValueError(f"--prompt_template: {', '.join(bad)} is no plain {{column}}; write {{{{ and }}}} for other braces")
-    pieces = [(literal, name) for literal, name, _, _ in parsed]
-    if all(name is None for _, name in pieces):
+    pieces: list[tuple[str, Any]] = []
+    text = ""  # {{ and }} come as texts of their own
+    for literal, name, _, _ in parsed:
+        text += literal
+        if name is not None:
+            pieces.append((text, name))
+            text = ""
+    if not pieces:
         raise ValueError("--prompt_template has no {column}: the last one is what the model learns to write")
-    return pieces if pieces[-1][1] is None else [*pieces, ("", None)]
+    return [*pieces, (text, None)]
 
 
 def _cell(row: Mapping[str, Any], column: str) -> str:

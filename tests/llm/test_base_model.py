@@ -254,9 +254,27 @@ def test_quantisation_by_flag(settings_for):
     assert state.quant_type == "fp4" and not state.nested
 
 
-@pytest.mark.parametrize("words", ["--bits 16", "--bits 16 --bf16", "--bits 32"])
+def test_a_bf16_base_on_a_cpu_keeps_its_small_parts_and_logits_in_float32(settings_for):
+    for architecture in ("llama", "opt"):
+        settings = settings_for(architecture, "--bits 16 --bf16 --use_cpu --gradient_checkpointing True")
+        model = attach_lora(load_base(settings), settings.training)
+        frozen = [(parameter.ndim, parameter.dtype) for parameter in model.parameters() if not parameter.requires_grad]
+        assert set(frozen) == {(1, torch.float32), (2, torch.bfloat16)}
+        randomise(model)
+        model.train()
+        inputs = []
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output, seen=inputs: seen.append(output))
+        output = model(input_ids=tokens(), labels=tokens())
+        assert output.logits.dtype == torch.float32 and inputs[0].requires_grad  # checkpointing passes the gradient on
+        output.loss.backward()
+        assert all(tensor.grad.abs().max() > 0 for tensor in trainable_tensors(model).values())
+        generated = model.eval().generate(input_ids=tokens()[:, :4], max_new_tokens=3, min_new_tokens=3)
+        assert generated.shape == (2, 7)
+
+
+@pytest.mark.parametrize("words", ["--bits 16", "--bits 16 --fp16", "--bits 32"])
 def test_unquantised_bases_have_their_precision(settings_for, words):
-    expected = torch.float32 if "32" in words else torch.bfloat16
+    expected = {"--bits 16": torch.bfloat16, "--bits 16 --fp16": torch.float16, "--bits 32": torch.float32}[words]
     base = load_base(settings_for("llama", words))
     assert {parameter.dtype for parameter in base.parameters()} == {expected}
 

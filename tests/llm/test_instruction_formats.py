@@ -40,6 +40,11 @@ UPSTREAM_ROWS = {
         ),
     ),
     "input-output": ({"input": "q", "output": "a"}, ("q", "a")),
+    "lima": ({"conversations": ["q", "a"], "source": "s"}, ("q\n\n", "a")),
+    "messages": (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        ("q\n\n", "a"),
+    ),
 }
 
 

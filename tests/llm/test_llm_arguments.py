@@ -170,6 +170,23 @@ def test_published_early_stop_command_line(parse):
     assert values_of(settings, expected) == expected
 
 
+SFT_CPU = {"use_cpu": True, "bits": 16, "bf16": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "warmup_steps": 10}
+SFT_CPU.update(per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-4, weight_decay=0.05)
+SFT_CPU.update(lr_scheduler_type="cosine", num_train_epochs=10, max_steps=-1, eval_strategy="epoch", save_strategy="epoch")
+
+
+def test_a_preset_gives_its_values_and_every_one_can_be_given_otherwise(parse):
+    assert values_of(parse("--preset sft-cpu"), SFT_CPU) == SFT_CPU
+    words = "--lora_r 4 --preset=sft-cpu --fp16 --max_steps 7 --evaluation_strategy steps --save_strategy no --warmup_ratio 0.1"
+    changed = {**SFT_CPU, "lora_r": 4, "bf16": False, "max_steps": 7, "num_train_epochs": 3.0, "eval_strategy": "steps"}
+    changed.update(save_strategy="no", warmup_steps=0.1)
+    assert values_of(parse(words), changed) == changed
+
+
+def test_an_unknown_preset_is_refused(parse):
+    assert "--preset sft-gpu: choose of sft-cpu" in message(parse, "--preset sft-gpu")
+
+
 # ------------------------------------------------------------------------------ older names, older meaning
 
 
