@@ -37,6 +37,8 @@ from safetensors.torch import load_file
 from stop_rules import DEFAULT_RULE, RULES, auto_window, make_rule, replay
 
 PEFT_NAME, DIFFUSERS_NAME = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+# Tried first where checkpoints are too far apart for a window, such as one an epoch; empty: the order of the registry.
+RULES_FOR_SPARSE_CHECKPOINTS: Tuple[str, ...] = ()
 WEIGHT_COLUMNS = {"step", "epoch", "cs", "cs_row", "cs_matrix", "delta_norm", "stable_rank", "fluctuation"}
 MEASUREMENTS_PER_EPOCH = 5  # fewer, and the window of at least 5 measurements no longer is about one epoch
 MISSING_SHARE = 0.1  # of the measurements that a verdict bears
@@ -682,9 +684,10 @@ def choose_rule(history: History, rule: Optional[str], sparse: bool) -> str:
         if lacking:
             raise ValueError(f"rule {name} needs {', '.join(lacking)}, which saved weights do not tell; choose another rule")
         return rule
-    usable = [name for name in dict.fromkeys([DEFAULT_RULE, *RULES]) if set(RULES[name].needs) <= columns]
+    first = RULES_FOR_SPARSE_CHECKPOINTS if sparse else ()
+    usable = [name for name in dict.fromkeys([*first, DEFAULT_RULE, *RULES]) if set(RULES[name].needs) <= columns]
     without_window = [name for name in usable if not _uses_window(name, history)]
-    return (without_window if sparse and without_window else usable)[0]
+    return (without_window if sparse and without_window and not first else usable)[0]
 
 
 def _nearby_windows(history: History, rule: str, window: int) -> List[Optional[int]]:

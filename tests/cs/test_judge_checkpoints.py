@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import judge_checkpoints
 import pytest
 import torch
 from cs_fluctuation import EarlyStopMonitor, LoraLayer
@@ -241,6 +242,12 @@ def test_one_checkpoint_an_epoch_is_too_sparse_for_a_rule_with_a_window(tmp_path
     assert "Too sparse to say" in verdict["reason"] and "at least every 2 steps" in verdict["reason"]
     assert [row["epoch"] for row in verdict["checkpoints"]] == [1, 2, 3, 4, 5, 6]
     assert all(abs(row["cs_row"]) > 0 for row in verdict["checkpoints"])
+
+
+@pytest.mark.parametrize(("every", "chosen"), [(STEPS_PER_EPOCH, True), (1, False)], ids=["an epoch", "a step"])
+def test_the_rule_for_sparse_checkpoints_is_a_setting_of_its_own(tmp_path, capsys, monkeypatch, every, chosen):
+    monkeypatch.setattr(judge_checkpoints, "RULES_FOR_SPARSE_CHECKPOINTS", ("nth-valley",))
+    assert judged(language_run(tmp_path, every), capsys)["rule"].startswith("nth-valley") == chosen
 
 
 def test_a_spacing_in_between_is_judged_and_called_approximate(tmp_path, capsys):
