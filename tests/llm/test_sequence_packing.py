@@ -152,6 +152,7 @@ BAD = {
     "length": ("--packing --seq_length 1", "--seq_length 1: must be at least 2"),
     "grouping": ("--packing --group_by_length True", "--group_by_length needs single samples"),
     "repeat": ("--packing --packing_repeat", "--packing_repeat starts a stream again: it needs --streaming"),
+    "shadows": ("--packing --early_stop --shadows 2", "--shadows hold single samples out of a known set"),
     "two formats": ("--prompt_template summarise --dataset_format alpaca", "give one of them"),
     "mmlu": ("--dataset mmlu --prompt_template rate", "--dataset mmlu has its own format"),
     "epochs": ("--streaming --num_train_epochs 2 --calculate_cs False", "a stream has no known length, so give --max_steps"),
