@@ -209,6 +209,8 @@ class NetworkTrainer:
             return
         rule, chosen = plan(args, self.network.components, self.progress.steps_per_epoch, self.total_steps)
         self.cs_interval = chosen.cs_interval
+        if self.shadows is not None:
+            self.shadows.measured_every(chosen.cs_interval)
         if self.is_main:
             header = {"trainer": self.program, "seed": self.seed, "total_steps": self.total_steps}
             batches = len(self.batches) / self.accelerator.num_processes

@@ -364,7 +364,7 @@ def _early_stop(parser):
     add("--cs_component", str, choices=["unet", "te", "te1", "te2", "all"], help="unet, or text where it is not trained")
     add("--shadows", int, help="adapters beside, each scored on a fold it is not trained on; 2 with --stop_rule shadow, else 0")
     add("--shadow_rank", int, 8, help="rank of a shadow")
-    add("--shadow_interval", int, 1, help="score the shadows at every so many measurements")
+    add("--shadow_interval", int_or_auto, 1, help="score the shadows at every so many measurements; auto: few, cheap ones")
     add("--snapshot_disk_gb", float, 20.0, help="largest size of the snapshots on disk")
 
 

@@ -243,8 +243,7 @@ def create_network(
 def create_network_beside(model, network, adapter, rank):
     """A fresh network called ``adapter`` in the layers of ``network``, with its alpha / rank and its dropouts.
 
-    A forward pass goes through ``network`` as before; rows that are to go through the new one instead are named to the
-    layers (PEFT's ``adapter_names``).
+    A forward pass goes through ``network`` as before: the new one lies in the layers (PEFT's) for whoever calls it there.
     """
     places = {}
     for component, root in component_roots(model).items():

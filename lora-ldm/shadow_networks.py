@@ -10,9 +10,9 @@ import contextlib
 import torch
 from lora_network import create_network_beside
 from sample_images import untouched_random_state
-from shadow_training import ShadowTraining, make_folds, seed_of
+from shadow_training import ShadowTraining, auto_interval, make_folds, seed_of
 from training_setup import picture_name
-from validation_loss import fixed_losses
+from validation_loss import TIMESTEPS, fixed_losses
 
 
 class ShadowNetworks:
@@ -25,20 +25,21 @@ class ShadowNetworks:
 
     def __init__(self, trainer):
         self.trainer, args = trainer, trainer.args
-        self._names = None  # while a pass of the shadows runs: each row's shadow
+        self._parts = []  # while a pass of the shadows runs: (adapter, number of rows) in the rows' order
         images = [image for dataset in trainer.batches.datasets for image in dataset.images]
         pictures = [picture_name(image.record.path) for image in images if not image.record.is_reg]
         folds = make_folds(pictures, args.shadows, trainer.seed)
         self.networks = [self._create(number) for number in range(args.shadows)]
         for module in trainer.network.modules:
-            module.layer.register_forward_pre_hook(self._name_rows, with_kwargs=True)
+            module.layer.register_forward_pre_hook(self._base_alone, with_kwargs=True)
+            module.layer.register_forward_hook(self._add_shadows)
         accelerator = trainer.accelerator
         rates = args.learning_rate, args.unet_lr, args.text_encoder_lr
         self.training = ShadowTraining(
             folds,
             [network.parameter_groups(*rates) for network in self.networks],
             max_norm=args.max_grad_norm,
-            interval=args.shadow_interval,
+            interval=None if args.shadow_interval == "auto" else args.shadow_interval,
             seed=f"{trainer.seed}/{accelerator.process_index}",
             sum_over_processes=accelerator.reduce if accelerator.num_processes > 1 else None,
         )
@@ -56,19 +57,35 @@ class ShadowNetworks:
         return self.trainer.batches.held_out(lambda image: folds.get(picture_name(image.record.path)) == number)
 
     @contextlib.contextmanager
-    def _rows_through(self, names):
-        """Within it, gradients included, row i of every batch goes through the shadow names[i] instead of the network."""
-        self._names = names
+    def _rows_through(self, rows_of_each):
+        """Within it, gradients included, so many rows of every batch go through each shadow in turn, and none elsewhere."""
+        self._parts = [(_name(number), count) for number, count in enumerate(rows_of_each) if count]
         try:
             yield
         finally:
-            self._names = None
+            self._parts = []
 
-    def _name_rows(self, _layer, args, kwargs):
-        if self._names is None:
+    def _base_alone(self, _layer, args, kwargs):
+        return (args, {**kwargs, "adapter_names": ["__base__"] * len(args[0])}) if self._parts else None
+
+    def _add_shadows(self, layer, args, output):
+        if not self._parts:
             return None
-        repeats = len(args[0]) // len(self._names)  # a long caption is several rows of the text encoder
-        return args, {**kwargs, "adapter_names": [name for name in self._names for _ in range(repeats)]}
+        inputs = args[0]
+        repeats = len(inputs) // sum(count for _, count in self._parts)  # a long caption is several rows of the text encoder
+        updates = []
+        for (name, _), part in zip(self._parts, inputs.split([count * repeats for _, count in self._parts])):
+            down, up = layer.lora_A[name], layer.lora_B[name]
+            updates.append(up(down(part.to(down.weight.dtype))) * layer.scaling[name])
+        return output + torch.cat(updates).to(output.dtype)
+
+    def measured_every(self, steps):
+        """Say how many optimizer steps lie between two measurements; --shadow_interval auto follows from it."""
+        if self.training.interval is None:
+            batches, trainer = self.trainer.batches, self.trainer
+            pictures = sum(len(indices) for _, indices in batches.plan(0)) / trainer.progress.steps_per_epoch
+            fold = sum(len(indices) for _, indices in self.fold_batches[0].plan(0))
+            self.training.interval = auto_interval(fold * TIMESTEPS, pictures * steps)
 
     def backward(self, batch, noised):
         """Add each shadow's gradients of a micro-batch. noised: the trainer's, as the main network was trained on it."""
@@ -76,10 +93,10 @@ class ShadowNetworks:
         every = [row for own in rows for row in own]
         if not every:
             return
-        names = [_name(number) for number, own in enumerate(rows) for _ in own]
-        with self.training.apart(), self._rows_through(names):
+        counts = [len(own) for own in rows]
+        with self.training.apart(), self._rows_through(counts):
             losses = self.trainer.picture_losses(chosen(batch, every), *chosen(noised, every))  # (rows,)
-            self.training.backward(losses.sum(), [len(own) for own in rows])
+            self.training.backward(losses.sum(), counts)
 
     def step(self):
         """The optimizer step of every shadow, at the main optimizer's present learning rates."""
@@ -92,15 +109,19 @@ class ShadowNetworks:
         """The column shadow_loss: the mean over the shadows of the loss on their folds; None where it is not due."""
         if not self.training.score_is_due():
             return None
-        means = []
         with self.training.apart():
-            for number, (network, batches) in enumerate(zip(self.networks, self.fold_batches)):
-                network.eval()
-                with self._rows_through([_name(number)]):
-                    losses = fixed_losses(self.trainer, batches, len(batches))
-                network.train()
-                means.append(sum(losses) / len(losses))
+            means = [self._fold_loss(number) for number in range(len(self.networks))]
         return sum(means) / len(means)
+
+    def _fold_loss(self, number):
+        self.networks[number].eval()
+        losses = []
+        for batch in self.fold_batches[number]:
+            rows_of_each = [0] * number + [len(batch["image_keys"])]
+            with self._rows_through(rows_of_each):
+                losses += fixed_losses(self.trainer, [batch], 1)
+        self.networks[number].train()
+        return sum(losses) / len(losses)
 
 
 def _name(number):

@@ -10,6 +10,7 @@ are the trainers'. Python 3.8, torch 1.13, as the other files that both trees sh
 import contextlib
 import hashlib
 import json
+import math
 import random
 import time
 from typing import Any, Callable, Dict, Hashable, Iterable, Iterator, List, Optional, Sequence
@@ -19,6 +20,7 @@ import torch
 DEFAULT_SHADOWS = 2  # where a rule needs them and the person has not said how many
 FOLD_SHARE = 0.2  # of the examples, for up to five shadows
 FEWEST_EXAMPLES = 3
+SCORE_SHARE = 0.15  # of the time of the main adapter's training, for each shadow
 SETTINGS = ("lr", "betas", "eps", "weight_decay")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 NOT_ADAM = ("dadapt", "schedulefree")  # Adam in name, but their rate means something else
@@ -42,6 +44,15 @@ def make_folds(examples: Iterable[Hashable], shadows: int, seed: int) -> Dict[An
     return {example: position // size for position, example in enumerate(left_out)}
 
 
+def auto_interval(score_rows: float, trained_rows: float) -> int:
+    """The measurements from one score to the next at which scores cost about SCORE_SHARE of the main adapter's training.
+
+    score_rows: rows that a score of one shadow passes forward; trained_rows: rows that the main adapter is trained on between
+    two measurements, each of them taken for three forward passes.
+    """
+    return max(1, math.ceil(score_rows / (3 * SCORE_SHARE * trained_rows)))
+
+
 def seed_of(*parts: Any) -> int:
     """A seed for torch that depends on all the parts and on nothing else."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
@@ -59,8 +70,8 @@ class ShadowTraining:
 
     folds: of make_folds. parameter_groups: for each shadow its optimizer groups [{"params": [...]}, ...], in the order of
     the main optimizer's groups. max_norm: clips each shadow's gradient; 0 or None: no clipping. interval: a score at every
-    so many measurements. seed: of the shadows' dropouts, of any kind. sum_over_processes: takes a tensor, gives its sum over
-    all processes; None: there is one process.
+    so many measurements; None: the trainer sets it before the first one. seed: of the shadows' dropouts, of any kind.
+    sum_over_processes: takes a tensor, gives its sum over all processes; None: there is one process.
     """
 
     def __init__(
@@ -69,13 +80,13 @@ class ShadowTraining:
         parameter_groups: Sequence[List[Dict[str, Any]]],
         *,
         max_norm: Optional[float],
-        interval: int,
+        interval: Optional[int],
         seed: Any,
         sum_over_processes: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
     ):
         self.folds, self.max_norm, self.interval, self.seed = folds, max_norm, interval, seed
         self._sum_over_processes = sum_over_processes
-        self.optimizers = [torch.optim.AdamW(groups) for groups in parameter_groups]
+        self.optimizers = [torch.optim.AdamW(groups, foreach=True) for groups in parameter_groups]
         self.parameters = [[p for group in groups for p in group["params"]] for groups in parameter_groups]
         self.seconds = 0.0  # spent in shadows
         self._counts = [0.0] * len(self.optimizers)  # what the gradients have been summed over since the last step
@@ -151,7 +162,8 @@ class ShadowTraining:
         """What the shadows have cost of a run of so many seconds, for result.json and the last words."""
         factor = whole_seconds / max(1e-9, whole_seconds - self.seconds)
         sentence = f"Shadows took {self.seconds:.1f} of {whole_seconds:.1f} seconds: {factor:.2f} times the run without them."
-        return {"count": self.count, "seconds": round(self.seconds, 3), "cost_factor": round(factor, 3), "sentence": sentence}
+        facts = {"count": self.count, "interval": self.interval, "seconds": round(self.seconds, 3)}
+        return {**facts, "cost_factor": round(factor, 3), "sentence": sentence}
 
     # -------------------------------------------------------------------------------------- checkpoints
 

@@ -297,7 +297,7 @@ def _add_shadows(trainer: LoraTrainer, settings: Settings, splits: Splits, colla
     trainer.shadows = ShadowAdapters(settings, trainer.model, splits.train, collator, autocast, resume)
     callbacks = trainer.callback_handler.callbacks
     callbacks.insert(callbacks.index(trainer.early_stop), trainer.shadows)  # whose file in a checkpoint is the last one
-    trainer.early_stop.columns["shadow_loss"] = trainer.shadows.score
+    trainer.early_stop.columns["shadow_loss"] = lambda: trainer.shadows.score(trainer.early_stop.plan.cs_interval)
 
 
 def _training_collator(settings: Settings, collator: CausalCollator) -> Any:

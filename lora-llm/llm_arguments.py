@@ -258,7 +258,9 @@ class EarlyStopArguments:
         metadata={"help": "adapters beside, each scored on a fold it is not trained on; 2 with --stop_rule shadow, else 0"},
     )
     shadow_rank: int = field(default=8, metadata={"help": "LoRA rank of a shadow"})
-    shadow_interval: int = field(default=1, metadata={"help": "score the shadows at every so many measurements"})
+    shadow_interval: str = field(
+        default="1", metadata={"help": "score the shadows at every so many measurements; auto: few, cheap ones"}
+    )
     snapshot_disk_gb: float = field(default=20.0, metadata={"help": "disk that the snapshots may use"})
 
 
@@ -294,13 +296,13 @@ AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_
 AT_LEAST.update(dict.fromkeys(("max_train_samples", "max_eval_samples", "max_mmlu_samples", "max_new_tokens", "num_beams"), 1))
 AT_LEAST.update(max_forgetting_samples=1, seq_length=2)
 AT_LEAST.update(source_max_len=1, target_max_len=1, mmlu_source_max_len=1, valley=1, weight_decay=0, max_grad_norm=0)
-AT_LEAST.update(shadows=0, shadow_rank=1, shadow_interval=1)
+AT_LEAST.update(shadows=0, shadow_rank=1)
 ABOVE_ZERO = ("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "snapshot_disk_gb", "temperature", "top_p")
 
 
 @dataclass
 class Settings:
-    """Everything the command line said. cs_interval and window_size are None where they are automatic."""
+    """Everything the command line said. cs_interval, window_size and shadow_interval are None where they are automatic."""
 
     model: ModelArguments
     data: DataArguments
@@ -310,6 +312,7 @@ class Settings:
     generation_use_cache: bool
     cs_interval: Optional[int]
     window_size: Optional[int]
+    shadow_interval: Optional[int]
     resume: Union[str, bool, None]
     notices: list[str]
 
@@ -405,6 +408,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
         generation_use_cache=generation_use_cache,
         cs_interval=_count_or_auto("cs_interval", early_stop.cs_interval, problems),
         window_size=_count_or_auto("window_size", early_stop.window_size, problems),
+        shadow_interval=_count_or_auto("shadow_interval", early_stop.shadow_interval, problems),
         resume=_resume(training.resume_from_checkpoint),
         notices=notices,
     )

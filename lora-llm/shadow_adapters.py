@@ -15,7 +15,7 @@ from cs_fluctuation import write_whole
 from datasets import Dataset
 from fused_lora import FusedLora
 from safetensors.torch import load_file, save_file
-from shadow_training import ShadowTraining, make_folds, seed_of
+from shadow_training import ShadowTraining, auto_interval, make_folds, seed_of
 from torch.nn import functional
 from transformers import TrainerCallback
 
@@ -50,7 +50,7 @@ class ExampleCollator:
 class ShadowAdapters(TrainerCallback):
     """K shadows of a PeftModel: trained by `backward` after each micro-batch of the main adapter, scored by `score`.
 
-    settings: the trainer's, with early_stop.shadows, .shadow_rank and .shadow_interval. rows: the training examples with
+    settings: the trainer's, with early_stop.shadows, early_stop.shadow_rank and shadow_interval. rows: the training examples with
     their column EXAMPLE. autocast: makes the context that the main adapter's loss is computed in. resume: a checkpoint's
     folder to go on from. As a callback it takes the optimizer steps and writes into the checkpoints; let it stand before the
     callback whose file marks a checkpoint as whole.
@@ -86,10 +86,11 @@ class ShadowAdapters(TrainerCallback):
             folds,
             [[{"params": adapter.parameters()}] for adapter in self.adapters],
             max_norm=training.max_grad_norm,
-            interval=stop.shadow_interval,
+            interval=settings.shadow_interval,
             seed=f"{training.seed}/{training.process_index}",
             sum_over_processes=_sum_over_processes if training.world_size > 1 else None,
         )
+        self._rows_a_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         self._fold_batches = _fold_batches(folds, rows, collator, training.per_device_eval_batch_size)
         if resume is not None:
             self._resume(Path(resume))
@@ -131,8 +132,14 @@ class ShadowAdapters(TrainerCallback):
             self.training.backward(losses.sum(), counts)
 
     @torch.no_grad()
-    def score(self) -> Optional[float]:
-        """The column shadow_loss: the mean over the shadows of their folds' loss a token; None where it is not due."""
+    def score(self, cs_interval: int) -> Optional[float]:
+        """The column shadow_loss: the mean over the shadows of their folds' loss a token; None where it is not due.
+
+        cs_interval: optimizer steps between two measurements, from which an automatic shadow_interval follows.
+        """
+        if self.training.interval is None:
+            fold = sum(shadow == 0 for shadow in self.training.folds.values())
+            self.training.interval = auto_interval(fold, self._rows_a_step * cs_interval)
         if not self.training.score_is_due():
             return None
         sums = torch.zeros(self.training.count, 2, dtype=torch.float64)  # (K, loss and tokens)

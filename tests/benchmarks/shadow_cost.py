@@ -23,9 +23,9 @@ REPEATS = 3
 WAYS = {  # name: flags
     "none": [],
     "K = 1": ["--shadows", "1"],
-    "K = 1, scored at every 4th measurement": ["--shadows", "1", "--shadow_interval", "4"],
+    "K = 1, `--shadow_interval auto`": ["--shadows", "1", "--shadow_interval", "auto"],
     "K = 2": ["--shadows", "2"],
-    "K = 2, scored at every 4th measurement": ["--shadows", "2", "--shadow_interval", "4"],
+    "K = 2, `--shadow_interval auto`": ["--shadows", "2", "--shadow_interval", "auto"],
 }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from shadow_training import ShadowTraining, make_folds, rate_is_adams
+from shadow_training import SCORE_SHARE, ShadowTraining, auto_interval, make_folds, rate_is_adams
 
 
 def sizes(count, shadows, seed=0):
@@ -95,6 +95,13 @@ def test_processes_sum_gradients_and_counts():
 def test_scores_are_due_at_every_nth_measurement_from_the_first():
     training, _ = shadows(interval=3)
     assert [training.score_is_due() for _ in range(7)] == [True, False, False, True, False, False, True]
+
+
+def test_automatic_scores_cost_no_more_than_their_share():
+    for score_rows, trained_rows in ((26, 16), (16, 20), (1, 100), (500, 1)):
+        interval = auto_interval(score_rows, trained_rows)
+        assert score_rows <= SCORE_SHARE * 3 * trained_rows * interval
+        assert interval == 1 or score_rows > SCORE_SHARE * 3 * trained_rows * (interval - 1)
 
 
 def train(training, vectors, steps):

@@ -10,7 +10,7 @@ from ldm_runs import history_of, make_base, make_pictures, run, train
 from lora_file import load_lora
 from PIL import Image
 from safetensors.torch import load_file
-from shadow_training import make_folds
+from shadow_training import auto_interval, make_folds
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,13 @@ def test_a_rule_on_the_shadows_switches_them_on_and_stops(base, images, tmp_path
 def test_scores_at_every_nth_measurement_only(base, images, tmp_path):
     train(base, images, tmp_path, **BESIDE, shadow_interval=3)
     assert [score is not None for score in history_of(tmp_path, "shadow_loss")] == [True, False, False] * 3
+
+
+def test_automatic_scores_follow_from_the_pictures_of_a_fold(base, images, tmp_path):
+    """One picture of six, at four timesteps, against two pictures trained on between two measurements."""
+    result = train(base, images, tmp_path, **BESIDE, shadow_interval="auto")
+    assert result["shadows"]["interval"] == auto_interval(1 * 4, 2) == 5
+    assert [score is not None for score in history_of(tmp_path, "shadow_loss")] == [i % 5 == 0 for i in range(9)]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(base, images, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from cs_replay import read_history
 from es_lora_llm import main
 from safetensors.torch import load_file
-from shadow_training import make_folds
+from shadow_training import auto_interval, make_folds
 
 
 def flags(base, files, output, *more):
@@ -90,7 +90,7 @@ def test_a_shadow_without_a_fold_is_a_second_main_adapter(random_base, text_file
             for name, down in adapter.down.items():
                 down.data.copy_(live[f"base_model.model.{name}.lora_A.default.weight"])
 
-        def score(self):
+        def score(self, cs_interval):
             return None
 
     monkeypatch.setattr("es_lora_llm.ShadowAdapters", TheSameStart)
@@ -180,6 +180,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(random_base, text_files, tmp_
     assert same(*(shadows_of(tmp_path / name / "checkpoint-10") for name in ("whole", "resumed")))
 
 
+def test_automatic_scores_follow_from_the_examples_of_a_fold(random_base, text_files, tmp_path):
+    """3 of 16 examples in a fold, 4 trained on between two measurements."""
+    assert main(flags(random_base, text_files, tmp_path, *BESIDE, "--shadow_interval", "auto", "--max_steps", "3")) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["shadows"]["interval"] == auto_interval(3, 4) == 2
+    assert [score is not None for score in records_of(tmp_path, "shadow_loss")] == [True, False, True]
+
+
 def test_a_checkpoint_of_other_shadows_is_refused(random_base, text_files, tmp_path, capsys):
     short = ["--max_steps", "3", "--save_strategy", "steps", "--save_steps", "3"]
     assert main(flags(random_base, text_files, tmp_path / "with", *BESIDE, *short)) == 0
@@ -202,7 +209,7 @@ def test_a_checkpoint_of_other_shadows_is_refused(random_base, text_files, tmp_p
         (["--shadows", "2", "--optim", "schedule_free_adamw"], "that of --optim schedule_free_adamw means something else"),
         (["--shadows", "2", "--lora_bias", "all"], "use --lora_bias none"),
         (["--shadows", "-1"], "--shadows -1: must be at least 0"),
-        (["--shadows", "1", "--shadow_interval", "0"], "--shadow_interval 0: must be at least 1"),
+        (["--shadows", "1", "--shadow_interval", "0"], "--shadow_interval 0: give a number of 1 or more, or auto"),
         (["--shadows", "17"], "--shadows 17 needs at least 17 different training examples, and there are 16"),
         (["--shadows", "0", "--stop_rule", "rising"], "--stop_rule rising decides on shadows: leave out --shadows 0"),
     ],
