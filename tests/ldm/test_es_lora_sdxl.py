@@ -121,6 +121,7 @@ def test_a_cached_caption_is_encoded_anew_when_it_changes(base, images, tmp_path
     [
         dict(mixed_precision="bf16", no_half_vae=True, gradient_checkpointing=True, max_token_length=225),
         dict(network_args=["conv_dim=2", "conv_alpha=1"], cache_latents=False, flip_aug=True, random_crop=True),
+        dict(shadows=2, shadow_rank=2),
         dict(network_module="lycoris.kohya", network_args=["algo=loha"], network_train_unet_only=True),
     ],
     ids=lambda changes: ",".join(changes),
