@@ -10,7 +10,7 @@ from lora_network import find_modules
 from merge_lora import fold_lora
 from PIL import PngImagePlugin
 from sample_images import Sampler
-from sd_model import load_sd_model
+from sdxl_model import load_base_model
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def lora_applied(model, path, strength=1.0):
 
 
 class PictureMaker:
-    """A base model that makes pictures for one caller at a time.
+    """A base model (SD 1.x, 2.x or SDXL) that makes pictures for one caller at a time.
 
     Raises:
         ValueError, FileNotFoundError: the base cannot be loaded.
@@ -49,7 +49,7 @@ class PictureMaker:
     def __init__(self, base, *, v2=False, v_parameterization=False, clip_skip=None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
-        self.model = load_sd_model(str(base), v2=v2, v_parameterization=v_parameterization, dtype=dtype)
+        self.model = load_base_model(str(base), v2=v2, v_parameterization=v_parameterization, dtype=dtype)
         for part in (self.model.unet, self.model.vae, *self.model.text_encoders):
             part.to(device)
         self.lock = threading.Lock()

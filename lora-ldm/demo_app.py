@@ -18,7 +18,7 @@ import streamlit as st
 from cs_fluctuation import HISTORY_NAME
 from cs_replay import draw
 from run_folders import TREE, Places, Run, decision_of, offered
-from training_process import LIMITS, PRECISIONS, TrainingProcess, TrainingSettings, command
+from training_process import LIMITS, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base
 
 PROJECT = TREE.parent
 EMBEDDED = "embedded base (64 px)"
@@ -284,12 +284,12 @@ def ask_settings(places):
     name = left.text_input("Name", "my-lora")
     base = left.selectbox("Base", list(places.bases))
     images = left.selectbox("Pictures", list(places.images))
-    usual_px = 64 if base == EMBEDDED else 512
+    usual_px = 64 if base == EMBEDDED else 1024 if is_sdxl_base(places.base(base)) else 512
     resolution = left.number_input("Resolution (px)", *LIMITS["resolution_px"], usual_px, 64, key=f"resolution {usual_px}")
     rank = middle.number_input("Rank", *LIMITS["rank"], 16)
     alpha = middle.number_input("Alpha", 0.0, 1024.0, 16.0)
     unet_rate = middle.number_input("Learning rate, U-Net", 0.0, 1.0, 1e-3, 1e-4, format="%.2e")
-    text_rate = middle.number_input("Learning rate, text encoder", 0.0, 1.0, 1e-4, 1e-5, format="%.2e")
+    text_rate = middle.number_input("Learning rate, text encoder", 0.0, 1.0, 1e-4, 1e-5, format="%.2e", help="0: not trained")
     epochs = right.number_input("Epochs at most", *LIMITS["epochs"], 15)
     batch_size = right.number_input("Pictures a step", *LIMITS["batch_size"], 2)
     precision = right.selectbox("Precision", PRECISIONS, help="fp16 or bf16 on a GPU")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from run_folders import LOG_NAME, TREE, Places
 from sample_images import parse_prompt_line
+from sdxl_model import is_sdxl
 
 PROMPTS_NAME = "preview_prompts.txt"
 PRECISIONS = ("no", "fp16", "bf16")
@@ -80,14 +81,22 @@ def command(settings, places: Places, folder):
     """The words of the training command. Raises ValueError for settings that are not allowed or not offered."""
     settings.validate()
     base, images = places.base(settings.base), places.image_folder(settings.images)
-    words = [sys.executable, str(TREE / trainer_of(base)), "--pretrained_model_name_or_path", str(base)]
+    sdxl = is_sdxl_base(base)
+    script = TREE / ("es_lora_sdxl.py" if sdxl else "es_lora_ldm.py")
+    words = [sys.executable, str(script), "--pretrained_model_name_or_path", str(base)]
     words += ["--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", str(settings.resolution_px)]
     words += ["--enable_bucket", "--min_bucket_reso", "64", "--bucket_no_upscale", "--cache_latents"]
     words += ["--output_dir", str(folder), "--output_name", settings.name]
     words += ["--network_dim", str(settings.rank), "--network_alpha", f"{settings.alpha:g}"]
     words += ["--max_train_epochs", str(settings.epochs), "--train_batch_size", str(settings.batch_size)]
     words += ["--learning_rate", f"{settings.unet_rate:g}", "--unet_lr", f"{settings.unet_rate:g}"]
-    words += ["--text_encoder_lr", f"{settings.text_rate:g}", "--lr_scheduler", "cosine"]
+    if settings.text_rate:
+        words += ["--text_encoder_lr", f"{settings.text_rate:g}"]
+    else:
+        words += ["--network_train_unet_only", *(["--cache_text_encoder_outputs"] if sdxl else [])]
+    words += ["--lr_scheduler", "cosine"]
+    if sdxl and settings.precision == "fp16":
+        words.append("--no_half_vae")  # SDXL's VAE gives NaN in fp16
     words += ["--mixed_precision", settings.precision, "--seed", str(settings.seed)]
     words += ["--calculate_cs", "--early_stop", str(settings.early_stop)]
     words += ["--cs_interval", str(settings.cs_interval or "auto"), "--window_size", str(settings.window or "auto")]
@@ -98,13 +107,10 @@ def command(settings, places: Places, folder):
     return words
 
 
-def trainer_of(base):
-    """The script for a base: a folder with a second text encoder is SDXL. Raises ValueError where it is not here."""
-    if not (Path(base) / "text_encoder_2").is_dir():
-        return "es_lora_ldm.py"
-    if not (TREE / "es_lora_sdxl.py").is_file():
-        raise ValueError(f"base {base} is SDXL, and es_lora_sdxl.py is not here")
-    return "es_lora_sdxl.py"
+def is_sdxl_base(base):
+    """Whether a base is SDXL: what its files say, or, so that nothing is fetched, the hub name."""
+    path = Path(base)
+    return is_sdxl(path) if path.exists() else "xl" in str(base).lower()
 
 
 class TrainingProcess:

@@ -168,15 +168,16 @@ def test_a_command_of_other_settings_is_refused(places, tmp_path, changes, words
         command(settings(**changes), places, tmp_path / "root" / "new")
 
 
-def test_sdxl_bases_get_the_sdxl_trainer(tmp_path, monkeypatch):
-    import training_process
+def test_sdxl_bases_get_the_sdxl_trainer(places, tmp_path):
+    from ldm_arguments import parse_arguments
+    from training_process import command, is_sdxl_base
 
-    (tmp_path / "text_encoder_2").mkdir()
-    monkeypatch.setattr(training_process, "TREE", tmp_path)
-    with pytest.raises(ValueError, match="es_lora_sdxl.py is not here"):
-        training_process.trainer_of(str(tmp_path))
-    (tmp_path / "es_lora_sdxl.py").touch()
-    assert training_process.trainer_of(str(tmp_path)) == "es_lora_sdxl.py"
+    (tmp_path / "base" / "text_encoder_2").mkdir()
+    words = command(settings(text_rate=0, precision="fp16"), places, tmp_path / "root" / "new")
+    assert words[1] == str(TREE / "es_lora_sdxl.py")
+    args = parse_arguments(words[2:], sdxl=True)
+    assert args.network_train_unet_only and args.cache_text_encoder_outputs and args.no_half_vae
+    assert is_sdxl_base("stabilityai/stable-diffusion-xl-base-1.0") and not is_sdxl_base("stable-diffusion-v1-5/some-name")
 
 
 def test_a_training_never_writes_into_a_folder_that_is_there(places, tmp_path, monkeypatch):
@@ -212,9 +213,15 @@ def test_stop_is_an_interrupt(places, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    if request.param == "sd":
+        return make_base(folder)
+    from tiny_sdxl import tiny_sdxl
+
+    tiny_sdxl(folder).save_pipeline(folder / "base")
+    return str(folder / "base")
 
 
 def test_pictures_of_a_lora_and_the_base_as_before_afterwards(base, tmp_path):
@@ -224,9 +231,9 @@ def test_pictures_of_a_lora_and_the_base_as_before_afterwards(base, tmp_path):
     from lora_network import create_network
     from PIL import Image
     from sample_images import Prompt
-    from sd_model import load_sd_model
+    from sdxl_model import load_base_model
 
-    network = create_network(load_sd_model(base), rank=4, alpha=4)
+    network = create_network(load_base_model(base), rank=4, alpha=4)
     for name, tensor in network.tensors().items():
         torch.nn.init.normal_(tensor.data, std=0.3, generator=torch.Generator().manual_seed(len(name)))
     save_lora(tmp_path / "a.safetensors", network.state_for_file())
