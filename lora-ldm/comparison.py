@@ -52,6 +52,7 @@ class PictureMaker:
         self.model = load_base_model(str(base), v2=v2, v_parameterization=v_parameterization, dtype=dtype)
         for part in (self.model.unet, self.model.vae, *self.model.text_encoders):
             part.to(device)
+        self.model.vae.float()  # that of SDXL gives NaN in fp16
         self.lock = threading.Lock()
         self.sampler = Sampler(self.model, lambda texts: self.model.encode_text(texts, clip_skip=clip_skip), device=device)
 
