@@ -143,7 +143,7 @@ class FusedTraining:
         batches = [run.micro_batch() for run in runs]
         sizes = [(len(batch), max(len(example.ids) for example in batch)) for batch in batches]
         max_tokens = self.limits.max_tokens([need for _, need in self.active])
-        for indices in split_round(sizes, self.limits.max_rows, max_tokens):
+        for indices in split_round(sizes, self.limits.max_rows, max_tokens, self.limits.pass_tokens):
             self._pass([runs[index] for index in indices], [batches[index] for index in indices])
 
     def _pass(self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]]) -> None:

@@ -64,7 +64,6 @@ class JobRun:
         self.schedule = get_scheduler(job.lr_scheduler_type, self.optimizer, num_warmup_steps=warmup, num_training_steps=total)
         self.step, self.epoch, self.micro_step = 0, 0, 0  # completed; the place of the next micro-batch
         self.seconds, self.outcome, self.diverged, self.diverged_kept = 0.0, None, None, None
-        self.step_losses: list[float] = []  # of every optimizer step: mean over its target tokens
         self.heldout: dict[str, Optional[float]] = {}
         self._loss, self._measured_step = 0.0, 0
         state = self._newest_state() if resumed else None
@@ -122,7 +121,6 @@ class JobRun:
             self.outcome, self.diverged = "diverged", "the training loss is NaN or infinite"
             return
         self._loss += loss
-        self.step_losses[self.step :] = [sum(self.step_losses[self.step :]) + loss]
         self.micro_step += 1
         last = self.micro_step == len(self._micro_batches)
         if last or self.micro_step % self.job.accumulation == 0:
@@ -245,7 +243,6 @@ class JobRun:
             "reason": decision.reason if decision is not None else None,
             "adapters": adapters,
             "heldout": self.heldout,
-            "train_loss": self._train_loss(turning),
             "mmlu": [],
             "seconds": round(self.seconds, 2),
             "seed": self.job.seed,
@@ -258,13 +255,6 @@ class JobRun:
         for state in self._states():
             shutil.rmtree(state)
         return result
-
-    def _train_loss(self, step: Optional[int]) -> Optional[float]:
-        """Mean training loss of the epoch that ends at this step; None without one."""
-        if step is None:
-            return None
-        part = self.step_losses[max(0, step - self.data.steps_per_epoch) : step]
-        return sum(part) / len(part)
 
     # -------------------------------------------------------------------------------------- interrupted and resumed
 
@@ -299,7 +289,7 @@ class JobRun:
         for path in older:
             shutil.rmtree(path)
 
-    _NUMBERS = ("step", "epoch", "micro_step", "seconds", "step_losses", "heldout", "_loss", "_measured_step")
+    _NUMBERS = ("step", "epoch", "micro_step", "seconds", "heldout", "_loss", "_measured_step")
 
     def _load(self, folder: Path) -> None:
         state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))

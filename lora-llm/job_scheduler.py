@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-# What one more walk through the frozen weights costs, in tokens: a micro-batch that would waste more than that by padding has
-# a pass of its own.
-PASS_TOKENS = 64
+# What a pass costs beside its tokens (reading, or dequantising, every frozen weight), as a number of tokens. The CPU's is
+# what tests/benchmarks/multi_lora_throughput.py implies for a 4-bit base; the GPU's is an estimate.
+PASS_TOKENS = {"cpu": 32, "cuda": 512}
 LORA_BYTES = 24  # of a LoRA parameter in training: weight, gradient, two Adam moments, and what measuring keeps, in float32
 
 
@@ -27,13 +27,14 @@ class MemoryNeed:
 class Limits:
     """max_rows: rows a pass. max_jobs: adapters that train at once. free_bytes: what the base leaves of --memory_gb.
 
-    token_bytes: activations of one token in a pass. Without free_bytes memory is not bounded.
+    token_bytes: activations of one token in a pass. Without free_bytes memory is not bounded. pass_tokens: see PASS_TOKENS.
     """
 
     max_rows: int
     max_jobs: int
     free_bytes: Optional[float] = None
     token_bytes: float = 1.0
+    pass_tokens: int = PASS_TOKENS["cpu"]
 
     def max_tokens(self, needs: Sequence[MemoryNeed]) -> Optional[int]:
         """Tokens a pass may hold beside these adapters; None: any number."""
@@ -83,20 +84,23 @@ class JobQueue:
         return admitted
 
 
-def split_round(sizes: Sequence[tuple[int, int]], max_rows: int, max_tokens: Optional[int] = None) -> list[list[int]]:
+def split_round(
+    sizes: Sequence[tuple[int, int]], max_rows: int, max_tokens: Optional[int] = None, pass_tokens: int = PASS_TOKENS["cpu"]
+) -> list[list[int]]:
     """Cut a round into passes: lists of indices into sizes, (rows, longest row in tokens) of every micro-batch.
 
-    No pass has more than max_rows rows, or more than max_tokens tokens, padding included; a micro-batch is never split, and
-    never padded by more than PASS_TOKENS tokens for the company of longer ones.
+    No pass has more than max_rows rows, or more than max_tokens tokens, padding included; a micro-batch is never split. Of all
+    such cuts of the micro-batches in order of length it is the cheapest: fewest tokens, a pass counted as pass_tokens more.
     """
-    passes: list[list[int]] = []
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index][1], index)):
-        rows, length = sizes[index]
-        if passes:
-            together, longest = sum(sizes[other][0] for other in passes[-1]) + rows, sizes[passes[-1][0]][1]
-            fits = together <= max_rows and (max_tokens is None or together * longest <= max_tokens)
-            if fits and rows * (longest - length) <= PASS_TOKENS:
-                passes[-1].append(index)
-                continue
-        passes.append([index])
-    return passes
+    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index][1], index))
+    cheapest: list[tuple[int, list[list[int]]]] = [(0, [])]  # of the first n micro-batches
+    for end in range(1, len(order) + 1):
+        choices = []
+        for start in range(end):
+            rows, longest = sum(sizes[index][0] for index in order[start:end]), sizes[order[start]][1]
+            fits = rows <= max_rows and (max_tokens is None or rows * longest <= max_tokens)
+            if fits or end - start == 1:
+                cost, passes = cheapest[start]
+                choices.append((cost + pass_tokens + rows * longest, [*passes, order[start:end]]))
+        cheapest.append(min(choices, key=lambda choice: choice[0]))
+    return cheapest[-1][1]

@@ -32,22 +32,26 @@ def choose(results: Sequence[dict[str, Any]]) -> Optional[tuple[dict[str, Any], 
     """The best job of a grid and the reason, or None where none has weights to keep.
 
     Where every one was scored on held-out examples: the lowest held-out loss of the kept weights. Otherwise by the early-stop
-    verdicts: of those with a turning point, the lowest training loss over the epoch before it (what was learned before
-    overfitting began); without any turning point, none has been trained to its end, and none is chosen.
+    verdicts: of those with a turning point, the one that reached it with the fewest examples seen. The training loss would be a
+    bad judge: it is lowest where overfitting is worst. Without any turning point none is chosen.
     """
     kept = [result for result in results if result["outcome"] in ("stopped_early", "budget_reached", "no_turning_point")]
     scored = {result["name"]: kept_loss(result) for result in kept}
     if kept and all(loss is not None for loss in scored.values()):
         best = min(kept, key=lambda result: scored[result["name"]])
         return best, f"the lowest held-out loss of {len(kept)}, {scored[best['name']]:.4f}"
-    turned = [result for result in kept if result["turning_step"] is not None and result["train_loss"] is not None]
+    turned = [result for result in kept if result["turning_step"] is not None]
     if not turned:
         return None
-    best = min(turned, key=lambda result: result["train_loss"])
+    best = min(turned, key=_examples_to_turning_point)
     return best, (
-        f"of {len(turned)} with a turning point the lowest training loss before it, {best['train_loss']:.4f}; held-out examples "
-        "would tell more"
+        f"of {len(turned)} with a turning point it was there first, after {_examples_to_turning_point(best)} examples; held-out "
+        "examples would tell more"
     )
+
+
+def _examples_to_turning_point(result: dict[str, Any]) -> int:
+    return result["turning_step"] * result["settings"]["batch_size"] * result["settings"]["accumulation"]
 
 
 def kept_loss(result: dict[str, Any]) -> Optional[float]:

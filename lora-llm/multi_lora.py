@@ -33,7 +33,7 @@ from fused_training import FusedTraining, finished_result, memory_need
 from job_config import Job, read_jobs
 from job_data import JobData, prepare_job
 from job_processes import Processes
-from job_scheduler import Limits, MemoryNeed, token_bytes
+from job_scheduler import PASS_TOKENS, Limits, MemoryNeed, token_bytes
 from jobs_overview import write_overview
 from run_outcome import next_commands
 
@@ -167,14 +167,15 @@ def _check_run(jobs: Sequence[Job], output_dir: Path, bits: int, max_rows: int, 
 
 
 def _limits(base: Any, max_rows: int, max_jobs: int, memory_gb: Optional[float], checkpointing: bool) -> Limits:
+    pass_tokens = PASS_TOKENS["cpu" if base.device.type == "cpu" else "cuda"]
     if memory_gb is None:
-        return Limits(max_rows, max_jobs)
+        return Limits(max_rows, max_jobs, pass_tokens=pass_tokens)
     base_bytes = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
     sizes = [linear_shape(layer) for layer in linear_layers(base).values()]
     free = memory_gb * 1e9 - base_bytes
     if free <= 0:
         raise ValueError(f"--memory_gb {memory_gb:g}: the base alone takes {base_bytes / 1e9:.2f} GB; raise it or lower --bits")
-    return Limits(max_rows, max_jobs, free, token_bytes(base, sizes, checkpointing))
+    return Limits(max_rows, max_jobs, free, token_bytes(base, sizes, checkpointing), pass_tokens)
 
 
 def _prepare(

@@ -1,5 +1,7 @@
 """Admission, fair rounds and the grid's choice, worked out by hand."""
 
+import itertools
+
 import pytest
 from job_scheduler import JobQueue, Limits, MemoryNeed, split_round, waiting_order
 from jobs_overview import choices, sparkline, summary
@@ -35,15 +37,33 @@ def test_rows_of_like_length_share_a_pass():
     assert split_round(sizes, max_rows=3) == [[1], [3], [2], [0]]
 
 
-def test_padding_is_never_worth_more_than_a_pass():
-    assert split_round([(2, 10), (2, 42)], max_rows=9) == [[1, 0]]  # 2 x 32 tokens of padding
-    assert split_round([(2, 10), (2, 43)], max_rows=9) == [[1], [0]]
-    assert split_round([(1, 10), (2, 43)], max_rows=9) == [[1, 0]]
+def test_a_pass_more_is_made_where_padding_would_cost_more():
+    assert split_round([(2, 10), (2, 42)], max_rows=9, pass_tokens=64) == [[1, 0]]  # 2 x 32 tokens of padding
+    assert split_round([(2, 10), (2, 43)], max_rows=9, pass_tokens=64) == [[1], [0]]
+    assert split_round([(1, 10), (2, 43)], max_rows=9, pass_tokens=64) == [[1, 0]]
+
+
+def test_the_cut_is_the_cheapest_of_all():
+    """Against every cut of eight micro-batches, tried one by one."""
+    sizes, limit, price = [(2, 30), (1, 70), (3, 64), (1, 12), (2, 66), (4, 20), (1, 15), (2, 50)], 6, 25
+    order = sorted(range(8), key=lambda index: -sizes[index][1])
+
+    def cost(passes):
+        return sum(price + sum(sizes[index][0] for index in part) * max(sizes[index][1] for index in part) for part in passes)
+
+    every = []
+    for cuts in itertools.product((False, True), repeat=7):
+        passes = [[order[0]]]
+        for cut, index in zip(cuts, order[1:]):
+            passes.append([index]) if cut else passes[-1].append(index)
+        if all(sum(sizes[index][0] for index in part) <= limit for part in passes):
+            every.append(cost(passes))
+    assert cost(split_round(sizes, limit, pass_tokens=price)) == min(every) < max(every)
 
 
 def test_tokens_are_bounded_with_their_padding():
-    assert split_round([(2, 10), (2, 40)], max_rows=9, max_tokens=160) == [[1, 0]]
-    assert split_round([(2, 10), (2, 40)], max_rows=9, max_tokens=159) == [[1], [0]]
+    assert split_round([(2, 10), (2, 40)], max_rows=9, max_tokens=160, pass_tokens=64) == [[1, 0]]
+    assert split_round([(2, 10), (2, 40)], max_rows=9, max_tokens=159, pass_tokens=64) == [[1], [0]]
 
 
 @pytest.mark.parametrize("max_rows", (1, 3, 5, 100))
@@ -55,9 +75,9 @@ def test_every_micro_batch_has_one_turn_a_round(max_rows):
 # ------------------------------------------------------------------------------------------------ the overview
 
 
-def result(name, outcome="stopped_early", group="g", kept=None, last=None, train_loss=1.0, turning=5):
-    heldout = {"kept": kept, "last": last}
-    return {"name": name, "group": group, "outcome": outcome, "heldout": heldout, "train_loss": train_loss} | {
+def result(name, outcome="stopped_early", group="g", kept=None, last=None, turning=5, batch=4):
+    heldout, settings = {"kept": kept, "last": last}, {"batch_size": batch, "accumulation": 2}
+    return {"name": name, "group": group, "outcome": outcome, "heldout": heldout, "settings": settings} | {
         "turning_step": turning,
         "budget_steps": 100,
         "last_step": 20,
@@ -66,7 +86,7 @@ def result(name, outcome="stopped_early", group="g", kept=None, last=None, train
 
 
 def test_held_out_loss_of_the_kept_weights_chooses():
-    members = [result("a", kept=2.0, last=0.5), result("b", kept=1.5, last=9.0), result("c", "diverged", train_loss=0.1)]
+    members = [result("a", kept=2.0, last=0.5), result("b", kept=1.5, last=9.0), result("c", "diverged", kept=0.1)]
     assert choices(members) == {"g": {"name": "b", "reason": "the lowest held-out loss of 2, 1.5000"}}
 
 
@@ -76,13 +96,14 @@ def test_a_full_run_without_a_turning_point_counts_with_its_last_weights():
 
 
 def test_without_held_out_examples_the_verdicts_choose_and_say_so():
-    members = [result("a", train_loss=3.0), result("b", train_loss=2.5), result("c", "no_turning_point", turning=None)]
+    members = [result("a", turning=6), result("b", turning=7, batch=2), result("c", "no_turning_point", turning=None)]
     chosen = choices([*members, result("alone", group=None)])
-    assert list(chosen) == ["g"] and chosen["g"]["name"] == "b" and "held-out examples would tell more" in chosen["g"]["reason"]
+    assert list(chosen) == ["g"] and chosen["g"]["name"] == "b"
+    assert "after 28 examples; held-out examples would tell more" in chosen["g"]["reason"]
 
 
 def test_nothing_is_chosen_where_nothing_was_trained_to_its_end():
-    members = [result("a", "diverged"), result("b", "no_turning_point", turning=None, train_loss=None)]
+    members = [result("a", "diverged"), result("b", "no_turning_point", turning=None)]
     assert choices(members)["g"]["name"] is None and "train longer" in choices(members)["g"]["reason"]
 
 
