@@ -229,7 +229,7 @@ def main() -> int:
         "## Memory",
         "",
         "Peak resident memory of a whole process that trains with `train_jobs` at 4 bits and batch 1 for 3 steps, libraries"
-        f" included. {arguments.memory_repeats} fresh processes each.",
+        f" included. {arguments.memory_repeats} fresh process(es) each.",
         "",
         *memory,
         "",
