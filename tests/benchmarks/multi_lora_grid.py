@@ -38,7 +38,7 @@ def main() -> int:
     seconds = time.process_time() - started
     results = overview["jobs"]
     lines = [
-        "| rank | learning rate | stopped at | kept | held-out loss before | kept | last | training loss before the kept step |"
+        "| rank | learning rate | stopped at | kept | held-out loss before | kept | last |"
     ]
     lines += ["|---|---|---|---|---|---|---|"]
     for result in results:
@@ -72,6 +72,7 @@ def main() -> int:
         f" ({kept[by_verdict[0]['name']]:.3f})."
         if by_verdict
         else "- Without the held-out examples none would have been chosen.",
+        "  That way of choosing was settled after a first look at this grid, so this line does not test it.",
         f"- Steps: {steps} of {budget}, {100 * steps / budget:.0f}% of training each to its full budget; {seconds:.0f} seconds of"
         " processor time in all, scoring and measuring included.",
         "",
