@@ -141,12 +141,12 @@ def last_lines(outcome, args, prompt):
         lines += ["Carry on with:", f"  {shlex.join([python, *words, '--resume', show(outcome.files['state'])])}"]
     elif "kept" in outcome.files:
         kind = (["--v2"] if args.v2 else []) + (["--v_parameterization"] if args.v_parameterization else [])
-        kind += ["--clip_skip", str(args.clip_skip)] if args.clip_skip else []
+        text = ["--clip_skip", str(args.clip_skip)] if args.clip_skip else []
         kept, base = show(outcome.files["kept"]), args.pretrained_model_name_or_path
-        models = ["--base", kept, *kind] if args.train_full_unet else ["--base", base, *kind, "--lora", kept]
-        lines += ["Try it:", _command("sample_images.py", *models, "--prompt", prompt)]
+        models = ["--base", kept] if args.train_full_unet else ["--base", base, "--lora", kept]
+        lines += ["Try it:", _command("sample_images.py", *models, *kind, *text, "--prompt", prompt)]
         if args.train_full_unet:
-            words = ["--model_org", base, "--model_tuned", kept, "--save_to", f"{kept}-lora.safetensors"]
+            words = ["--model_org", base, "--model_tuned", kept, *kind, "--save_to", f"{kept}-lora.safetensors"]
             lines += ["Make a LoRA of it, which stage two trains on:", _command("extract_lora.py", *words)]
     return lines
 
