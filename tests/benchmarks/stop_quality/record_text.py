@@ -1,0 +1,123 @@
+"""Record one text run. record_runs.py calls it, in the language-model environment with lora-llm/ on the path."""
+
+import shutil
+import sys
+
+import es_lora_llm
+import torch
+from dataset_sources import read_table_as_pairs
+from early_stop_callback import peft_lora_layers
+from llm_arguments import parse_arguments
+from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, write_trace
+from runs import CACHE, ROOT, RUNS, data_folder, trace_path
+from transformers import TrainerCallback
+
+HELDOUT_ROWS, HELDOUT_POINTS = 40, 60  # examples scored; about so many times a run
+PROBE_ROWS = 8
+BASES = {"embedded": ROOT / "lora-llm" / "tiny_base", "larger": CACHE / "larger_base"}
+
+
+def arguments_of(spec, output):
+    folder = data_folder(spec)
+    flags = {
+        "model_name_or_path": BASES[spec.base],
+        "dataset": folder / "train.jsonl",
+        "output_dir": output,
+        "bits": spec.bits,
+        "lora_r": spec.rank,
+        "lora_alpha": 2 * spec.rank,
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": spec.schedule,
+        "warmup_ratio": 0,
+        "num_train_epochs": spec.epochs,
+        "per_device_train_batch_size": spec.batch,
+        "gradient_accumulation_steps": 1,
+        "source_max_len": 128,
+        "target_max_len": 128,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "optim": "adamw_torch",
+        "disable_tqdm": True,
+        "seed": spec.seed,
+    }
+    if spec.bits == 16:
+        flags["bf16"] = True
+    if spec.purpose == "validation":
+        flags.update(do_eval=True, eval_dataset_size=0.1)
+    if spec.purpose == "shadow":
+        flags["shadows"] = 2
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+class RowLoss:
+    """The loss per target token over fixed rows, of the weights as they are; no trace in the random state."""
+
+    def __init__(self, run, rows):
+        rows = sorted(rows, key=lambda row: len(row["input"]) + len(row["output"]))
+        batches = [rows[start : start + 20] for start in range(0, len(rows), 20)]
+        self.run, self.batches = run, [run.collator(batch) for batch in batches]
+
+    @torch.no_grad()
+    def __call__(self):
+        model, total, tokens = self.run.model, 0.0, 0
+        was_training = model.training
+        model.eval()
+        with self.run.trainer.compute_loss_context_manager():
+            for batch in self.batches:
+                count = int((batch["labels"][:, 1:] != -100).sum())
+                total += model(**batch).loss.item() * count
+                tokens += count
+        model.train(was_training)
+        return total / tokens
+
+
+class NotesGradients(TrainerCallback):
+    def __init__(self, norm, parameters):
+        self.norm, self.parameters = norm, parameters
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.norm.note(self.parameters)
+
+
+def add_columns(run, spec, heldout, probe, norm):
+    """Fill the callback's further columns. The slow ones are measured about HELDOUT_POINTS times a run."""
+    columns, depth = run.early_stop.columns, run.model.config.num_hidden_layers
+
+    def groups_of(layer):
+        """A layer's projection (q_proj, ...) and its third of the depth."""
+        parts = layer.name.split(".")
+        number = int(next(part for part in parts if part.isdigit()))
+        return parts[-1], f"third-{3 * number // depth + 1}"
+
+    steps_per_epoch = -(-len(run.splits.train) // spec.batch)
+    measurements = spec.epochs * steps_per_epoch / max(1, round(steps_per_epoch / 10))
+    every = max(1, round(measurements / HELDOUT_POINTS))
+    columns.update(group_columns(peft_lora_layers(run.model), groups_of))
+    columns["probe_loss"], columns["grad_norm"] = EveryNth(probe, every), norm.value
+    columns["adam_ratio"] = lambda: adam_ratio(run.trainer.optimizer.optimizer)
+    columns["heldout_loss"] = EveryNth(heldout, every)
+    if spec.purpose == "validation":
+        columns["validation_loss"] = EveryNth(RowLoss(run, list(run.splits.evaluation)), every)
+
+
+def record(spec):
+    output = CACHE / "outputs" / spec.name
+    shutil.rmtree(output, ignore_errors=True)
+    words = arguments_of(spec, output)
+    run = es_lora_llm.set_up(parse_arguments(words), words)
+    rows, _ = read_table_as_pairs(data_folder(spec) / "heldout.jsonl")
+    heldout = RowLoss(run, list(rows)[:HELDOUT_ROWS])
+    probe = RowLoss(run, [run.splits.train[index] for index in range(PROBE_ROWS)])
+    norm = GradientNorm()
+    run.trainer.add_callback(NotesGradients(norm, [p for p in run.model.parameters() if p.requires_grad]))
+    add_columns(run, spec, heldout, probe, norm)
+    at_start = heldout()
+    outcome = es_lora_llm.train(run)
+    run.early_stop.monitor.close()
+    write_trace(output, trace_path(spec), spec, heldout_at_start=at_start, outcome=outcome)
+    shutil.rmtree(output, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    record(RUNS[sys.argv[1]])

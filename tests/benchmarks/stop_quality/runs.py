@@ -1,0 +1,129 @@
+"""The runs of the suite: which data sets, which half each belongs to, and which settings every run has.
+
+Halves were drawn by data set, balanced over the kinds, before any rule was tuned. The settings of a set's runs are drawn with
+the set's name as seed: every factor's levels are spread evenly over the runs and shuffled independently of the others.
+"""
+
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+TRACES = HERE / "traces"
+CACHE = HERE / "cache"
+
+# data set: (kind, half, training examples)
+TEXT_SETS = {
+    "kitchen_notes": ("style", "tuning", 130),
+    "dhammapada": ("style", "tuning", 32),
+    "devils_dictionary": ("style", "test", 160),
+    "king_james": ("style", "test", 250),
+    "law_terms": ("domain", "tuning", 140),
+    "strongs_greek": ("domain", "tuning", 500),
+    "freebsd_drivers": ("domain", "test", 240),
+    "unit_conversions": ("question and answer", "tuning", 100),
+    "elements": ("question and answer", "test", 48),
+    "emoji_names": ("instructions", "tuning", 60),
+    "commit_messages": ("instructions", "test", 125),
+    "text_edits": ("instructions", "test", 400),
+}
+IMAGE_SETS = {
+    "portraits": ("fluent 3d", "tuning", 20),
+    "landscape": ("twemoji", "tuning", 18),
+    "vehicles": ("fluent 3d", "tuning", 24),
+    "stills": ("fluent 3d", "test", 20),
+    "architecture": ("twemoji", "test", 20),
+    "food": ("twemoji", "test", 12),
+}
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # a factor of 33
+RANKS = (4, 16, 64)
+BATCHES = (4, 16)
+SCHEDULES = ("constant", "cosine")
+BITS = (4, 16)
+SEEDS = (0, 1, 2)
+SMALL_RUNS, LARGER_RUNS, IMAGE_RUNS = 7, 2, 6  # a set
+ROWS_SEEN, PICTURES_SEEN = 2400, 1600  # about the budget of a run
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run. model: "text" or "image". base: "embedded" or "larger". purpose: "record" (every signal), "shadow" (the same
+    run with shadow adapters beside it) or "validation" (10% of the training examples held out as a person would)."""
+
+    name: str
+    model: str
+    dataset: str
+    kind: str
+    half: str
+    purpose: str
+    base: str
+    learning_rate: float
+    rank: int
+    batch: int
+    schedule: str
+    bits: int
+    seed: int
+    epochs: int
+    repeats: int = 1
+    trains_text_encoder: bool = False
+
+    def settings(self):
+        return asdict(self)
+
+
+def spread(levels, count, generator):
+    """`count` values, each level as often as the others as far as that goes, in random order."""
+    values = [levels[index % len(levels)] for index in range(count)]
+    generator.shuffle(values)
+    return values
+
+
+def text_epochs(examples, rate, base):
+    rows = ROWS_SEEN // (2 if base == "larger" else 1)
+    shortest, longest = (5, 12) if base == "larger" else (6, 16)
+    epochs = min(longest, max(shortest, round(rows / examples)))
+    return max(shortest, round(0.6 * epochs)) if rate == RATES[-1] else epochs
+
+
+def text_runs():
+    for dataset, (kind, half, examples) in TEXT_SETS.items():
+        for base, count, rates in (("embedded", SMALL_RUNS, RATES), ("larger", LARGER_RUNS, RATES[1:3])):
+            generator = random.Random(f"{dataset}/{base}")
+            factors = zip(*(spread(levels, count, generator) for levels in (rates, RANKS, BATCHES, SCHEDULES, BITS, SEEDS)))
+            for index, (rate, rank, batch, schedule, bits, seed) in enumerate(factors):
+                purpose = "shadow" if base == "embedded" and index < 2 else "record"
+                facts = (kind, half, purpose, base, rate, rank, batch, schedule, bits, seed, text_epochs(examples, rate, base))
+                spec = RunSpec(f"text-{dataset}-{base}-{index}", "text", dataset, *facts)
+                yield spec
+                if purpose == "shadow":
+                    yield RunSpec(**{**spec.settings(), "name": f"{spec.name}-validation", "purpose": "validation"})
+
+
+def image_runs():
+    for dataset, (kind, half, pictures) in IMAGE_SETS.items():
+        generator = random.Random(dataset)
+        levels = (RATES[:3], (4, 32), (2, 4), SCHEDULES, SEEDS, (2, 10), (False, True))
+        factors = zip(*(spread(values, IMAGE_RUNS, generator) for values in levels))
+        for index, (rate, rank, batch, schedule, seed, repeats, text) in enumerate(factors):
+            purpose = "shadow" if index < 2 else "record"
+            epochs = max(6, round(PICTURES_SEEN / (pictures * repeats)))
+            facts = (kind, half, purpose, "embedded", rate, rank, batch, schedule, 32, seed, epochs, repeats, text)
+            spec = RunSpec(f"image-{dataset}-{index}", "image", dataset, *facts)
+            yield spec
+            if purpose == "shadow":
+                yield RunSpec(**{**spec.settings(), "name": f"{spec.name}-validation", "purpose": "validation"})
+
+
+RUNS = {spec.name: spec for spec in [*text_runs(), *image_runs()]}
+
+
+def data_folder(spec):
+    """The folder of a run's data set: `dataset/` of the project, or one of the sets beside this file."""
+    bundled = ROOT / "dataset" / spec.dataset
+    return bundled if bundled.is_dir() else HERE / f"{spec.model}_sets" / spec.dataset
+
+
+def trace_path(spec):
+    return TRACES / f"{spec.name}.jsonl.gz"
