@@ -71,7 +71,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=HERE / "cache" / "text", help="packages and text")
     parser.add_argument("--out_dir", type=Path, default=HERE / "cache" / "larger_base")
-    parser.add_argument("--tokens", type=float, default=1e6, help="training tokens (default: %(default)s)")
+    parser.add_argument("--tokens", type=float, default=5e5, help="training tokens (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help=f"windows of {CONTEXT_TOKENS} tokens a step")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Record one image run. record_runs.py calls it, in the diffusion environment with lora-ldm/ on the path."""
+"""Record image runs. record_runs.py calls it, in the diffusion environment with lora-ldm/ on the path."""
 
 import copy
 import shutil
@@ -11,11 +11,11 @@ from es_lora_ldm import NetworkTrainer
 from image_dataset import build_datasets
 from ldm_arguments import parse_arguments
 from model_setup import cache_latents
-from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, write_trace
-from runs import CACHE, ROOT, RUNS, data_folder, trace_path
+from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, record_all, write_trace
+from runs import CACHE, ROOT, data_folder, trace_path
 from validation_loss import validation_loss
 
-HELDOUT_POINTS = 50  # about so many held-out losses a run
+HELDOUT_POINTS = 40  # about so many held-out losses a run
 PROBE_BATCHES = 1
 
 
@@ -111,7 +111,11 @@ def add_columns(trainer, heldout_loss, probe_loss):
         columns["validation_loss"] = EveryNth(lambda: validation_loss(trainer), every)
 
 
+def record_in_scratch(spec):
+    with tempfile.TemporaryDirectory() as folder:
+        record(spec, Path(folder))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        record(RUNS[sys.argv[1]], Path(folder))
+    sys.exit(record_all(record_in_scratch, sys.argv[1:]))

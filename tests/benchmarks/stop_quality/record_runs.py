@@ -14,22 +14,23 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from runs import CACHE, HERE, ROOT, RUNS, trace_path
+from runs import CACHE, HERE, ROOT, RUNS, TRACES, trace_path
 from tqdm import tqdm
 
+RUNS_A_PROCESS = 6  # loading the libraries takes as long as a short run
 TREES = {"text": ("llm", "record_text.py"), "image": ("ldm", "record_image.py")}
 
 
-def record(spec):
-    """Record one run in an interpreter of its tree's environment; None, or what went wrong."""
-    tree, script = TREES[spec.model]
-    log = CACHE / "logs" / f"{spec.name}.log"
+def record(specs):
+    """Record some runs of one tree in an interpreter of its environment; the names of those that failed."""
+    tree, script = TREES[specs[0].model]
+    log = CACHE / "logs" / f"{specs[0].name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / f"lora-{tree}"), str(HERE)])}
-    command = [str(ROOT / f".venv-{tree}" / "bin" / "python"), str(HERE / script), spec.name]
+    command = [str(ROOT / f".venv-{tree}" / "bin" / "python"), str(HERE / script), *(spec.name for spec in specs)]
     with open(log, "w", encoding="utf-8") as handle:
-        code = subprocess.run(command, env=environment, stdout=handle, stderr=subprocess.STDOUT).returncode
-    return None if code == 0 else f"{spec.name} failed with exit code {code}; see {log}"
+        subprocess.run(command, env=environment, stdout=handle, stderr=subprocess.STDOUT)
+    return [f"{spec.name} left no trace; see {log}" for spec in specs if not trace_path(spec).exists()]
 
 
 def chosen_runs(arguments):
@@ -50,15 +51,24 @@ def parse_arguments():
 
 
 def main():
-    runs = chosen_runs(arguments := parse_arguments())
+    arguments = parse_arguments()
+    runs = chosen_runs(arguments)
     if not (CACHE / "larger_base").is_dir():
         runs = [spec for spec in runs if spec.base != "larger"]
+    for spec in runs:
+        trace_path(spec).unlink(missing_ok=True)
+    portions = [
+        same[start : start + RUNS_A_PROCESS]
+        for model in TREES
+        for same in [[spec for spec in runs if spec.model == model]]
+        for start in range(0, len(same), RUNS_A_PROCESS)
+    ]
     failures = []
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        for failure in tqdm(pool.map(record, runs), total=len(runs), unit="run"):
-            if failure:
-                failures.append(failure)
-                tqdm.write(failure, file=sys.stderr)
+    with ThreadPoolExecutor(arguments.workers) as pool, tqdm(total=len(runs), unit="run") as bar:
+        for portion, failed in zip(portions, pool.map(record, portions)):
+            bar.update(len(portion))
+            failures += failed
+    print("\n".join([f"Traces are in {TRACES}.", *failures]))
     return 1 if failures else 0
 
 

@@ -1,4 +1,4 @@
-"""Record one text run. record_runs.py calls it, in the language-model environment with lora-llm/ on the path."""
+"""Record text runs. record_runs.py calls it, in the language-model environment with lora-llm/ on the path."""
 
 import shutil
 import sys
@@ -8,11 +8,11 @@ import torch
 from dataset_sources import read_table_as_pairs
 from early_stop_callback import peft_lora_layers
 from llm_arguments import parse_arguments
-from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, write_trace
-from runs import CACHE, ROOT, RUNS, data_folder, trace_path
+from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, record_all, write_trace
+from runs import CACHE, ROOT, data_folder, trace_path
 from transformers import TrainerCallback
 
-HELDOUT_ROWS, HELDOUT_POINTS = 40, 60  # examples scored; about so many times a run
+HELDOUT_ROWS, HELDOUT_POINTS = 32, 40  # examples scored; about so many times a run
 PROBE_ROWS = 8
 BASES = {"embedded": ROOT / "lora-llm" / "tiny_base", "larger": CACHE / "larger_base"}
 
@@ -120,4 +120,4 @@ def record(spec):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    record(RUNS[sys.argv[1]])
+    sys.exit(record_all(record, sys.argv[1:]))

@@ -4,9 +4,11 @@ gradient statistics. And how a finished history becomes a trace: rounded, packed
 import gzip
 import json
 import math
+import traceback
 
 import torch
 from cs_fluctuation import HISTORY_NAME, measure_each, write_whole
+from runs import RUNS
 
 DIGITS = 6  # significant digits of a trace's numbers
 
@@ -96,3 +98,16 @@ def write_trace(folder, path, spec, **facts):
         lines[0].pop(name, None)
     text = "".join(json.dumps(rounded(line), separators=(",", ":")) + "\n" for line in lines if "event" not in line)
     write_whole(path, lambda temporary: temporary.write_bytes(gzip.compress(text.encode("utf-8"), mtime=0)))
+
+
+def record_all(record, names):
+    """Record runs one after the other; one that fails is shown and passed over. The exit code: how many failed."""
+    failed = 0
+    for name in names:
+        print(f"=== {name}", flush=True)
+        try:
+            record(RUNS[name])
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+    return failed

@@ -5,7 +5,7 @@ the set's name as seed: every factor's levels are spread evenly over the runs an
 """
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +44,9 @@ SCHEDULES = ("constant", "cosine")
 BITS = (4, 16)
 SEEDS = (0, 1, 2)
 SMALL_RUNS, LARGER_RUNS, IMAGE_RUNS = 7, 2, 6  # a set
-ROWS_SEEN, PICTURES_SEEN = 2400, 1600  # about the budget of a run
+ROWS_SEEN, PICTURES_SEEN = 1400, 1000  # about the budget of a run
+LARGEST_SET = 250  # examples, of the sets that the larger base is trained on
+TWICE_SHADOWED = ("portraits", "stills")  # image sets with two runs beside which shadows are trained; the others have one
 
 
 @dataclass(frozen=True)
@@ -81,24 +83,30 @@ def spread(levels, count, generator):
 
 
 def text_epochs(examples, rate, base):
-    rows = ROWS_SEEN // (2 if base == "larger" else 1)
-    shortest, longest = (5, 12) if base == "larger" else (6, 16)
-    epochs = min(longest, max(shortest, round(rows / examples)))
-    return max(shortest, round(0.6 * epochs)) if rate == RATES[-1] else epochs
+    rows, longest = (ROWS_SEEN, 20) if base == "embedded" else (ROWS_SEEN // 2, 10)
+    epochs = min(longest, max(4, round(rows / examples)))
+    return max(4, round(0.6 * epochs)) if rate == RATES[-1] else epochs
+
+
+def with_validation(spec):
+    """The run, and where it has shadows the same run with validation the usual way."""
+    yield spec
+    if spec.purpose == "shadow":
+        yield replace(spec, name=f"{spec.name}-validation", purpose="validation")
 
 
 def text_runs():
+    bases = (("embedded", SMALL_RUNS, RATES, 2), ("larger", LARGER_RUNS, RATES[1:3], 0))
     for dataset, (kind, half, examples) in TEXT_SETS.items():
-        for base, count, rates in (("embedded", SMALL_RUNS, RATES), ("larger", LARGER_RUNS, RATES[1:3])):
+        for base, count, rates, shadowed in bases:
+            if base == "larger" and examples > LARGEST_SET:
+                continue
             generator = random.Random(f"{dataset}/{base}")
             factors = zip(*(spread(levels, count, generator) for levels in (rates, RANKS, BATCHES, SCHEDULES, BITS, SEEDS)))
             for index, (rate, rank, batch, schedule, bits, seed) in enumerate(factors):
-                purpose = "shadow" if base == "embedded" and index < 2 else "record"
+                purpose = "shadow" if index < shadowed else "record"
                 facts = (kind, half, purpose, base, rate, rank, batch, schedule, bits, seed, text_epochs(examples, rate, base))
-                spec = RunSpec(f"text-{dataset}-{base}-{index}", "text", dataset, *facts)
-                yield spec
-                if purpose == "shadow":
-                    yield RunSpec(**{**spec.settings(), "name": f"{spec.name}-validation", "purpose": "validation"})
+                yield from with_validation(RunSpec(f"text-{dataset}-{base}-{index}", "text", dataset, *facts))
 
 
 def image_runs():
@@ -106,14 +114,12 @@ def image_runs():
         generator = random.Random(dataset)
         levels = (RATES[:3], (4, 32), (2, 4), SCHEDULES, SEEDS, (2, 10), (False, True))
         factors = zip(*(spread(values, IMAGE_RUNS, generator) for values in levels))
+        shadowed = 2 if dataset in TWICE_SHADOWED else 1
         for index, (rate, rank, batch, schedule, seed, repeats, text) in enumerate(factors):
-            purpose = "shadow" if index < 2 else "record"
-            epochs = max(6, round(PICTURES_SEEN / (pictures * repeats)))
+            purpose = "shadow" if index < shadowed else "record"
+            epochs = max(5, round(PICTURES_SEEN / (pictures * repeats)))
             facts = (kind, half, purpose, "embedded", rate, rank, batch, schedule, 32, seed, epochs, repeats, text)
-            spec = RunSpec(f"image-{dataset}-{index}", "image", dataset, *facts)
-            yield spec
-            if purpose == "shadow":
-                yield RunSpec(**{**spec.settings(), "name": f"{spec.name}-validation", "purpose": "validation"})
+            yield from with_validation(RunSpec(f"image-{dataset}-{index}", "image", dataset, *facts))
 
 
 RUNS = {spec.name: spec for spec in [*text_runs(), *image_runs()]}
