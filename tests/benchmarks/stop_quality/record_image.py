@@ -93,6 +93,7 @@ def record(spec, scratch):
     trainer.set_up()
     heldout_loss = loss_over(trainer, arguments_of(spec, score, output))
     add_columns(trainer, heldout_loss, loss_over(trainer, arguments_of(spec, probe, output), PROBE_BATCHES))
+    trainer.monitor.snapshots = None  # nothing is restored here
     at_start = heldout_loss()
     trainer.train()
     trainer.monitor.close()
@@ -103,7 +104,7 @@ def record(spec, scratch):
 def add_columns(trainer, heldout_loss, probe_loss):
     every = max(1, round(trainer.total_steps / trainer.cs_interval / HELDOUT_POINTS))
     columns = trainer.columns
-    columns.update(group_columns(trainer.network.layers(), groups_of))
+    columns.update(group_columns(trainer.network.layers(), groups_of, every))
     columns["probe_loss"], columns["grad_norm"] = EveryNth(probe_loss, every), trainer.gradient_norm.value
     columns["adam_ratio"] = lambda: adam_ratio(trainer.raw_optimizer)
     columns["heldout_loss"] = EveryNth(heldout_loss, every)

@@ -72,8 +72,14 @@ class RowLoss:
 
 
 class NotesGradients(TrainerCallback):
-    def __init__(self, norm, parameters):
-        self.norm, self.parameters = norm, parameters
+    """Notes every step's gradient norm, and has the monitor keep no snapshots: nothing is restored here."""
+
+    def __init__(self, run, norm):
+        self.run, self.norm = run, norm
+        self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.run.early_stop.monitor.snapshots = None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.norm.note(self.parameters)
@@ -92,7 +98,7 @@ def add_columns(run, spec, heldout, probe, norm):
     steps_per_epoch = -(-len(run.splits.train) // spec.batch)
     measurements = spec.epochs * steps_per_epoch / max(1, round(steps_per_epoch / 10))
     every = max(1, round(measurements / HELDOUT_POINTS))
-    columns.update(group_columns(peft_lora_layers(run.model), groups_of))
+    columns.update(group_columns(peft_lora_layers(run.model), groups_of, every))
     columns["probe_loss"], columns["grad_norm"] = EveryNth(probe, every), norm.value
     columns["adam_ratio"] = lambda: adam_ratio(run.trainer.optimizer.optimizer)
     columns["heldout_loss"] = EveryNth(heldout, every)
@@ -109,7 +115,7 @@ def record(spec):
     heldout = RowLoss(run, list(rows)[:HELDOUT_ROWS])
     probe = RowLoss(run, [run.splits.train[index] for index in range(PROBE_ROWS)])
     norm = GradientNorm()
-    run.trainer.add_callback(NotesGradients(norm, [p for p in run.model.parameters() if p.requires_grad]))
+    run.trainer.add_callback(NotesGradients(run, norm))
     add_columns(run, spec, heldout, probe, norm)
     at_start = heldout()
     outcome = es_lora_llm.train(run)

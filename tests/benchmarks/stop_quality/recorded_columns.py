@@ -22,8 +22,9 @@ def stable_rank(layer):
     return float(values.sum() / largest) if largest > 0 else 0.0
 
 
-def group_columns(layers, groups_of):
-    """{name: function}: `groups` ({group: [matrix cosine, row cosine, norm of BA]}) and `stable_rank` ({component: mean})."""
+def group_columns(layers, groups_of, every):
+    """{name: function}: `groups` ({group: [matrix cosine, row cosine, norm of BA]}) and `stable_rank` ({component: mean}),
+    each at every n-th measurement."""
 
     def groups():
         members = {}
@@ -39,7 +40,7 @@ def group_columns(layers, groups_of):
             found.setdefault(layer.component, []).append(stable_rank(layer))
         return {component: math.fsum(values) / len(values) for component, values in found.items()}
 
-    return {"groups": groups, "stable_rank": ranks}
+    return {"groups": EveryNth(groups, every), "stable_rank": EveryNth(ranks, every)}
 
 
 class GradientNorm:
