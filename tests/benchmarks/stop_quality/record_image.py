@@ -96,6 +96,8 @@ def record(spec, scratch):
     trainer.monitor.snapshots = None  # nothing is restored here
     at_start = heldout_loss()
     trainer.train()
+    if trainer.outcome_name == "interrupted":
+        raise KeyboardInterrupt
     trainer.monitor.close()
     write_trace(output, trace_path(spec), spec, heldout_at_start=at_start, outcome=trainer.outcome_name)
     shutil.rmtree(output, ignore_errors=True)

@@ -119,6 +119,8 @@ def record(spec):
     add_columns(run, spec, heldout, probe, norm)
     at_start = heldout()
     outcome = es_lora_llm.train(run)
+    if outcome == "interrupted":
+        raise KeyboardInterrupt
     run.early_stop.monitor.close()
     write_trace(output, trace_path(spec), spec, heldout_at_start=at_start, outcome=outcome)
     shutil.rmtree(output, ignore_errors=True)
