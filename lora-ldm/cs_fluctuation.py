@@ -30,6 +30,9 @@ SNAPSHOT_FOLDER = "cs_snapshots"
 BLOCK_VALUES = 4_000_000  # largest part of a weight that is held in float32 at once
 
 
+MEASURED = ("step", "epoch", "cs", "cs_matrix", "cs_row", "delta_norm", "fluctuation", "loss", "lr")  # in every run
+
+
 class NonFiniteWeightsError(RuntimeError):
     """A LoRA weight is NaN or infinite: training has diverged."""
 
@@ -348,7 +351,7 @@ class EarlyStopMonitor:
     resume_from: a folder that save_state wrote; the history goes on from there.
     It never exits, prints or kills: `measure` returns the Decision once, and the trainer acts.
     Raises FileExistsError where the folder holds the history of another run, FileNotFoundError where resume_from holds
-    no state, ValueError for a component that no layer has.
+    no state, ValueError for a component that no layer has and for a rule that needs a column that is not recorded.
     """
 
     def __init__(
@@ -392,6 +395,7 @@ class EarlyStopMonitor:
             "window": rule.settings.window,
             "steps_per_epoch": rule.settings.steps_per_epoch,
             "valley": rule.settings.valley,
+            "rule_value": rule.settings.value,
             **(header or {}),
         }
         self._lines: List[Dict[str, Any]] = []
@@ -406,6 +410,12 @@ class EarlyStopMonitor:
             raise ValueError(f"component {self.component!r} has no LoRA layers; choose one of {sorted(components)}")
         if self.reduction not in ("matrix", "row"):
             raise ValueError(f"CS reduction {self.reduction!r} is unknown; use 'matrix' or 'row'")
+        recorded = {*MEASURED, *self.columns, *(["grad_evidence"] if self.evidence is not None else [])}
+        missing = [column for column in self.rule.needs if column not in recorded]
+        if missing:
+            raise ValueError(
+                f"the rule {self.rule.name} needs {', '.join(missing)}, which is not recorded here; provide it or choose another rule"
+            )
 
     def due(self, step: int) -> bool:
         """Whether `step`, counted in completed optimizer steps, is one to measure at."""

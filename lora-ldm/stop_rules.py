@@ -17,20 +17,25 @@ DEFAULT_RULE = "second-valley"
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """window: M in measurements. component: whose CS decides. steps_per_epoch: optimizer steps. valley: N of nth-valley."""
+    """window: M in measurements. component: whose CS decides. steps_per_epoch: optimizer steps. valley: N of nth-valley.
+    value: the one number of the other rules (epochs, a patience, a threshold; StopRule.value_help); None: the rule's own."""
 
     window: int
     component: str
     steps_per_epoch: float
     cs_interval: int
     valley: int = 2
+    value: Optional[float] = None
 
 
 class StopRule:
-    """Base of all rules: settings, and the empty answers."""
+    """Base of all rules: settings, reading a column, and the empty answers."""
 
     name = ""
     needs: Tuple[str, ...] = ("cs",)
+    default_value: Optional[float] = None
+    value_help = ""  # what the rule's number is; empty where it has none
+    uses_window = False  # whether the window M changes its answers
 
     def __init__(self, settings: RuleSettings):
         if settings.window < 1 or settings.valley < 1 or settings.cs_interval < 1:
@@ -38,7 +43,12 @@ class StopRule:
                 f"window {settings.window}, valley {settings.valley} and cs_interval {settings.cs_interval}: "
                 "all must be at least 1"
             )
+        if settings.value is not None and not self.value_help:
+            raise ValueError(f"the rule {self.name} has no number to set (it was given {settings.value:g}); leave it out")
+        if settings.value is not None and not (math.isfinite(settings.value) and settings.value > 0):
+            raise ValueError(f"the rule {self.name} was given {settings.value:g}; its number, {self.value_help}, must be above 0")
         self.settings = settings
+        self.value = self.default_value if settings.value is None else settings.value
 
     def lookback(self) -> int:
         """How many measurements before the detection the kept weights may lie; 0 where the detection's are kept."""
@@ -52,6 +62,36 @@ class StopRule:
         """Take the next history line; the Decision at the measurement that brings it."""
         raise NotImplementedError
 
+    def measurements(self, epochs: float) -> int:
+        """So many epochs in measurements, at least 1."""
+        return max(1, round(epochs * self.settings.steps_per_epoch / self.settings.cs_interval))
+
+    def epoch(self, step: int) -> float:
+        return step / self.settings.steps_per_epoch
+
+    def read(self, record: Dict[str, Any], column: str) -> Optional[float]:
+        """A column's value, of the component that decides where it has components; None where it is null."""
+        value = record.get(column)
+        return value.get(self.settings.component) if isinstance(value, dict) else value
+
+    def kept_at_detection(self, record: Dict[str, Any], reason: str, usable_from: Optional[int] = None) -> Decision:
+        step = record["step"]
+        return Decision(step, step, (step if usable_from is None else usable_from, step), f"{reason} at step {step}.")
+
+
+class RunningMean:
+    """The mean of the last `count` values; None before there are so many."""
+
+    def __init__(self, count: int):
+        self._values: deque = deque(maxlen=max(1, count))
+
+    def update(self, value: float) -> Optional[float]:
+        self._values.append(value)
+        return math.fsum(self._values) / len(self._values) if len(self._values) == self._values.maxlen else None
+
+
+# ------------------------------------------------------------------------------------------------ CS-Fluctuation
+
 
 class NthValley(StopRule):
     """Stops at the N-th valley of CS-Fluctuation F and keeps the oldest of the last 3M-1 measurements.
@@ -61,6 +101,7 @@ class NthValley(StopRule):
     """
 
     name = "nth-valley"
+    uses_window = True
 
     def __init__(self, settings: RuleSettings):
         super().__init__(settings)
@@ -132,7 +173,271 @@ class SecondValley(NthValley):
         return "its first valley, which the published code counts as the second because the series began by rising,"
 
 
-RULES: Dict[str, Type[StopRule]] = {rule.name: rule for rule in (SecondValley, NthValley)}
+# ------------------------------------------------------------------------------------------------ a clock
+
+
+class FixedEpochs(StopRule):
+    """Stops after a fixed number of epochs, whatever the run does: what the other rules have to beat."""
+
+    name = "fixed-epochs"
+    needs = ()
+    default_value = 2.0
+    value_help = "epochs to train"
+
+    def first_answer(self) -> int:
+        return self.measurements(self.value)
+
+    def update(self, record: Dict[str, Any]) -> Optional[Decision]:
+        if self.epoch(record["step"]) < self.value - 1e-9:
+            return None
+        return self.kept_at_detection(record, f"The {self.value:g} epochs that the rule fixed-epochs allows were over")
+
+
+# ------------------------------------------------------------------------------------------------ losses on other data
+
+
+class LowestLoss(StopRule):
+    """Keeps the measurement with the lowest loss of a column once so many later ones, `patience`, were not lower."""
+
+    column = ""
+
+    def __init__(self, settings: RuleSettings):
+        super().__init__(settings)
+        self._mean = RunningMean(self.smoothing())
+        self._steps: deque = deque(maxlen=self.smoothing())
+        self._lowest: Optional[Tuple[float, int]] = None  # (loss, step)
+        self._since = 0
+
+    def smoothing(self) -> int:
+        """Measurements that are averaged; the kept step is the middle one of them."""
+        return 1
+
+    def patience(self) -> int:
+        raise NotImplementedError
+
+    def lookback(self) -> int:
+        return self.patience() + self.smoothing() // 2
+
+    def first_answer(self) -> int:
+        return self.smoothing() + self.patience()
+
+    def update(self, record: Dict[str, Any]) -> Optional[Decision]:
+        loss = self.read(record, self.column)
+        if loss is None:
+            return None
+        self._steps.append(record["step"])
+        mean = self._mean.update(loss)
+        if mean is None:
+            return None
+        if self._lowest is None or mean < self._lowest[0]:
+            self._lowest, self._since = (mean, self._steps[len(self._steps) // 2]), 0
+            return None
+        self._since += 1
+        if self._since < self.patience():
+            return None
+        (lowest, keep), detected = self._lowest, record["step"]
+        reason = (
+            f"{self.column} was lowest, {lowest:.4g}, at step {keep} and has not been lower in the {self._since} "
+            f"measurements up to step {detected}: overfitting began there."
+        )
+        return Decision(keep, detected, (keep, detected), reason)
+
+
+class ValidationPatience(LowestLoss):
+    """Early stopping on a held-out loss, the usual way: it costs the examples that are held out.
+
+    Source: Prechelt, "Early Stopping - but when?", 1998 (criterion UP).
+    """
+
+    name = "validation-patience"
+    needs = ("heldout_loss",)
+    column = "heldout_loss"
+    default_value = 3.0
+    value_help = "measurements of the held-out loss without a new lowest one"
+
+    def patience(self) -> int:
+        return max(1, round(self.value))
+
+
+class Shadow(LowestLoss):
+    """Validation without giving up data: the mean loss of small shadow adapters, each on the fold it was not trained on.
+
+    Averaged over a quarter of an epoch; stops when nothing lower came for `value` epochs. Source: cross-validation as a
+    stopping criterion, with the folds' adapters trained beside the one that is kept.
+    """
+
+    name = "shadow"
+    needs = ("shadow_loss",)
+    column = "shadow_loss"
+    default_value = 1.0
+    value_help = "epochs without a lower loss of the shadows"
+
+    def smoothing(self) -> int:
+        return self.measurements(0.25)
+
+    def patience(self) -> int:
+        return self.measurements(self.value)
+
+
+class ObjectiveVariance(StopRule):
+    """Stops when the loss of a fixed batch with fixed noise has stopped moving: the variance of its last 50 measurements
+    falls below `value` times the variance of all. Weights at detection.
+
+    Source: DVAR, "Is This Loss Informative? Faster Text-to-Image Customization by Tracking Objective Dynamics",
+    NeurIPS 2023.
+    """
+
+    name = "objective-variance"
+    needs = ("probe_loss",)
+    default_value = 0.15
+    value_help = "share of the whole variance below which the recent one counts as still"
+    LAST = 50
+
+    def __init__(self, settings: RuleSettings):
+        super().__init__(settings)
+        self._losses: List[float] = []
+
+    def first_answer(self) -> int:
+        return self.LAST + 1
+
+    def update(self, record: Dict[str, Any]) -> Optional[Decision]:
+        loss = self.read(record, "probe_loss")
+        if loss is None:
+            return None
+        self._losses.append(loss)
+        if len(self._losses) <= self.LAST:
+            return None
+        recent, whole = variance(self._losses[-self.LAST :]), variance(self._losses)
+        if recent >= self.value * whole:
+            return None
+        return self.kept_at_detection(record, f"The loss of the fixed batch moves less than {self.value:g} of its range before")
+
+
+def variance(values: Sequence[float]) -> float:
+    """Population variance."""
+    centre = math.fsum(values) / len(values)
+    return math.fsum((value - centre) ** 2 for value in values) / len(values)
+
+
+# ------------------------------------------------------------------------------------------------ level and sign of CS
+
+
+class CsFall(StopRule):
+    """Stops when the magnitude of the row cosine has fallen to `value` of its highest so far, averaged over a quarter of an
+    epoch. Weights at detection. Source: this project's measurements on language models (tests/benchmarks/stop_quality).
+    """
+
+    name = "cs-fall"
+    needs = ("cs_row",)
+    default_value = 0.8
+    value_help = "share of the highest |CS| at which it counts as fallen"
+    SMOOTHING_EPOCHS = 0.25
+
+    def __init__(self, settings: RuleSettings):
+        super().__init__(settings)
+        self._mean = RunningMean(self.measurements(self.SMOOTHING_EPOCHS))
+        self._extreme = 0.0
+
+    def first_answer(self) -> int:
+        return self.measurements(self.SMOOTHING_EPOCHS) + 1
+
+    def depth(self, cs: float) -> float:
+        """How far CS has moved in the direction that is watched; the rule waits for its return."""
+        return abs(cs)
+
+    def update(self, record: Dict[str, Any]) -> Optional[Decision]:
+        cs = self.read(record, "cs_row")
+        mean = None if cs is None else self._mean.update(cs)
+        if mean is None:
+            return None
+        depth = self.depth(mean)
+        self._extreme = max(self._extreme, depth)
+        if self._extreme == 0 or depth > self.value * self._extreme:
+            return None
+        return self.kept_at_detection(record, f"CS has come back to {self.value:g} of its extreme")
+
+
+class CsTrough(CsFall):
+    """Stops when the signed row cosine, averaged over half an epoch, has passed its trough below zero and come back to
+    `value` of it. Weights at detection. Source: as cs-fall.
+    """
+
+    name = "cs-trough"
+    default_value = 0.8
+    value_help = "share of the deepest negative CS at which it counts as come back"
+    SMOOTHING_EPOCHS = 0.5
+
+    def depth(self, cs: float) -> float:
+        return max(0.0, -cs)
+
+
+# ------------------------------------------------------------------------------------------------ gradients and norms
+
+
+class GradientEvidenceRule(StopRule):
+    """Stops when the gradients of the last epoch no longer agree: grad_evidence below `value`, after the first epoch, over
+    which its means first have to fill. Weights at detection.
+
+    Source: Mahsereci, Balles, Lassner, Hennig: "Early Stopping without a Validation Set", 2017.
+    """
+
+    name = "gradient-evidence"
+    needs = ("grad_evidence",)
+    default_value = 1.0
+    value_help = "evidence (1: what chance alone leaves) below which the gradients count as noise"
+
+    def first_answer(self) -> int:
+        return self.measurements(1.0)
+
+    def update(self, record: Dict[str, Any]) -> Optional[Decision]:
+        evidence = self.read(record, "grad_evidence")
+        if evidence is None or self.epoch(record["step"]) < 1 or evidence >= self.value:
+            return None
+        return self.kept_at_detection(record, f"The gradients of the last epoch no longer agree (evidence {evidence:.3g})")
+
+
+class UpdateNormPlateau(StopRule):
+    """Stops when the update has stopped growing: its norm grew over the last epoch by less than the share `value`. Weights
+    at detection. Source: the plateau of ||BA|| as a sign of convergence; a baseline.
+    """
+
+    name = "update-norm-plateau"
+    needs = ("delta_norm",)
+    default_value = 0.1
+    value_help = "growth of the update's norm over an epoch below which it counts as still"
+
+    def __init__(self, settings: RuleSettings):
+        super().__init__(settings)
+        self._norms: deque = deque(maxlen=self.measurements(1.0) + 1)
+
+    def first_answer(self) -> int:
+        return self.measurements(1.0) + 1
+
+    def update(self, record: Dict[str, Any]) -> Optional[Decision]:
+        norm = self.read(record, "delta_norm")
+        if norm is None:
+            return None
+        self._norms.append(norm)
+        if len(self._norms) < self.first_answer() or norm > (1 + self.value) * self._norms[0]:
+            return None
+        return self.kept_at_detection(record, f"The update grew by less than {self.value:.0%} over the last epoch")
+
+
+RULES: Dict[str, Type[StopRule]] = {
+    rule.name: rule
+    for rule in (
+        SecondValley,
+        NthValley,
+        FixedEpochs,
+        GradientEvidenceRule,
+        CsFall,
+        CsTrough,
+        UpdateNormPlateau,
+        ObjectiveVariance,
+        ValidationPatience,
+        Shadow,
+    )
+}
 
 
 def make_rule(name: str, settings: RuleSettings) -> StopRule:
@@ -149,7 +454,7 @@ def replay(rule: StopRule, records: Sequence[Dict[str, Any]]) -> Optional[Decisi
             if column not in record:
                 step = record.get("step")
                 raise ValueError(f"rule {rule.name} needs the column {column!r}, and step {step} does not record it")
-        if rule.settings.component not in record["cs"]:
+        if rule.settings.component not in record.get("cs", {rule.settings.component: None}):
             known = ", ".join(record["cs"])
             raise ValueError(f"component {rule.settings.component!r} is not recorded; recorded are {known}")
         decision = rule.update(record)
@@ -180,6 +485,7 @@ def plan_measurements(
     cs_interval: Optional[int] = None,
     window: Optional[int] = None,
     valley: int = 2,
+    value: Optional[float] = None,
 ) -> MeasurementPlan:
     """Resolve cs_interval and window (None: automatic) against the run.
 
@@ -187,7 +493,7 @@ def plan_measurements(
     """
     interval = cs_interval or max(1, round(steps_per_epoch / 10))
     m = window or auto_window(steps_per_epoch, interval)
-    rule = make_rule(rule_name, RuleSettings(m, component, steps_per_epoch, interval, valley))
+    rule = make_rule(rule_name, RuleSettings(m, component, steps_per_epoch, interval, valley, value))
     notices = []
     if m * interval > math.ceil(steps_per_epoch * 1.05):
         notices.append(

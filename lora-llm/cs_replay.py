@@ -1,6 +1,6 @@
 """Re-decide a recorded run under any rule, draw it, and write the report page.
 
-    python cs_replay.py HISTORY [--rule R|recorded] [--window M|auto] [--valley N] [--component C]
+    python cs_replay.py HISTORY [--rule R|recorded] [--window M|auto] [--valley N] [--value X] [--component C]
                         [--json] [--plot FILE.png] [--html FILE.html]
 
 HISTORY is a cs_history.jsonl or the run folder that holds one. Python 3.8; matplotlib is needed for pictures only.
@@ -64,20 +64,23 @@ def read_history(path: Union[str, Path]) -> History:
     return History(parsed[0], [r for r in body if "event" not in r], [r for r in body if "event" in r])
 
 
-def settings_for(history: History, rule: str, window=None, valley: Optional[int] = None, component: Optional[str] = None):
-    """(rule name, RuleSettings) for a replay; what is not given is the header's, the valley too where the rule is."""
+def settings_for(history: History, rule: str, window=None, valley=None, component=None, value=None):
+    """(rule name, RuleSettings) for a replay; what is not given is the header's, valley and value where the rule is, too."""
     header = history.header
     recorded = rule in ("recorded", header.get("rule"))
     name = header["rule"] if rule == "recorded" else rule
     interval, per_epoch = header["cs_interval"], header["steps_per_epoch"]
     m = header["window"] if window is None else auto_window(per_epoch, interval) if window == "auto" else int(window)
     n = valley or (header.get("valley", 2) if recorded else 2)
-    return name, RuleSettings(m, component or header["decided_on"], per_epoch, interval, n)
+    number = header.get("rule_value") if value is None and recorded else value
+    return name, RuleSettings(m, component or header["decided_on"], per_epoch, interval, n, number)
 
 
-def redecide(history: History, rule: str = DEFAULT_RULE, window=None, valley=None, component=None) -> Dict[str, Any]:
+def redecide(
+    history: History, rule: str = DEFAULT_RULE, window=None, valley=None, component=None, value=None
+) -> Dict[str, Any]:
     """The verdict as one dictionary: rule, window, stopped, stop_step (detection), turning_step (kept), reason."""
-    name, settings = settings_for(history, rule, window, valley, component)
+    name, settings = settings_for(history, rule, window, valley, component, value)
     decision = replay(make_rule(name, settings), history.records)
     verdict = {"rule": name, "window": settings.window, "stopped": decision is not None}
     if decision is None:
@@ -186,12 +189,17 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> st
 
 
 def _redecided_rows(history: History) -> List[List[Any]]:
+    """What every rule makes of the run; those that look at windows also with half and twice the window."""
     m, rows = history.header["window"], []
-    for rule in RULES:
-        for window in sorted({max(1, m // 2), m, 2 * m}):
-            verdict = redecide(history, rule, window)
+    for name, rule in RULES.items():
+        missing = [column for column in rule.needs if column not in history.records[0]]
+        for window in sorted({max(1, m // 2), m, 2 * m}) if rule.uses_window else [m]:
+            if missing:
+                rows.append([name, "", f"needs {', '.join(missing)}", ""])
+                continue
+            verdict = redecide(history, name, window)
             kept = "does not stop" if not verdict["stopped"] else f"keeps step {verdict['turning_step']}"
-            rows.append([rule, window, kept, verdict["stop_step"] or ""])
+            rows.append([name, window if rule.uses_window else "", kept, verdict["stop_step"] or ""])
     return rows
 
 
@@ -249,6 +257,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--rule", default=DEFAULT_RULE, choices=names, help="default: %(default)s; recorded: the run's own")
     parser.add_argument("--window", type=_window, help="M in measurements, or auto: about one epoch (default: the run's)")
     parser.add_argument("--valley", type=int, help="N of the rule nth-valley")
+    parser.add_argument("--value", type=float, help="the number of the other rules: epochs, a patience, a threshold")
     parser.add_argument("--component", help="whose CS decides (default: the run's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, help="draw the run into this PNG file")
@@ -260,7 +269,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = parse_arguments(argv)
     try:
         history = read_history(arguments.history)
-        choice = (arguments.rule, arguments.window, arguments.valley, arguments.component)
+        choice = (arguments.rule, arguments.window, arguments.valley, arguments.component, arguments.value)
         verdict = redecide(history, *choice)
         name, settings = settings_for(history, *choice)
         decision = replay(make_rule(name, settings), history.records)

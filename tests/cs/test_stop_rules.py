@@ -98,7 +98,7 @@ def test_a_constant_series_fluctuates_by_exactly_zero():
     assert decide("second-valley", [0.1] * 60, 7) is None
 
 
-@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("name", ["second-valley", "nth-valley"])
 def test_no_answer_before_first_answer(name):
     """first_answer is reachable and nothing comes earlier, over many short random series."""
     window, earliest = 2, 10**9

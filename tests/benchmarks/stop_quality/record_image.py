@@ -88,7 +88,7 @@ def record(spec, scratch):
     folder_of(pictures_of(spec), spec.repeats, train)
     folder_of(data_folder(spec) / "heldout", 1, score)
     folder_of(pictures_of(spec), 1, probe)
-    more = {"validation": ["--validation_split", "0.1"], "shadow": ["--shadows", "2"]}.get(spec.purpose, [])
+    more = {"validation": ["--validation_split", "0.1"], "shadow": ["--shadows", "2", "--shadow_interval", "2"]}.get(spec.purpose, [])
     trainer = RecordingTrainer(parse_arguments(arguments_of(spec, train, output, more)))
     trainer.set_up()
     heldout_loss = loss_over(trainer, arguments_of(spec, score, output))

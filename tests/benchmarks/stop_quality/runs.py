@@ -45,6 +45,7 @@ BITS = (4, 16)
 SEEDS = (0, 1, 2)
 SMALL_RUNS, LARGER_RUNS, IMAGE_RUNS = 7, 2, 6  # a set
 ROWS_SEEN, PICTURES_SEEN = 1400, 1000  # about the budget of a run
+ROWS_SEEN_WITH_SHADOWS = 900  # each costs more than three runs
 LARGEST_SET = 250  # examples, of the sets that the larger base is trained on
 TWICE_SHADOWED = ("portraits", "stills")  # image sets with two runs beside which shadows are trained; the others have one
 
@@ -82,10 +83,12 @@ def spread(levels, count, generator):
     return values
 
 
-def text_epochs(examples, rate, base):
-    rows, longest = (ROWS_SEEN, 20) if base == "embedded" else (ROWS_SEEN // 2, 10)
-    epochs = min(longest, max(4, round(rows / examples)))
-    return max(4, round(0.6 * epochs)) if rate == RATES[-1] else epochs
+def text_epochs(examples, rate, base, purpose):
+    rows, shortest, longest = (ROWS_SEEN, 4, 20) if base == "embedded" else (ROWS_SEEN // 2, 4, 10)
+    if purpose == "shadow":
+        rows, shortest, longest = ROWS_SEEN_WITH_SHADOWS, 3, 16
+    epochs = min(longest, max(shortest, round(rows / examples)))
+    return max(shortest, round(0.6 * epochs)) if rate == RATES[-1] else epochs
 
 
 def with_validation(spec):
@@ -105,7 +108,8 @@ def text_runs():
             factors = zip(*(spread(levels, count, generator) for levels in (rates, RANKS, BATCHES, SCHEDULES, BITS, SEEDS)))
             for index, (rate, rank, batch, schedule, bits, seed) in enumerate(factors):
                 purpose = "shadow" if index < shadowed else "record"
-                facts = (kind, half, purpose, base, rate, rank, batch, schedule, bits, seed, text_epochs(examples, rate, base))
+                epochs = text_epochs(examples, rate, base, purpose)
+                facts = (kind, half, purpose, base, rate, rank, batch, schedule, bits, seed, epochs)
                 yield from with_validation(RunSpec(f"text-{dataset}-{base}-{index}", "text", dataset, *facts))
 
 

@@ -1,0 +1,161 @@
+"""The rules beside the valleys: each on series whose answer is plain, on series that never overfit, and with nulls."""
+
+import math
+
+import pytest
+from stop_rules import RULES, RuleSettings, make_rule, replay
+
+PER_EPOCH = 20  # optimizer steps; measured at every second one: ten times an epoch
+INTERVAL = 2
+
+
+def settings(**more):
+    return RuleSettings(10, "lm", PER_EPOCH, INTERVAL, **more)
+
+
+def history(measurements, **columns):
+    """Records of a run; a column is a function of the epoch, or of nothing that is recorded (None)."""
+    records = []
+    for index in range(measurements):
+        step = INTERVAL * (index + 1)
+        values = {name: function(step / PER_EPOCH) for name, function in columns.items()}
+        cs = values.pop("cs_row", 0.0)
+        norm = values.pop("delta_norm", 1.0)
+        records.append({"step": step, "cs": {"lm": cs}, "cs_row": {"lm": cs}, "delta_norm": {"lm": norm}, **values})
+    return records
+
+
+def decide(name, records, **more):
+    return replay(make_rule(name, settings(**more)), records)
+
+
+def valley(epoch):
+    return 2 + (epoch - 3) ** 2
+
+
+def test_fixed_epochs_is_a_clock():
+    decision = decide("fixed-epochs", history(60), value=2.5)
+    assert (decision.keep_step, decision.detected_step) == (50, 50)
+    assert decide("fixed-epochs", history(20), value=2.5) is None
+
+
+def test_validation_patience_keeps_the_lowest_and_waits():
+    decision = decide("validation-patience", history(100, heldout_loss=valley))
+    assert decision.keep_step == 3 * PER_EPOCH
+    assert decision.detected_step == 3 * PER_EPOCH + 3 * INTERVAL
+    patient = decide("validation-patience", history(100, heldout_loss=valley), value=8)
+    assert (patient.keep_step, patient.detected_step) == (3 * PER_EPOCH, 3 * PER_EPOCH + 8 * INTERVAL)
+
+
+def test_measurements_without_a_value_are_passed_over():
+    seldom = history(200, heldout_loss=valley)
+    for index, record in enumerate(seldom):
+        if index % 5 != 4:
+            record["heldout_loss"] = None
+    decision = decide("validation-patience", seldom)
+    assert (decision.keep_step, decision.detected_step) == (3 * PER_EPOCH, 3 * PER_EPOCH + 15 * INTERVAL)
+
+
+def test_shadow_follows_the_trend_and_not_a_lucky_measurement():
+    def noisy(epoch):
+        return valley(epoch) - (5 if abs(epoch - 1) < 1e-9 else 0)
+
+    plain = decide("validation-patience", history(100, heldout_loss=noisy))
+    smoothed = decide("shadow", history(100, shadow_loss=lambda epoch: valley(epoch) + 0.05 * (-1) ** round(epoch * 10)))
+    assert plain.keep_step == PER_EPOCH
+    assert abs(smoothed.keep_step - 3 * PER_EPOCH) <= 2 * INTERVAL
+    assert smoothed.detected_step == pytest.approx(4 * PER_EPOCH, abs=4 * INTERVAL)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_cs_fall_sees_the_magnitude_come_back(sign):
+    records = history(100, cs_row=lambda epoch: sign * math.sin(min(epoch, math.pi)))
+    decision = decide("cs-fall", records)
+    falls = math.pi - math.asin(0.8)  # where the sine has fallen to 0.8 of its height
+    assert decision.keep_step / PER_EPOCH == pytest.approx(falls, abs=0.25)
+
+
+def test_cs_trough_sees_only_negative_cs():
+    below = decide("cs-trough", history(100, cs_row=lambda epoch: -math.sin(min(epoch, math.pi))))
+    assert below.keep_step / PER_EPOCH == pytest.approx(math.pi - math.asin(0.8), abs=0.35)
+    assert decide("cs-trough", history(100, cs_row=lambda epoch: math.sin(min(epoch, math.pi)))) is None
+
+
+def test_gradient_evidence_waits_for_its_first_epoch():
+    low_from_the_start = decide("gradient-evidence", history(100, grad_evidence=lambda epoch: 0.5))
+    assert low_from_the_start.keep_step == PER_EPOCH
+    falling = decide("gradient-evidence", history(100, grad_evidence=lambda epoch: 5 - epoch), value=1.5)
+    assert falling.keep_step == 3.5 * PER_EPOCH + INTERVAL
+
+
+def test_update_norm_plateau():
+    decision = decide("update-norm-plateau", history(100, delta_norm=lambda epoch: 1 - math.exp(-epoch)))
+    growth = next(e / 10 for e in range(11, 100) if (1 - math.exp(-e / 10)) <= 1.1 * (1 - math.exp(-e / 10 + 1)))
+    assert decision.keep_step / PER_EPOCH == pytest.approx(growth, abs=0.11)
+
+
+def test_objective_variance_needs_fifty_measurements_and_stillness():
+    records = history(200, probe_loss=lambda epoch: math.exp(-epoch))
+    decision = decide("objective-variance", records)
+    losses = [record["probe_loss"] for record in records]
+
+    def spread(values):
+        mean = sum(values) / len(values)
+        return sum((value - mean) ** 2 for value in values) / len(values)
+
+    still = next(n for n in range(51, 200) if spread(losses[n - 50 : n]) < 0.15 * spread(losses[:n]))
+    assert decision.keep_step == records[still - 1]["step"]
+    assert decide("objective-variance", records[:50]) is None
+
+
+NEVER = {
+    "heldout_loss": lambda epoch: math.exp(-epoch),
+    "shadow_loss": lambda epoch: math.exp(-epoch),
+    "cs_row": lambda epoch: -0.01 * math.exp(epoch),
+    "grad_evidence": lambda epoch: 5.0,
+    "delta_norm": lambda epoch: math.exp(epoch),
+    "probe_loss": lambda epoch: -epoch,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "fixed-epochs"])
+def test_no_false_alarm_on_a_run_that_only_gets_better(name):
+    assert decide(name, history(100, **NEVER)) is None
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_nulls_in_every_optional_column_are_no_answer_and_no_error(name):
+    records = history(80)
+    for record in records:
+        record.update(heldout_loss=None, shadow_loss=None, grad_evidence=None, probe_loss=None, loss=None, lr=None)
+        record["delta_norm"] = record["cs_row"] = None
+    decision = decide(name, records)
+    assert (decision is None) == (name != "fixed-epochs")
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_a_decision_never_keeps_more_than_lookback_measurements_before(name):
+    records = history(
+        300,
+        heldout_loss=valley,
+        shadow_loss=valley,
+        cs_row=lambda epoch: math.sin(epoch) * math.exp(-epoch / 4),
+        grad_evidence=lambda epoch: 4 - epoch,
+        delta_norm=lambda epoch: 1 - math.exp(-epoch),
+        probe_loss=lambda epoch: math.exp(-epoch),
+    )
+    rule = make_rule(name, settings())
+    decision = replay(rule, records)
+    assert decision is not None
+    assert 0 <= (decision.detected_step - decision.keep_step) / INTERVAL <= rule.lookback()
+    assert decision.detected_step / INTERVAL >= rule.first_answer()
+    assert decision.usable[0] <= decision.keep_step <= decision.detected_step
+    assert decision.reason.endswith(".")
+
+
+def test_a_number_for_a_rule_without_one_and_a_bad_number_are_named():
+    with pytest.raises(ValueError, match="second-valley has no number to set"):
+        make_rule("second-valley", settings(value=3.0))
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="epochs to train, must be above 0"):
+            make_rule("fixed-epochs", settings(value=bad))
