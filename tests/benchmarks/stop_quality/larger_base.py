@@ -71,7 +71,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, default=HERE / "cache" / "text", help="packages and text")
     parser.add_argument("--out_dir", type=Path, default=HERE / "cache" / "larger_base")
-    parser.add_argument("--tokens", type=float, default=2.5e5, help="training tokens (default: %(default)s)")
+    parser.add_argument("--tokens", type=float, default=1.2e5, help="training tokens (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help=f"windows of {CONTEXT_TOKENS} tokens a step")
     parser.add_argument("--learning_rate", type=float, default=1.5e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -87,7 +87,8 @@ def main():
     picked = picked[:: max(1, len(picked) // HELDOUT_WINDOWS)][:HELDOUT_WINDOWS].flatten()  # windows of every source
     small = LlamaForCausalLM.from_pretrained(TINY_BASE, dtype=torch.float32)
     large = grown(small)
-    figures = {"parameters": large.num_parameters(), "embedded_loss": mean_loss(small, picked), "loss_at_start": mean_loss(large, picked)}
+    figures = {"parameters": large.num_parameters()}
+    figures.update(embedded_loss=mean_loss(small, picked), loss_at_start=mean_loss(large, picked))
     figures["steps"] = train(large, tokens_of("train", arguments.work_dir, tokenizer), arguments)
     figures["loss"] = mean_loss(large, picked)
     figures["perplexity"] = math.exp(figures["loss"])

@@ -12,7 +12,7 @@ from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, 
 from runs import CACHE, ROOT, data_folder, trace_path
 from transformers import TrainerCallback
 
-HELDOUT_ROWS, HELDOUT_POINTS = 32, 40  # examples scored; about so many times a run
+HELDOUT_ROWS, HELDOUT_POINTS = 32, 30  # examples scored; about so many times a run
 PROBE_ROWS = 8
 BASES = {"embedded": ROOT / "lora-llm" / "tiny_base", "larger": CACHE / "larger_base"}
 

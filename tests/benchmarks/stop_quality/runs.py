@@ -45,7 +45,7 @@ BITS = (4, 16)
 SEEDS = (0, 1, 2)
 SMALL_RUNS, LARGER_RUNS, IMAGE_RUNS = 7, 2, 6  # a set
 ROWS_SEEN, PICTURES_SEEN = 1400, 1000  # about the budget of a run
-ROWS_SEEN_WITH_SHADOWS = 900  # each costs more than three runs
+ROWS_SEEN_WITH_SHADOWS = 600  # each costs more than three runs
 LARGEST_SET = 250  # examples, of the sets that the larger base is trained on
 TWICE_SHADOWED = ("portraits", "stills")  # image sets with two runs beside which shadows are trained; the others have one
 
@@ -84,9 +84,9 @@ def spread(levels, count, generator):
 
 
 def text_epochs(examples, rate, base, purpose):
-    rows, shortest, longest = (ROWS_SEEN, 4, 20) if base == "embedded" else (ROWS_SEEN // 2, 4, 10)
+    rows, shortest, longest = (ROWS_SEEN, 4, 20) if base == "embedded" else (ROWS_SEEN // 4, 3, 6)
     if purpose == "shadow":
-        rows, shortest, longest = ROWS_SEEN_WITH_SHADOWS, 3, 16
+        rows, shortest, longest = ROWS_SEEN_WITH_SHADOWS, 2, 12
     epochs = min(longest, max(shortest, round(rows / examples)))
     return max(shortest, round(0.6 * epochs)) if rate == RATES[-1] else epochs
 
