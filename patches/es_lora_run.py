@@ -14,10 +14,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 from cs_fluctuation import HISTORY_NAME, EarlyStopMonitor, NonFiniteWeightsError, write_text_whole
 from cs_replay import write_report
+from gradient_evidence import GradientEvidence
 from stop_rules import DEFAULT_RULE, RULES, RuleSettings, make_rule, plan_measurements
 
 # The columns of the history that a rule can have here.
-RECORDED = {"step", "epoch", "cs", "cs_matrix", "cs_row", "delta_norm", "fluctuation", "loss", "lr"}
+RECORDED = {"step", "epoch", "cs", "cs_matrix", "cs_row", "delta_norm", "fluctuation", "loss", "lr", "grad_evidence"}
 STEP_NAME = "es_lora_step.json"  # in a saved state: the optimizer steps done, which upstream does not carry everywhere
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -29,6 +30,7 @@ FLAGS: Dict[str, Tuple[type, Any, str]] = {
     "window_size": (str, "auto", "measurements in the window of CS-Fluctuation, or auto: about one epoch"),
     "stop_rule": (str, DEFAULT_RULE, f"the rule that decides: {', '.join(RULES)}"),
     "valley": (int, 2, "which valley of CS-Fluctuation the rule nth-valley stops at"),
+    "rule_value": (float, None, "the number of the other rules: epochs, a patience, a threshold (default: the rule's own)"),
     "cs_reduction": (str, None, "matrix: cosine of whole matrices; row: mean cosine of their rows"),
     "cs_component": (str, None, "whose CS decides: unet, te, te1, te2, lm or all (default: unet, where it is trained)"),
     "snapshot_disk_gb": (float, 20.0, "disk that the snapshots of the LoRA weights may use"),
@@ -68,6 +70,7 @@ class Settings:
     window: Optional[int]
     rule: str
     valley: int
+    value: Optional[float]
     reduction: str
     component: Optional[str]
     disk_bytes: float
@@ -112,6 +115,10 @@ def read_settings(args: Any, reduction: str) -> Optional[Settings]:
         problems.append(
             f"--valley is {args.valley!r}; give a number from 1, with --stop_rule nth-valley where it is not 2"
         )
+    try:
+        make_rule(args.stop_rule, RuleSettings(1, "", 1, 1, value=args.rule_value)) if args.stop_rule in RULES else None
+    except (ValueError, TypeError) as error:
+        problems.append(f"--rule_value: {error}")
     if chosen not in ("matrix", "row"):
         problems.append(f"--cs_reduction is {chosen!r}; choose matrix or row")
     if not isinstance(args.snapshot_disk_gb, (int, float)) or not args.snapshot_disk_gb > 0:
@@ -119,7 +126,7 @@ def read_settings(args: Any, reduction: str) -> Optional[Settings]:
     if problems:
         raise ValueError("; ".join(problems))
     disk_bytes = args.snapshot_disk_gb * 1e9
-    rest = (args.valley, chosen, args.cs_component, disk_bytes)
+    rest = (args.valley, args.rule_value, chosen, args.cs_component, disk_bytes)
     return Settings(early_stop, interval, window, args.stop_rule, *rest)
 
 
@@ -146,11 +153,12 @@ class EarlyStopRun:
     """Plan, monitor and verdict of one training run. The monitor lives on the main process, its answers on all.
 
     folder: where history, snapshots and report go. layers: live LoRA layers. tensors: what a snapshot holds.
-    steps_per_epoch, more_steps: optimizer steps of an epoch, and still to come. resume_from: a saved state's folder.
+    steps_per_epoch, more_steps: optimizer steps of an epoch, and still to come. batches_per_epoch: backward passes of an
+    epoch on one process. resume_from: a saved state's folder.
     """
 
     def __init__(self, settings: Settings, folder: Path, layers: List[Any], tensors: Callable, steps_per_epoch: int,
-                 more_steps: int, is_main: bool, resume_from: Optional[Path], header: Dict[str, Any]):  # fmt: skip
+                 more_steps: int, batches_per_epoch: int, is_main: bool, resume_from: Optional[Path], header: Dict[str, Any]):  # fmt: skip
         self.settings, self.folder, self.steps_per_epoch = settings, folder, steps_per_epoch
         self.step = _resumed_step(resume_from)  # completed optimizer steps
         self.stopped = False
@@ -169,6 +177,7 @@ class EarlyStopRun:
             settings.cs_interval,
             settings.window,
             settings.valley,
+            settings.value,
         )
         self.monitor: Optional[EarlyStopMonitor] = None
         if not is_main:
@@ -176,7 +185,7 @@ class EarlyStopRun:
         if resume_from is None:
             _put_aside(folder / HISTORY_NAME)
         rule_settings = RuleSettings(
-            self.plan.window, component, steps_per_epoch, self.plan.cs_interval, settings.valley
+            self.plan.window, component, steps_per_epoch, self.plan.cs_interval, settings.valley, settings.value
         )
         self.monitor = EarlyStopMonitor(
             folder,
@@ -188,6 +197,7 @@ class EarlyStopRun:
             header=header,
             snapshot_disk_bytes=settings.disk_bytes,
             resume_from=resume_from,
+            evidence=GradientEvidence([matrix for layer in layers for matrix in (layer.down, layer.up)], batches_per_epoch),
         )
         say(
             f"on. CS of {len(layers)} layers ({', '.join(components)}; {component} decides) is measured every "

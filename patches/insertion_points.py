@@ -195,6 +195,7 @@ QLORA_FIELDS = (
     ("window_size", "str"),
     ("stop_rule", "str"),
     ("valley", "int"),
+    ("rule_value", "float"),
     ("cs_reduction", "str"),
     ("cs_component", "str"),
     ("snapshot_disk_gb", "float"),

@@ -215,11 +215,15 @@ def test_values_of_a_toml_file_are_checked_all_at_once():
         assert part in str(error.value)
 
 
-def test_rule_that_needs_what_is_not_recorded_is_refused(monkeypatch):
-    demanding = type("Demanding", (), {"needs": ("cs", "grad_evidence")})
-    monkeypatch.setitem(es_lora_run.RULES, "demanding", demanding)
-    with pytest.raises(ValueError, match="demanding needs grad_evidence, which is not recorded here"):
-        es_lora_run.read_settings(parsed("--early_stop", "--stop_rule", "demanding"), "matrix")
+def test_rule_that_needs_what_is_not_recorded_is_refused():
+    with pytest.raises(ValueError, match="validation-patience needs heldout_loss, which is not recorded here"):
+        es_lora_run.read_settings(parsed("--early_stop", "--stop_rule", "validation-patience"), "matrix")
+
+
+def test_the_number_of_a_rule_is_checked_against_the_rule():
+    assert es_lora_run.read_settings(parsed("--early_stop", "--stop_rule", "fixed-epochs", "--rule_value", "3"), "row").value == 3
+    with pytest.raises(ValueError, match="--rule_value: the rule second-valley has no number to set"):
+        es_lora_run.read_settings(parsed("--early_stop", "--stop_rule", "second-valley", "--rule_value", "3"), "row")
 
 
 def test_truth_values():
@@ -252,7 +256,7 @@ def make_run(tmp_path, frozen, module, is_main=True, **flags):
     net = network(unet=[module])
     layers, _ = es_lora_layers.network_layers(net)
     tensors = lambda: es_lora_layers.all_tensors(net)  # noqa: E731
-    return es_lora_run.EarlyStopRun(settings, tmp_path, layers, tensors, 4, 100, is_main, None, {})
+    return es_lora_run.EarlyStopRun(settings, tmp_path, layers, tensors, 4, 100, 4, is_main, None, {})
 
 
 def test_divergence_stops_and_keeps_the_last_finite_weights(tmp_path):
