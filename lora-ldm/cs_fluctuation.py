@@ -413,9 +413,8 @@ class EarlyStopMonitor:
         recorded = {*MEASURED, *self.columns, *(["grad_evidence"] if self.evidence is not None else [])}
         missing = [column for column in self.rule.needs if column not in recorded]
         if missing:
-            raise ValueError(
-                f"the rule {self.rule.name} needs {', '.join(missing)}, which is not recorded here; provide it or choose another rule"
-            )
+            needed = f"the rule {self.rule.name} needs {', '.join(missing)}, which is not recorded here"
+            raise ValueError(f"{needed}: provide it among the columns, or choose another rule")
 
     def due(self, step: int) -> bool:
         """Whether `step`, counted in completed optimizer steps, is one to measure at."""

@@ -4,6 +4,9 @@ from cs_fluctuation import EarlyStopMonitor
 from cs_replay import read_history, redecide
 from gradient_evidence import GradientEvidence
 from stop_rules import DEFAULT_RULE, RuleSettings, make_rule, plan_measurements
+from validation_loss import validation_loss
+
+PROBE_BATCHES = 2  # micro-batches whose loss the column probe_loss follows
 
 
 def plan(args, components, steps_per_epoch, total_steps):
@@ -20,9 +23,25 @@ def plan(args, components, steps_per_epoch, total_steps):
         None if args.cs_interval == "auto" else args.cs_interval,
         None if args.window_size == "auto" else args.window_size,
         args.valley,
+        args.rule_value,
     )
-    settings = RuleSettings(chosen.window, component, steps_per_epoch, chosen.cs_interval, args.valley)
+    settings = RuleSettings(chosen.window, component, steps_per_epoch, chosen.cs_interval, args.valley, args.rule_value)
     return make_rule(name, settings), chosen
+
+
+def columns_of_rule(trainer, rule):
+    """{column: function} of what the rule needs beyond the usual measurements. Raises ValueError without held-out pictures."""
+    columns = {}
+    if "heldout_loss" in rule.needs:
+        if trainer.validation_batches is None:
+            raise ValueError(
+                f"--stop_rule {rule.name} decides on held-out pictures: add --validation_split, or choose a rule that needs none"
+            )
+        columns["heldout_loss"] = lambda: validation_loss(trainer)
+    if "probe_loss" in rule.needs:
+        probe = [trainer.batches[index] for index in range(min(PROBE_BATCHES, len(trainer.batches)))]
+        columns["probe_loss"] = lambda: validation_loss(trainer, probe)
+    return columns
 
 
 def make_monitor(args, rule, cs_interval, network, header, batches_per_epoch, columns):

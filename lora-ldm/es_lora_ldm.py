@@ -28,7 +28,7 @@ from diffusion_loss import (
     sample_losses,
     target,
 )
-from early_stopping import make_monitor, plan
+from early_stopping import columns_of_rule, make_monitor, plan
 from full_unet import FullUnet, save_full_model
 from image_dataset import build_datasets
 from ldm_arguments import parse_arguments
@@ -211,6 +211,7 @@ class NetworkTrainer:
         self.cs_interval = chosen.cs_interval
         if self.shadows is not None:
             self.shadows.measured_every(chosen.cs_interval)
+        self.columns.update(columns_of_rule(self, rule))
         if self.is_main:
             header = {"trainer": self.program, "seed": self.seed, "total_steps": self.total_steps}
             batches = len(self.batches) / self.accelerator.num_processes

@@ -360,6 +360,7 @@ def _early_stop(parser):
     add("--window_size", int_or_auto, "auto", help="measurements in the moving average")
     add("--stop_rule", str, help="name of a rule in stop_rules.py; the project's default when not given")
     add("--valley", int, 2, help="stop at the n-th valley of CS-Fluctuation")
+    add("--rule_value", float, help="the number of the other rules: epochs, a patience, a threshold; default: the rule's own")
     add("--cs_reduction", str, "matrix", choices=["matrix", "row"])
     add("--cs_component", str, choices=["unet", "te", "te1", "te2", "all"], help="unet, or text where it is not trained")
     add("--shadows", int, help="adapters beside, each scored on a fold it is not trained on; 2 with --stop_rule shadow, else 0")

@@ -9,12 +9,12 @@ TIMESTEPS = 4  # evenly spaced between --min_timestep and --max_timestep
 
 
 @torch.no_grad()
-def validation_loss(trainer):
-    """Mean over trainer.validation_batches (at most --max_validation_steps of them) and TIMESTEPS timesteps.
+def validation_loss(trainer, batches=None):
+    """Mean over batches, by default the validation ones (at most --max_validation_steps of them), and TIMESTEPS timesteps.
 
     Draws nothing from the random state of training, and switches the network's dropouts off meanwhile.
     """
-    batches = trainer.validation_batches
+    batches = trainer.validation_batches if batches is None else batches
     trainer.network.eval()
     with averaged_weights(trainer.raw_optimizer):
         losses = fixed_losses(trainer, batches, min(len(batches), trainer.args.max_validation_steps or len(batches)))

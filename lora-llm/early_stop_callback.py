@@ -121,7 +121,7 @@ GO_ON, STOP, DIVERGED, FAILED = range(4)
 class EarlyStopCallback(TrainerCallback):
     """Measures CS inside a Trainer, stops it at the turning point and restores the weights of that step.
 
-    early_stop: stop the training; otherwise only measure and report. stop_rule, valley: as in stop_rules.
+    early_stop: stop the training; otherwise only measure and report. stop_rule, valley, rule_value: as in stop_rules.
     cs_interval: optimizer steps between measurements; window_size: M in measurements; None: chosen from the epoch's length.
     cs_reduction: "row" or "matrix". snapshot_disk_gb: disk that the snapshots may use. header: more facts for the history.
     say: takes the plain sentences for the person (default: print). before_restore: called before the kept weights are put
@@ -139,6 +139,7 @@ class EarlyStopCallback(TrainerCallback):
         cs_interval: Optional[int] = None,
         window_size: Optional[int] = None,
         valley: int = 2,
+        rule_value: Optional[float] = None,
         cs_reduction: str = "row",
         cs_component: str = "lm",
         snapshot_disk_gb: float = 20.0,
@@ -150,7 +151,7 @@ class EarlyStopCallback(TrainerCallback):
         report: bool = True,
     ):
         self.columns = columns if columns is not None else {}
-        self.early_stop, self.stop_rule, self.valley = early_stop, stop_rule, valley
+        self.early_stop, self.stop_rule, self.valley, self.rule_value = early_stop, stop_rule, valley, rule_value
         self.cs_interval, self.window_size = cs_interval, window_size
         self.cs_reduction, self.cs_component = cs_reduction, cs_component
         self.snapshot_disk_gb, self.header, self.say = snapshot_disk_gb, header or {}, say
@@ -188,6 +189,7 @@ class EarlyStopCallback(TrainerCallback):
             self.cs_interval,
             self.window_size,
             self.valley,
+            self.rule_value,
         )
         self._loss_from_step, self._ended = state.global_step, False
         measured = state.global_step - state.global_step % self.plan.cs_interval  # the last measurement of a resumed run
@@ -203,11 +205,12 @@ class EarlyStopCallback(TrainerCallback):
 
     def _open_monitor(self, args, state, model, steps_per_epoch: int) -> None:
         interval, window = self.plan.cs_interval, self.plan.window
+        rule_settings = RuleSettings(window, self.cs_component, steps_per_epoch, interval, self.valley, self.rule_value)
         layers = peft_lora_layers(model)
         matrices = [matrix for layer in layers for matrix in (layer.down, layer.up)]
         self.monitor = EarlyStopMonitor(
             args.output_dir,
-            make_rule(self.stop_rule, RuleSettings(window, self.cs_component, steps_per_epoch, interval, self.valley)),
+            make_rule(self.stop_rule, rule_settings),
             layers,
             lambda: trainable_tensors(model),
             cs_interval=interval,

@@ -34,9 +34,11 @@ from forgetting import GeneralText
 from llm_arguments import Settings, parse_arguments
 from mmlu_eval import MMLUCallback, MMLUScorer, load_mmlu
 from prompt_templates import template_format
+from row_loss import PROBE_ROWS, RowLoss
 from run_outcome import EXIT_CODES, next_commands, verdict_sentence, versions, write_result, write_run_report
 from sequence_packing import PackedCollator, check_base_keeps_samples_apart, pack, packing_notice, uses_varlen_kernel
 from shadow_adapters import EXAMPLE, ExampleCollator, ShadowAdapters, with_examples
+from stop_rules import RULES
 from text_streams import StreamedRowError, load_streamed_splits
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, TrainerCallback, set_seed
@@ -186,6 +188,7 @@ def set_up(settings: Settings, argv: list[str]) -> Run:
     if flat.prompt_template:
         flat.dataset_format = template_format(flat.prompt_template, tokenizer)
     splits = load_streamed_splits(flat) if flat.streaming else load_splits(flat)
+    _check_rows_of_rule(settings, splits)
     if settings.early_stop.shadows and splits.train is not None:
         splits.train = with_examples(splits.train, settings)
     collator = CausalCollator(tokenizer, settings.data.source_max_len, settings.data.target_max_len, training.train_on_source)
@@ -285,10 +288,33 @@ def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run
         trainer.add_callback(mmlu)
     run = Run(settings, splits, collator, model, trainer, interrupt, early_stop, mmlu, resume, argv, trainable_parameters(model))
     if early_stop is not None:
+        early_stop.columns.update(_columns_of_rule(run))
         early_stop.say = run.say
         early_stop.before_restore = lambda: _score_last(run)
         early_stop.log_scalar = trainer.log_scalar
     return run
+
+
+def _check_rows_of_rule(settings: Settings, splits: Splits) -> None:
+    """Raises ValueError where the rule decides on held-out examples and there are none."""
+    stop = settings.early_stop
+    if stop.calculate_cs and "heldout_loss" in RULES[stop.stop_rule].needs and splits.evaluation is None:
+        raise ValueError(
+            f"--stop_rule {stop.stop_rule} decides on held-out examples: add --do_eval with --eval_dataset FILE or "
+            "--eval_dataset_size, or choose a rule that needs none"
+        )
+
+
+def _columns_of_rule(run: Run) -> dict[str, Any]:
+    """{column: function} of what the rule needs beyond the usual measurements."""
+    training, needs = run.settings.training, RULES[run.settings.early_stop.stop_rule].needs
+    rows = {}
+    if "heldout_loss" in needs:
+        rows["heldout_loss"] = list(run.splits.evaluation)
+    if "probe_loss" in needs and run.splits.train is not None:
+        rows["probe_loss"] = [run.splits.train[index] for index in range(min(PROBE_ROWS, len(run.splits.train)))]
+    size, autocast = training.per_device_eval_batch_size, run.trainer.compute_loss_context_manager
+    return {name: RowLoss(run.model, run.collator, of, size, autocast) for name, of in rows.items()}
 
 
 def _add_shadows(trainer: LoraTrainer, settings: Settings, splits: Splits, collator: CausalCollator, resume: Any) -> None:
@@ -324,6 +350,7 @@ def _early_stop_callback(settings: Settings) -> EarlyStopCallback:
         cs_interval=settings.cs_interval,
         window_size=settings.window_size,
         valley=stop.valley,
+        rule_value=stop.rule_value,
         cs_reduction=stop.cs_reduction,
         cs_component=stop.cs_component,
         snapshot_disk_gb=stop.snapshot_disk_gb,

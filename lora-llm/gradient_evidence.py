@@ -16,6 +16,21 @@ MAX_VALUES = 1_000_000  # parameters looked at; a mean over so many needs no mor
 SHORTEST_HORIZON = 5  # gradients: over fewer, agreement cannot be told from chance
 
 
+def memorising_evidence(gradients: int, per_epoch: int) -> float:
+    """The evidence that is left where no two examples agree, but each pulls the same way whenever it comes again.
+
+    gradients: seen so far. per_epoch: after so many an example comes again, and the running means span as many, at least
+    SHORTEST_HORIZON. 1 within the first epoch; from then on it rises towards (1 + d) / (1 - d) with d = decay^per_epoch, 2.16 for
+    a long epoch: the weights that the running means give to one example's gradients add up before they are squared.
+    """
+    decay = 1 - 1 / max(SHORTEST_HORIZON, per_epoch)
+    again = decay**per_epoch
+    whole, rest = divmod(gradients, per_epoch)
+    more, fewer = ((1 - again ** (whole + 1)) / (1 - again)) ** 2, ((1 - again**whole) / (1 - again)) ** 2
+    seen_more = 1 - decay ** (2 * rest)  # share of the examples that have come whole + 1 times
+    return (seen_more * more + (1 - seen_more - again**2) * fewer) / (1 - decay ** (2 * gradients))
+
+
 class GradientEvidence:
     """Watches the gradients of the parameters given, through a hook at every backward pass.
 

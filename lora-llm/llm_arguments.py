@@ -20,7 +20,7 @@ from cs_fluctuation import HISTORY_NAME
 from prompt_templates import TEMPLATES
 from sequence_packing import PACKINGS
 from shadow_training import DEFAULT_SHADOWS, rate_is_adams
-from stop_rules import DEFAULT_RULE, RULES
+from stop_rules import DEFAULT_RULE, RULES, RuleSettings, make_rule
 from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -251,6 +251,9 @@ class EarlyStopArguments:
     early_stop: bool = field(default=False, metadata={"help": "stop at the turning point and keep its weights"})
     stop_rule: str = field(default=DEFAULT_RULE, metadata={"help": f"the rule that decides: {', '.join(RULES)}"})
     valley: int = field(default=2, metadata={"help": "N of the rule nth-valley"})
+    rule_value: Optional[float] = field(
+        default=None, metadata={"help": "the number of the other rules: epochs, a patience, a threshold; default: the rule's own"}
+    )
     cs_reduction: str = field(default="row", metadata={"help": "row (mean over rows) or matrix (flattened)"})
     cs_component: str = field(default="lm", metadata={"help": "whose CS decides: lm or all"})
     shadows: Optional[int] = field(
@@ -480,11 +483,7 @@ def _problems(settings: Settings) -> list[str]:
             "--full_finetune trains every weight and CS needs a LoRA: leave out --early_stop and --calculate_cs, or train a LoRA",
         )
         check(training.bits in (16, 32), f"--full_finetune cannot train a base of {training.bits} bits: use --bits 16 or 32")
-    check(stop.stop_rule in RULES, f"--stop_rule {stop.stop_rule}: choose one of {', '.join(RULES)}")
-    check(
-        stop.stop_rule != "second-valley" or stop.valley == 2,
-        f"--valley {stop.valley}: second-valley counts to 2; use --stop_rule nth-valley",
-    )
+    problems += _rule_problems(stop)
     check(stop.cs_reduction in ("row", "matrix"), f"--cs_reduction {stop.cs_reduction}: choose row or matrix")
     check(stop.cs_component in ("lm", "all"), f"--cs_component {stop.cs_component}: choose lm or all")
     problems += _shadow_problems(settings) + _data_problems(settings)
@@ -530,6 +529,15 @@ def _data_problems(settings: Settings) -> list[str]:
         for name in ("eval_strategy", "save_strategy"):
             check(getattr(training, name) != "epoch", f"--{name} epoch: a stream has no known epochs; give steps")
     return problems
+
+
+def _rule_problems(stop: EarlyStopArguments) -> list[str]:
+    """What the rule itself says to its name and numbers."""
+    try:
+        make_rule(stop.stop_rule, RuleSettings(1, stop.cs_component, 1, 1, max(1, stop.valley), stop.rule_value))
+    except ValueError as error:
+        return [f"--stop_rule {stop.stop_rule}: {error}"]
+    return []
 
 
 def _rule_needs_shadows(name: str) -> bool:

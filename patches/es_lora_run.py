@@ -30,7 +30,7 @@ FLAGS: Dict[str, Tuple[type, Any, str]] = {
     "window_size": (str, "auto", "measurements in the window of CS-Fluctuation, or auto: about one epoch"),
     "stop_rule": (str, DEFAULT_RULE, f"the rule that decides: {', '.join(RULES)}"),
     "valley": (int, 2, "which valley of CS-Fluctuation the rule nth-valley stops at"),
-    "rule_value": (float, None, "the number of the other rules: epochs, a patience, a threshold (default: the rule's own)"),
+    "rule_value": (float, None, "the number of the other rules: epochs, a threshold (default: the rule's own)"),
     "cs_reduction": (str, None, "matrix: cosine of whole matrices; row: mean cosine of their rows"),
     "cs_component": (str, None, "whose CS decides: unet, te, te1, te2, lm or all (default: unet, where it is trained)"),
     "snapshot_disk_gb": (float, 20.0, "disk that the snapshots of the LoRA weights may use"),
@@ -153,12 +153,13 @@ class EarlyStopRun:
     """Plan, monitor and verdict of one training run. The monitor lives on the main process, its answers on all.
 
     folder: where history, snapshots and report go. layers: live LoRA layers. tensors: what a snapshot holds.
-    steps_per_epoch, more_steps: optimizer steps of an epoch, and still to come. batches_per_epoch: backward passes of an
-    epoch on one process. resume_from: a saved state's folder.
+    steps_per_epoch, more_steps: optimizer steps of an epoch, and still to come. batches_per_epoch: backward passes of
+    an epoch on one process. resume_from: a saved state's folder.
     """
 
     def __init__(self, settings: Settings, folder: Path, layers: List[Any], tensors: Callable, steps_per_epoch: int,
-                 more_steps: int, batches_per_epoch: int, is_main: bool, resume_from: Optional[Path], header: Dict[str, Any]):  # fmt: skip
+                 more_steps: int, batches_per_epoch: int, is_main: bool, resume_from: Optional[Path],
+                 header: Dict[str, Any]):  # fmt: skip
         self.settings, self.folder, self.steps_per_epoch = settings, folder, steps_per_epoch
         self.step = _resumed_step(resume_from)  # completed optimizer steps
         self.stopped = False
@@ -197,7 +198,7 @@ class EarlyStopRun:
             header=header,
             snapshot_disk_bytes=settings.disk_bytes,
             resume_from=resume_from,
-            evidence=GradientEvidence([matrix for layer in layers for matrix in (layer.down, layer.up)], batches_per_epoch),
+            evidence=GradientEvidence(tensors().values(), batches_per_epoch),
         )
         say(
             f"on. CS of {len(layers)} layers ({', '.join(components)}; {component} decides) is measured every "

@@ -6,7 +6,7 @@ import numpy as np
 import published_method
 import pytest
 from cs_fluctuation import FluctuationSeries
-from stop_rules import RULES, RuleSettings, make_rule, plan_measurements, replay
+from stop_rules import RuleSettings, make_rule, plan_measurements, replay
 
 GOLDEN_TRACES = range(21)
 

@@ -17,6 +17,7 @@ from validation_loss import validation_loss
 
 HELDOUT_POINTS = 40  # about so many held-out losses a run
 PROBE_BATCHES = 1
+MORE_FLAGS = {"validation": ["--validation_split", "0.1"], "shadow": ["--shadows", "2", "--shadow_interval", "2"]}
 
 
 def arguments_of(spec, data, output, more=()):
@@ -88,7 +89,7 @@ def record(spec, scratch):
     folder_of(pictures_of(spec), spec.repeats, train)
     folder_of(data_folder(spec) / "heldout", 1, score)
     folder_of(pictures_of(spec), 1, probe)
-    more = {"validation": ["--validation_split", "0.1"], "shadow": ["--shadows", "2", "--shadow_interval", "2"]}.get(spec.purpose, [])
+    more = MORE_FLAGS.get(spec.purpose, [])
     trainer = RecordingTrainer(parse_arguments(arguments_of(spec, train, output, more)))
     trainer.set_up()
     heldout_loss = loss_over(trainer, arguments_of(spec, score, output))

@@ -9,11 +9,12 @@ from dataset_sources import read_table_as_pairs
 from early_stop_callback import peft_lora_layers
 from llm_arguments import parse_arguments
 from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, record_all, write_trace
+from row_loss import RowLoss
 from runs import CACHE, ROOT, data_folder, trace_path
 from transformers import TrainerCallback
 
 HELDOUT_ROWS, HELDOUT_POINTS = 32, 30  # examples scored; about so many times a run
-PROBE_ROWS = 8
+PROBE_ROWS, EVALUATION_BATCH = 8, 20
 BASES = {"embedded": ROOT / "lora-llm" / "tiny_base", "larger": CACHE / "larger_base"}
 
 
@@ -49,26 +50,8 @@ def arguments_of(spec, output):
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-class RowLoss:
-    """The loss per target token over fixed rows, of the weights as they are; no trace in the random state."""
-
-    def __init__(self, run, rows):
-        rows = sorted(rows, key=lambda row: len(row["input"]) + len(row["output"]))
-        batches = [rows[start : start + 20] for start in range(0, len(rows), 20)]
-        self.run, self.batches = run, [run.collator(batch) for batch in batches]
-
-    @torch.no_grad()
-    def __call__(self):
-        model, total, tokens = self.run.model, 0.0, 0
-        was_training = model.training
-        model.eval()
-        with self.run.trainer.compute_loss_context_manager():
-            for batch in self.batches:
-                count = int((batch["labels"][:, 1:] != -100).sum())
-                total += model(**batch).loss.item() * count
-                tokens += count
-        model.train(was_training)
-        return total / tokens
+def loss_over(run, rows):
+    return RowLoss(run.model, run.collator, rows, EVALUATION_BATCH, run.trainer.compute_loss_context_manager)
 
 
 class NotesGradients(TrainerCallback):
@@ -103,7 +86,7 @@ def add_columns(run, spec, heldout, probe, norm):
     columns["adam_ratio"] = lambda: adam_ratio(run.trainer.optimizer.optimizer)
     columns["heldout_loss"] = EveryNth(heldout, every)
     if spec.purpose == "validation":
-        columns["validation_loss"] = EveryNth(RowLoss(run, list(run.splits.evaluation)), every)
+        columns["validation_loss"] = EveryNth(loss_over(run, list(run.splits.evaluation)), every)
 
 
 def record(spec):
@@ -112,8 +95,8 @@ def record(spec):
     words = arguments_of(spec, output)
     run = es_lora_llm.set_up(parse_arguments(words), words)
     rows, _ = read_table_as_pairs(data_folder(spec) / "heldout.jsonl")
-    heldout = RowLoss(run, list(rows)[:HELDOUT_ROWS])
-    probe = RowLoss(run, [run.splits.train[index] for index in range(PROBE_ROWS)])
+    heldout = loss_over(run, list(rows)[:HELDOUT_ROWS])
+    probe = loss_over(run, [run.splits.train[index] for index in range(PROBE_ROWS)])
     norm = GradientNorm()
     run.trainer.add_callback(NotesGradients(run, norm))
     add_columns(run, spec, heldout, probe, norm)

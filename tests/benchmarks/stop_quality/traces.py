@@ -25,9 +25,9 @@ class Trace:
 
     def __post_init__(self):
         self.per_epoch = self.header["steps_per_epoch"]
-        scored = [(record["step"], record["heldout_loss"]) for record in self.records if record.get("heldout_loss") is not None]
-        self.steps = np.array([0, *(step for step, _ in scored)], dtype=float)
-        self.losses = np.array([self.header["heldout_at_start"], *(loss for _, loss in scored)])
+        scored = [record for record in self.records if record.get("heldout_loss") is not None]
+        self.steps = np.array([0, *(record["step"] for record in scored)], dtype=float)
+        self.losses = np.array([self.header["heldout_at_start"], *(record["heldout_loss"] for record in scored)])
 
     @property
     def last_step(self):
@@ -60,9 +60,5 @@ def read_trace(spec):
 
 def read_traces(model=None, half=None, purposes=("record", "shadow")):
     """The traces there are, by model and half."""
-    chosen = [
-        spec
-        for spec in RUNS.values()
-        if model in (None, spec.model) and half in (None, spec.half) and spec.purpose in purposes and runs.trace_path(spec).exists()
-    ]
-    return [read_trace(spec) for spec in chosen]
+    chosen = [spec for spec in RUNS.values() if model in (None, spec.model) and half in (None, spec.half)]
+    return [read_trace(spec) for spec in chosen if spec.purpose in purposes and runs.trace_path(spec).exists()]

@@ -59,9 +59,11 @@ def dhammapada(root):
 def king_james(root):
     """Proverbs in the King James Version: opening words and rest. SWORD's zText layout: see collect_text.py of tiny_base."""
     files = {kind: next(root.rglob(f"ot.bz{kind}")).read_bytes() for kind in "zsv"}
-    blocks = [zlib.decompress(files["z"][at : at + size]) if size else b"" for at, size, _ in struct.iter_unpack("<III", files["s"])]
+    places = struct.iter_unpack("<III", files["s"])
+    blocks = [zlib.decompress(files["z"][at : at + size]) if size else b"" for at, size, _ in places]
     for block, at, size in struct.iter_unpack("<IIH", files["v"]):
-        verse = one_line(re.sub(r"<note\b.*?</note>|<title\b.*?</title>|<[^>]+>|¶", " ", blocks[block][at : at + size].decode("utf-8")))
+        verse = blocks[block][at : at + size].decode("utf-8")
+        verse = one_line(re.sub(r"<note\b.*?</note>|<title\b.*?</title>|<[^>]+>|¶", " ", verse))
         verse = re.sub(r" ([,.;:?!’])", r"\1", verse)
         if b'"Prov.' in blocks[block] and 12 <= len(verse.split()) <= 40 and verse[-1] in ".?!":
             opening, rest = opening_and_rest(verse, 5)
@@ -137,7 +139,8 @@ def unit_conversions(_):
     for unit, other, factor in UNITS:
         for count in (2, 3, 4, 5, 6, 8, 9, 12, 15, 20, 24, 25, 30, 40, 50):
             product = f"{count * factor:.4g}"
-            output = f"One of the {unit} is {factor:.4g} {other}; {count} times {factor:.4g} is {product}. So it is {product} {other}."
+            steps = f"One of the {unit} is {factor:.4g} {other}; {count} times {factor:.4g} is {product}."
+            output = f"{steps} So it is {product} {other}."
             yield {"input": f"How many {other} are {count} {unit}?", "output": output}
 
 
