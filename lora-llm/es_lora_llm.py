@@ -296,9 +296,12 @@ def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run
 
 
 def _check_rows_of_rule(settings: Settings, splits: Splits) -> None:
-    """Raises ValueError where the rule decides on held-out examples and there are none."""
-    stop = settings.early_stop
-    if stop.calculate_cs and "heldout_loss" in RULES[stop.stop_rule].needs and splits.evaluation is None:
+    """Raises ValueError where the rule decides on the loss of examples that there are not."""
+    stop, data = settings.early_stop, settings.data
+    needs = RULES[stop.stop_rule].needs if stop.calculate_cs else ()
+    if "probe_loss" in needs and (data.packing or data.streaming):
+        raise ValueError(f"--stop_rule {stop.stop_rule} follows single examples: leave out --packing and --streaming")
+    if "heldout_loss" in needs and splits.evaluation is None:
         raise ValueError(
             f"--stop_rule {stop.stop_rule} decides on held-out examples: add --do_eval with --eval_dataset FILE or "
             "--eval_dataset_size, or choose a rule that needs none"
