@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from stop_rules import RuleSettings, auto_window, make_rule, replay
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,19 @@ def summary(result, resamples=RESAMPLES, seed=0):
         low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (float("nan"),) * 2
         figures[statistic] = (float(function(result, everything)), float(low), float(high))
     return figures
+
+
+# ------------------------------------------------------------------------------------------------ as Markdown
+
+TITLES = {"mean": "regret, mean", "p95": "95th percentile", "max": "maximum", "saved": "steps saved"}
+
+
+def cell(value, low, high):
+    return f"{value:.3f} ({low:.3f} to {high:.3f})" if np.isfinite(value) else "-"
+
+
+def table(rows):
+    """rows: [(name, summary)]."""
+    head = " | ".join(TITLES.get(name, name) for name in STATISTICS)
+    lines = [f"| rule | {head} |", "|---" * (len(STATISTICS) + 1) + "|"]
+    return lines + [f"| {name} | " + " | ".join(cell(*figures[key]) for key in STATISTICS) + " |" for name, figures in rows]
