@@ -37,8 +37,9 @@ from safetensors.torch import load_file
 from stop_rules import DEFAULT_RULE, RULES, auto_window, make_rule, replay
 
 PEFT_NAME, DIFFUSERS_NAME = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
-# Tried first where checkpoints are too far apart for a window, such as one an epoch; empty: the order of the registry.
-RULES_FOR_SPARSE_CHECKPOINTS: Tuple[str, ...] = ()
+# Where only weights are at hand. By the figures of tests/benchmarks/stop_quality no rule on weights that does without a window,
+# and so could judge one checkpoint an epoch, beats keeping epoch 2 of any run: there the verdict is "too sparse to say".
+RULE_BY_WEIGHTS = "second-valley"
 WEIGHT_COLUMNS = {"step", "epoch", "cs", "cs_row", "cs_matrix", "delta_norm", "stable_rank", "fluctuation"}
 MEASUREMENTS_PER_EPOCH = 5  # fewer, and the window of at least 5 measurements no longer is about one epoch
 MISSING_SHARE = 0.1  # of the measurements that a verdict bears
@@ -665,29 +666,19 @@ def build_history(run: Run, spacing: Spacing) -> History:
     return History(header, records, run.history.events if run.history else [])
 
 
-def _uses_window(name: str, history: History) -> bool:
-    """Whether a rule's first answer waits for a window to fill."""
-    first, second = (make_rule(*settings_for(history, name, window)).first_answer() for window in (5, 50))
-    return first != second
-
-
-def choose_rule(history: History, rule: Optional[str], sparse: bool) -> str:
-    """The rule asked for, or the first of the registry, the default rule ahead, that these checkpoints can answer.
+def choose_rule(history: History, rule: Optional[str]) -> str:
+    """The rule asked for; else the default where a history of the run recorded what it needs, else RULE_BY_WEIGHTS.
 
     Raises ValueError where the rule asked for needs a column that weights alone do not give.
     """
-    recorded = [set(record) for record in history.records] or [set()]
-    columns = WEIGHT_COLUMNS | set.intersection(*recorded)
+    columns = WEIGHT_COLUMNS | {name for record in history.records for name, value in record.items() if value is not None}
     if rule is not None:
         name = settings_for(history, rule)[0]
         lacking = [column for column in make_rule(*settings_for(history, rule)).needs if column not in columns]
         if lacking:
             raise ValueError(f"rule {name} needs {', '.join(lacking)}, which saved weights do not tell; choose another rule")
         return rule
-    first = RULES_FOR_SPARSE_CHECKPOINTS if sparse else ()
-    usable = [name for name in dict.fromkeys([*first, DEFAULT_RULE, *RULES]) if set(RULES[name].needs) <= columns]
-    without_window = [name for name in usable if not _uses_window(name, history)]
-    return (without_window if sparse and without_window and not first else usable)[0]
+    return DEFAULT_RULE if columns.issuperset(RULES[DEFAULT_RULE].needs) else RULE_BY_WEIGHTS
 
 
 def _nearby_windows(history: History, rule: str, window: int) -> List[Optional[int]]:
@@ -699,7 +690,7 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
     """The verdict on a measured run (one JSON object), the history it was taken from, and the rule's Decision."""
     spacing = find_spacing(run)
     history = build_history(run, spacing)
-    chosen = choose_rule(history, rule, spacing.sparse is not None)
+    chosen = choose_rule(history, rule)
     name, settings = settings_for(history, chosen)
     first_answer = make_rule(name, settings).first_answer()
     verdict = {
@@ -709,7 +700,7 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
         "certainty": "exact" if spacing.interval == spacing.planned and not spacing.missing else "approximate",
     }
     decision = None
-    if spacing.sparse and _uses_window(name, history):
+    if spacing.sparse and RULES[name].uses_window:
         need = max(spacing.planned, run.steps_per_epoch // MEASUREMENTS_PER_EPOCH)
         verdict.update(stopped=False, stop_step=None, turning_step=None, certainty="too sparse")
         wanted = f"every {need} steps" if need > 1 else "every step"

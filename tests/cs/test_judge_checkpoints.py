@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import judge_checkpoints
 import pytest
 import torch
 from cs_fluctuation import EarlyStopMonitor, LoraLayer
@@ -159,7 +158,7 @@ def judged(run, capsys, *flags):
 
 
 def assert_same_decision(verdict, run):
-    replayed = redecide(read_history(run.history))
+    replayed = redecide(read_history(run.history), "second-valley")
     assert replayed["stopped"], "the toy run must stop, or the comparison says nothing"
     assert {key: verdict[key] for key in replayed} == replayed
     assert verdict["certainty"].startswith("exact")
@@ -218,7 +217,7 @@ def test_a_history_beside_the_adapters_gives_interval_window_and_component(tmp_p
     (run.folder / "cs_history.jsonl").write_text("\n".join([json.dumps(header), *records]) + "\n")
     verdict = judged(run, capsys)
     assert verdict["window"] == 7 and verdict["spacing_steps"] == 2
-    replayed = redecide(read_history(run.folder))
+    replayed = redecide(read_history(run.folder), "second-valley")
     assert {key: verdict[key] for key in replayed} == replayed
 
 
@@ -232,7 +231,7 @@ def test_a_corrupt_file_is_named_and_the_others_are_judged(tmp_path, capsys):
     assert "cannot be read" in verdict["not_judged"]["checkpoint-7"] and "NaN" in verdict["not_judged"]["checkpoint-60"]
     assert len(verdict["checkpoints"]) == STEPS - 2 and verdict["keep"]
     assert verdict["missing_steps"] == [7] and verdict["certainty"].startswith("approximate")
-    assert abs(verdict["turning_step"] - redecide(read_history(run.history))["turning_step"]) <= STEPS_PER_EPOCH
+    assert abs(verdict["turning_step"] - redecide(read_history(run.history), "second-valley")["turning_step"]) <= STEPS_PER_EPOCH
 
 
 def test_one_checkpoint_an_epoch_is_too_sparse_for_a_rule_with_a_window(tmp_path, capsys):
@@ -244,10 +243,9 @@ def test_one_checkpoint_an_epoch_is_too_sparse_for_a_rule_with_a_window(tmp_path
     assert all(abs(row["cs_row"]) > 0 for row in verdict["checkpoints"])
 
 
-@pytest.mark.parametrize(("every", "chosen"), [(STEPS_PER_EPOCH, True), (1, False)], ids=["an epoch", "a step"])
-def test_the_rule_for_sparse_checkpoints_is_a_setting_of_its_own(tmp_path, capsys, monkeypatch, every, chosen):
-    monkeypatch.setattr(judge_checkpoints, "RULES_FOR_SPARSE_CHECKPOINTS", ("nth-valley",))
-    assert judged(language_run(tmp_path, every), capsys)["rule"].startswith("nth-valley") == chosen
+def test_a_rule_without_a_window_that_is_asked_for_judges_one_checkpoint_an_epoch(tmp_path, capsys):
+    verdict = judged(language_run(tmp_path, every=STEPS_PER_EPOCH), capsys, "--rule", "update-norm-plateau")
+    assert verdict["rule"] == "update-norm-plateau" and verdict["certainty"] != "too sparse"
 
 
 def test_a_spacing_in_between_is_judged_and_called_approximate(tmp_path, capsys):
@@ -456,27 +454,6 @@ def test_a_rule_that_needs_more_than_weights_is_refused(tmp_path, capsys, monkey
     run = language_run(tmp_path, every=20)
     assert main([str(run.folder), "--base", str(run.base), "--rule", "by-loss"]) == 2
     assert "rule by-loss needs loss" in capsys.readouterr().err
-
-
-def test_a_rule_without_a_window_judges_one_checkpoint_an_epoch(tmp_path, capsys, monkeypatch):
-    import stop_rules
-    from cs_fluctuation import Decision
-
-    class ThirdRecord(stop_rules.StopRule):
-        name, needs, seen = "third", ("cs",), 0
-
-        def update(self, record):
-            self.seen += 1
-            return (
-                Decision(record["step"], record["step"], (record["step"], record["step"]), "The third.")
-                if self.seen == 3
-                else None
-            )
-
-    monkeypatch.setitem(stop_rules.RULES, "third", ThirdRecord)
-    verdict = judged(language_run(tmp_path, every=STEPS_PER_EPOCH), capsys)
-    assert verdict["rule"] == "third" and verdict["keep"] == "checkpoint-30"
-    assert verdict["certainty"].startswith("approximate")
 
 
 def test_the_scale_of_a_diffusers_file_is_in_its_metadata(tmp_path):
