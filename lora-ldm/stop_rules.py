@@ -37,6 +37,7 @@ class StopRule:
     default_value: Optional[float] = None
     value_help = ""  # what the rule's number is; empty where it has none
     uses_window = False  # whether the window M changes its answers
+    counts_valleys = False
 
     def __init__(self, settings: RuleSettings):
         if settings.window < 1 or settings.valley < 1 or settings.cs_interval < 1:
@@ -44,6 +45,8 @@ class StopRule:
                 f"window {settings.window}, valley {settings.valley} and cs_interval {settings.cs_interval}: "
                 "all must be at least 1"
             )
+        if settings.valley != 2 and not self.counts_valleys:
+            raise ValueError(f"the rule {self.name} counts no valleys (it was given {settings.valley}); use the rule nth-valley")
         if settings.value is not None and not self.value_help:
             raise ValueError(f"the rule {self.name} has no number to set (it was given {settings.value:g}); leave it out")
         if settings.value is not None and not (math.isfinite(settings.value) and settings.value > 0):
@@ -102,7 +105,7 @@ class NthValley(StopRule):
     """
 
     name = "nth-valley"
-    uses_window = True
+    uses_window = counts_valleys = True
 
     def __init__(self, settings: RuleSettings):
         super().__init__(settings)

@@ -21,7 +21,8 @@ def history(tmp_path):
     lines = [{**header, "decided_on": "unet", "rule": "nth-valley", "valley": 3}]
     for k in range(90):
         cs = {name: float(walk[k]) for name, walk in walks.items()}
-        lines.append({"step": 2 * k + 2, "epoch": k / 8, "cs": {**cs, "all": 0.5 * sum(cs.values())}, "loss": 3.0 / (k + 1)})
+        record = {"step": 2 * k + 2, "epoch": k / 8, "cs": {**cs, "all": 0.5 * sum(cs.values())}, "loss": 3.0 / (k + 1)}
+        lines.append({**record, "grad_evidence": 3.0 - k / 20})
         if k % 10 == 9:
             lines.append({"event": "evaluation", "step": 2 * k + 2, "heldout_loss": 2.0 + (k - 40) ** 2 / 1000})
     path = tmp_path / "cs_history.jsonl"
@@ -31,12 +32,13 @@ def history(tmp_path):
 
 def test_the_default_rule_applies_whatever_the_header_says(history):
     run = read_history(history)
-    assert redecide(run)["rule"] == "second-valley"
+    assert redecide(run)["rule"] == "gradient-agreement"
+    assert (redecide(run)["turning_step"], redecide(run)["stop_step"]) == (84, 84)  # the first with an evidence below 1
     assert redecide(run, "recorded")["rule"] == "nth-valley"
     assert redecide(run, "recorded") == redecide(run, "nth-valley", 5, 3)
     assert redecide(run, "nth-valley", valley=1)["stop_step"] < redecide(run, "recorded")["stop_step"]
     assert redecide(run, window="auto")["window"] == 8
-    assert redecide(run, component="te") != redecide(run)
+    assert redecide(run, "second-valley", component="te") != redecide(run, "second-valley")
 
 
 def test_json_has_the_promised_keys_and_nulls_where_nothing_stops(history, capsys):
@@ -44,7 +46,7 @@ def test_json_has_the_promised_keys_and_nulls_where_nothing_stops(history, capsy
     verdict = json.loads(capsys.readouterr().out)
     assert list(verdict) == ["rule", "window", "stopped", "stop_step", "turning_step", "reason"]
     assert verdict["stopped"] and verdict["turning_step"] == verdict["stop_step"] - 2 * (3 * 5 - 2)
-    assert main([str(history.parent), "--window", "30", "--json"]) == 0
+    assert main([str(history.parent), "--rule", "second-valley", "--window", "30", "--json"]) == 0
     verdict = json.loads(capsys.readouterr().out)
     assert (verdict["stopped"], verdict["stop_step"], verdict["turning_step"]) == (False, None, None)
 
@@ -87,7 +89,7 @@ def test_mistakes_end_with_code_2_and_one_message(history, tmp_path, capsys, arg
 def test_it_runs_as_a_program_from_any_folder(history, tmp_path):
     command = [sys.executable, str(REPLAY), str(history), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0 and json.loads(result.stdout)["rule"] == "second-valley"
+    assert result.returncode == 0 and json.loads(result.stdout)["rule"] == "gradient-agreement"
     assert result.stderr == ""
 
 

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import torch
+from gradient_evidence import GradientEvidence, memorising_evidence
 from stop_rules import RULES, RuleSettings, make_rule, replay
 
 PER_EPOCH = 20  # optimizer steps; measured at every second one: ten times an epoch
@@ -156,6 +158,64 @@ def test_a_decision_never_keeps_more_than_lookback_measurements_before(name):
 def test_a_number_for_a_rule_without_one_and_a_bad_number_are_named():
     with pytest.raises(ValueError, match="second-valley has no number to set"):
         make_rule("second-valley", settings(value=3.0))
+    with pytest.raises(ValueError, match="gradient-agreement counts no valleys .* use the rule nth-valley"):
+        make_rule("gradient-agreement", settings(valley=3))
     for bad in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="epochs to train, must be above 0"):
             make_rule("fixed-epochs", settings(value=bad))
+
+
+def agreement_records(measurements, evidence, component):
+    records = history(measurements, grad_evidence=evidence)
+    for record in records:
+        record["cs"] = {component: 0.0}
+    return records
+
+
+@pytest.mark.parametrize(("component", "expected_epoch"), [("lm", 2.2), ("unet", 4.1)])
+def test_agreement_asks_more_of_examples_that_come_again_unchanged(component, expected_epoch):
+    """Evidence falls from 5 by 1 an epoch: under the bound near 2.1 early for text, under 1 later for pictures."""
+
+    def evidence(epoch):
+        return 5 - epoch if component == "unet" else 4 - epoch
+
+    records = agreement_records(80, evidence, component)
+    rule = make_rule("gradient-agreement", RuleSettings(10, component, PER_EPOCH, INTERVAL))
+    decision = replay(rule, records)
+    assert decision.keep_step == decision.detected_step
+    assert decision.keep_step / PER_EPOCH == pytest.approx(expected_epoch, abs=0.11)
+    assert "memorising alone leaves" in decision.reason
+
+
+def test_agreement_never_stops_within_the_first_epoch():
+    decision = replay(make_rule("gradient-agreement", settings()), agreement_records(80, lambda epoch: 0.1, "lm"))
+    assert decision.keep_step == PER_EPOCH
+
+
+def literal_memorising_evidence(gradients, per_epoch):
+    """Decaying weights of every gradient, summed by example and squared, over the sum of their squares."""
+    decay = 1 - 1 / max(5, per_epoch)
+    weights = [decay**age for age in range(gradients)]
+    by_example = [sum(weights[first::per_epoch]) for first in range(per_epoch)]
+    return sum(total**2 for total in by_example) / sum(weight**2 for weight in weights)
+
+
+@pytest.mark.parametrize("per_epoch", [1, 2, 5, 8, 33])
+def test_memorising_evidence_is_that_of_examples_that_agree_with_themselves_alone(per_epoch):
+    for gradients in (1, 2, 3, per_epoch, per_epoch + 1, 2 * per_epoch, 3 * per_epoch + 2, 12 * per_epoch):
+        expected = literal_memorising_evidence(gradients, per_epoch)
+        assert memorising_evidence(gradients, per_epoch) == pytest.approx(expected, rel=1e-9)
+    assert memorising_evidence(per_epoch, per_epoch) == pytest.approx(1)
+
+
+def test_memorising_evidence_is_what_gradient_evidence_measures_on_such_examples():
+    """Examples of independent random gradients, the same at every visit, through the real measurement."""
+    torch.manual_seed(0)
+    per_epoch, epochs = 12, 4
+    parameter = torch.nn.Parameter(torch.zeros(40_000))
+    examples = torch.randn(per_epoch, parameter.numel())
+    evidence = GradientEvidence([parameter], per_epoch)
+    for visit in range(per_epoch * epochs):
+        (parameter * examples[visit % per_epoch]).sum().backward()
+    # m^2 / v is a mean of ratios: v itself varies from parameter to parameter, which costs some percent
+    assert evidence.value() == pytest.approx(memorising_evidence(per_epoch * epochs, per_epoch), rel=0.1)

@@ -47,7 +47,7 @@ def trained(model, output, callback=None, others=(), resume=None, **options):
     """A plain Trainer after train(): 24 steps at most, 4 an epoch, a checkpoint at each; M = 2, so it stops after 8 or more."""
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_only_model": True, "logging_steps": 1}
     settings.update({"per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": "none", "use_cpu": True, **options})
-    callback = callback or EarlyStopCallback(cs_interval=1, window_size=2)
+    callback = callback or EarlyStopCallback(stop_rule="second-valley", cs_interval=1, window_size=2)
     trainer = Trainer(
         model,
         TrainingArguments(str(output), **settings),
@@ -112,7 +112,7 @@ def sft_output(request, random_base, text_files, tmp_path_factory):
         SFTConfig(str(output), per_device_train_batch_size=4, bf16=False, use_cpu=True, report_to="none", **settings),
         train_dataset=data,
         peft_config=LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"),
-        callbacks=[EarlyStopCallback(cs_interval=1, window_size=2)],
+        callbacks=[EarlyStopCallback(stop_rule="second-valley", cs_interval=1, window_size=2)],
     )
     trainer.train()
     trainer.save_model(str(output / "final"))
@@ -204,7 +204,8 @@ def test_an_adapter_that_transformers_itself_has_added(random_base, tmp_path):
 
 def test_without_early_stop_the_turning_point_lies_beside_the_last_weights(random_base, tmp_path):
     output = tmp_path / "run"
-    trained(lora(random_base), output, EarlyStopCallback(early_stop=False, cs_interval=1, window_size=2))
+    callback = EarlyStopCallback(early_stop=False, stop_rule="second-valley", cs_interval=1, window_size=2)
+    trained(lora(random_base), output, callback)
     result = result_of(output)
     assert (result["outcome"], result["kept_step"], result["last_step"]) == ("budget_reached", 24, 24)
     assert same(output / "final", output / "checkpoint-24")
@@ -288,7 +289,7 @@ def test_a_run_to_its_budget_says_so(random_base, tmp_path):
 
 def test_a_caller_that_reports_itself_finds_the_snapshots_and_no_files(random_base, tmp_path):
     output = tmp_path / "run"
-    callback = EarlyStopCallback(cs_interval=1, window_size=2, report=False)
+    callback = EarlyStopCallback(stop_rule="second-valley", cs_interval=1, window_size=2, report=False)
     trained(lora(random_base), output, callback)
     assert same(output / "final", output / f"checkpoint-{callback.decision.keep_step}")
     assert not (output / "result.json").exists() and not (output / "report.html").exists()

@@ -28,7 +28,8 @@ def flags(base, files, output, *more):
         *("--model_name_or_path", str(base), "--dataset", str(files["train"]), "--output_dir", str(output)),
         *("--bits", "32", "--lora_r", "4", "--learning_rate", "5e-3", "--per_device_train_batch_size", "4"),
         *("--gradient_accumulation_steps", "1", "--gradient_checkpointing", "False", "--num_train_epochs", "6"),
-        *("--cs_interval", "1", "--window_size", "2", "--save_strategy", "no", "--use_cpu", *more),
+        *("--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "2"),
+        *("--save_strategy", "no", "--use_cpu", *more),
     ]
 
 
@@ -320,7 +321,7 @@ BAD = {
     "window": (["--window_size", "0"], "give a number of 1 or more, or auto"),
     "interval": (["--cs_interval", "often"], "--cs_interval often: give a number"),
     "rule": (["--stop_rule", "third-valley"], "choose one of second-valley, nth-valley"),
-    "valley": (["--valley", "3"], "use --stop_rule nth-valley"),
+    "valley": (["--valley", "3"], "use the rule nth-valley"),
     "full finetune": (["--full_finetune", "--early_stop"], "CS needs a LoRA"),
     "not a number": (["--learning_rate", "fast"], "invalid float value: 'fast'"),
     "negative rate": (["--learning_rate", "-1"], "must be above 0"),

@@ -26,7 +26,8 @@ def run(base, files, output, *more):
     flags = ["--model_name_or_path", str(base), "--dataset", str(files["train"]), "--output_dir", str(output), "--bits", "32"]
     flags += ["--lora_r", "4", "--learning_rate", "2e-2", "--per_device_train_batch_size", "4", "--lora_dropout", "0.1"]
     flags += ["--gradient_accumulation_steps", "1", "--gradient_checkpointing", "False", "--num_train_epochs", "6"]
-    flags += ["--cs_interval", "1", "--window_size", "2", "--save_strategy", "no", "--use_cpu", *more]
+    flags += ["--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "2"]
+    flags += ["--save_strategy", "no", "--use_cpu", *more]
     assert main(flags) == 0
     return json.loads((output / "result.json").read_text())
 

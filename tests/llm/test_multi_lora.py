@@ -309,7 +309,7 @@ def test_the_templates_run(template, random_base, tmp_path):
     """With two steps a job on a few examples; whole runs of them are measured in tests/benchmarks."""
     jobs = [replace(entry, max_steps=2, max_train_samples=8, max_eval_samples=3) for entry in read_jobs(template)]
     overview = train_jobs(jobs, random_base, tmp_path / "out", bits=32, use_cpu=True, say=lambda text: None)
-    assert {result["outcome"] for result in overview["jobs"]} == {"no_turning_point"}
+    assert {result["outcome"] for result in overview["jobs"]} <= {"no_turning_point", "stopped_early"}
     assert set(overview["chosen"]) == {entry.group for entry in jobs if entry.group}
     chosen = overview["chosen"].get("kitchen")
     if chosen:

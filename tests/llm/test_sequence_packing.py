@@ -134,7 +134,8 @@ def result_of(output):
 
 @pytest.mark.parametrize("packing", [["--packing"], ["--packing", "wrapped"]], ids=" ".join)
 def test_a_packed_run_counts_its_own_steps_and_stops_early(packing, random_base, text_files, tmp_path, capsys):
-    more = ["--early_stop", "--num_train_epochs", "12", "--cs_interval", "1", "--window_size", "2", *packing]
+    more = ["--early_stop", "--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "2"]
+    more += ["--num_train_epochs", "12", *packing]
     more += ["--seq_length", str(LENGTH), "--do_eval", "--eval_dataset", str(text_files["heldout"])]
     assert main(flags(random_base, text_files, tmp_path / "run", *more)) == 0
     result, history = result_of(tmp_path / "run"), read_history(tmp_path / "run")

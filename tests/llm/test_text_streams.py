@@ -125,7 +125,7 @@ def flags(base, data, output, *more):
         *("--model_name_or_path", str(base), "--dataset", str(data), "--output_dir", str(output), "--bits", "32", "--use_cpu"),
         *("--lora_r", "4", "--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
         *("--gradient_checkpointing", "False", "--save_strategy", "no", "--streaming", "--max_steps", "12"),
-        *("--cs_interval", "1", "--window_size", "2", *more),
+        *("--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "2", *more),
     ]
 
 

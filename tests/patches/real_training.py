@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 HERE = Path(__file__).resolve().parent
 APPLY = HERE.parents[1] / "patches" / "apply_patches.py"
 STEPS = 40
-STOP_FLAGS = ["--early_stop", "--cs_interval", "1", "--window_size", "3"]
+STOP_FLAGS = ["--early_stop", "--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "3"]
 PARTS = {"sd-scripts": ["train_network.py", "sdxl_train_network.py", "library", "networks"], "qlora": ["qlora.py"]}
 
 

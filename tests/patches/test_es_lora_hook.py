@@ -194,7 +194,7 @@ def test_off_by_default_and_published_names():
     assert (measured.early_stop, measured.cs_interval, measured.window) == (False, 5, 7)
     stopping = es_lora_run.read_settings(parsed("--early_stop"), "matrix")
     assert (stopping.early_stop, stopping.cs_interval, stopping.window) == (True, None, None)
-    assert (stopping.rule, stopping.reduction) == ("second-valley", "matrix")
+    assert (stopping.rule, stopping.reduction) == (es_lora_run.DEFAULT_RULE, "matrix")
 
 
 def test_values_of_a_toml_file_are_checked_all_at_once():

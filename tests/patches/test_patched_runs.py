@@ -16,7 +16,7 @@ from checkouts import commit, make_checkout
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-STOP = ["--early_stop", "--cs_interval", "1", "--window_size", "2"]
+STOP = ["--early_stop", "--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "2"]
 
 
 @pytest.fixture(scope="module")
