@@ -104,16 +104,22 @@ def _fluctuation(history: History, window: int, component: str) -> List[Tuple[in
 
 
 def draw(history: History, decision: Optional[Decision], window: int, component: str):
-    """The figure of a run: losses, CS by component, CS-Fluctuation with its valleys, and the steps that matter."""
+    """The figure of a run: losses, CS by component, CS-Fluctuation with its valleys, gradient evidence where it is recorded,
+    and the steps that matter."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 8.2), layout="constrained")
-    loss_axis, cs_axis, fluctuation_axis = figure.subplots(3, 1, sharex=True)
+    evidence = [(r["step"], r["grad_evidence"]) for r in history.records if r.get("grad_evidence") is not None]
+    figure = Figure(figsize=(9, 10.6 if evidence else 8.2), layout="constrained")
+    axes = figure.subplots(4 if evidence else 3, 1, sharex=True)
+    loss_axis, cs_axis, fluctuation_axis = axes[:3]
     train = [(r["step"], r["loss"]) for r in history.records if r.get("loss") is not None]
     if train:
         loss_axis.plot(*zip(*train), color=COLOURS["train"], label="training loss")
     if history.heldout():
         loss_axis.plot(*zip(*history.heldout()), color=COLOURS["heldout"], marker=".", label="held-out loss")
+    shadows = [(r["step"], r["shadow_loss"]) for r in history.records if r.get("shadow_loss") is not None]
+    if shadows:
+        loss_axis.plot(*zip(*shadows), color=COLOURS["lines"], marker=".", label="shadows' loss on their folds")
     loss_axis.set_ylabel("loss")
     components = [name for name in history.records[0]["cs"] if name != "all" or len(history.records[0]["cs"]) > 2]
     for index, name in enumerate(components):
@@ -129,14 +135,16 @@ def draw(history: History, decision: Optional[Decision], window: int, component:
         if _valleys(fluctuation):
             fluctuation_axis.plot(*zip(*_valleys(fluctuation)), "v", color=COLOURS["heldout"], label="valley")
     fluctuation_axis.set_ylabel("CS-Fluctuation")
-    fluctuation_axis.set_xlabel("step")
+    if evidence:
+        _draw_evidence(axes[3], history, evidence)
+    axes[-1].set_xlabel("step")
     steps = []
     if decision is not None:
         steps.append((decision.keep_step, "turning point", COLOURS["kept"], "-"))
         steps.append((decision.detected_step, "detected", COLOURS["detected"], "--"))
     if decision is None or history.last_step() != decision.detected_step:
         steps.append((history.last_step(), "last", "black", ":"))
-    for axis in (loss_axis, cs_axis, fluctuation_axis):
+    for axis in axes:
         for step, name, colour, dashes in steps:
             label = f"{name}: step {step}" if axis is loss_axis else None
             axis.axvline(step, color=colour, linestyle=dashes, linewidth=1.8, label=label)
@@ -150,6 +158,16 @@ def draw(history: History, decision: Optional[Decision], window: int, component:
         epochs = loss_axis.secondary_xaxis("top", functions=(lambda s: s / per_epoch, lambda e: e * per_epoch))
         epochs.set_xlabel("epoch")
     return figure
+
+
+def _draw_evidence(axis, history: History, evidence: Sequence[Tuple[int, float]]) -> None:
+    """Gradient evidence, and the bound under which the rule gradient-agreement stops."""
+    rule = make_rule(*settings_for(history, "gradient-agreement"))
+    axis.plot(*zip(*evidence), color=COLOURS["lines"], label="gradient evidence")
+    bound = [(record["step"], rule.bound(record)) for record in history.records]
+    axis.plot(*zip(*bound), color="black", linewidth=1, label="what memorising alone leaves")
+    axis.set_yscale("log")
+    axis.set_ylabel("gradient evidence")
 
 
 def _picture(history: History, decision: Optional[Decision], window: int, component: str) -> str:

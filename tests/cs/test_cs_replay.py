@@ -101,6 +101,7 @@ def test_the_picture_shows_losses_cs_fluctuation_and_the_steps_that_matter(histo
     assert {"unet (matrix)", "te (matrix)", "all (matrix)"} <= set(labels[1])
     assert "CS-Fluctuation of unet, M = 5" in labels[2] and "valley" in labels[2]
     assert figure.axes[2].get_yscale() == "log"
+    assert labels[3][:2] == ["gradient evidence", "what memorising alone leaves"]
     assert main([str(history), "--plot", str(tmp_path / "run.png")]) == 0
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
 
