@@ -18,7 +18,7 @@ import streamlit as st
 from cs_fluctuation import HISTORY_NAME
 from cs_replay import draw
 from run_folders import TREE, Places, Run, decision_of, offered
-from training_process import LIMITS, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base
+from training_process import LIMITS, OFFERED_RULES, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base
 
 PROJECT = TREE.parent
 EMBEDDED = "embedded base (64 px)"
@@ -298,12 +298,13 @@ def ask_settings(places):
     prompts = st.text_area("Prompts for sample pictures, one a line", EXAMPLE_PROMPT, height=80)
     with st.expander("More"):
         left, middle, right = st.columns(3)
+        rule = left.selectbox("Stop rule", OFFERED_RULES, help="the first is the default; shadow takes more time")
         pictures = left.number_input("Pictures every N epochs (0: at the end)", *LIMITS["pictures_every_epochs"], 0)
         interval = middle.number_input("Steps between measurements (0: automatic)", *LIMITS["cs_interval"], 0)
         window = right.number_input("Measurements a window (0: automatic)", *LIMITS["window"], 0)
     return TrainingSettings(
         name, base, images, prompts, resolution, rank, alpha, epochs, batch_size, unet_rate, text_rate, pictures,
-        early_stop, interval, window, precision, seed,
+        early_stop, interval, window, precision, seed, rule,
     )  # fmt: skip
 
 

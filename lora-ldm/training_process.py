@@ -13,6 +13,7 @@ from pathlib import Path
 from run_folders import LOG_NAME, TREE, Places
 from sample_images import parse_prompt_line
 from sdxl_model import is_sdxl
+from stop_rules import DEFAULT_RULE, RULES
 
 PROMPTS_NAME = "preview_prompts.txt"
 PRECISIONS = ("no", "fp16", "bf16")
@@ -30,6 +31,9 @@ LIMITS = {
     "window": (0, 1000),
     "seed": (0, 2**31 - 1),
 }
+
+# The rules that need no held-out pictures, the default first.
+OFFERED_RULES = tuple(dict.fromkeys([DEFAULT_RULE, *(name for name in RULES if "heldout_loss" not in RULES[name].needs)]))
 
 
 @dataclass
@@ -53,6 +57,7 @@ class TrainingSettings:
     window: int = 0
     precision: str = "no"
     seed: int = 1337
+    stop_rule: str = DEFAULT_RULE
 
     def validate(self):
         """Raises ValueError with one line per problem."""
@@ -65,6 +70,8 @@ class TrainingSettings:
                 problems.append(f"{name} {value!r} must be from {least} to {most}")
         if self.precision not in PRECISIONS:
             problems.append(f"precision {self.precision!r} must be one of {', '.join(PRECISIONS)}")
+        if self.stop_rule not in OFFERED_RULES:
+            problems.append(f"stop rule {self.stop_rule!r} must be one of {', '.join(OFFERED_RULES)}")
         for line in self.prompt_lines():
             try:
                 parse_prompt_line(line)
@@ -98,7 +105,7 @@ def command(settings, places: Places, folder):
     if sdxl and settings.precision == "fp16":
         words.append("--no_half_vae")  # SDXL's VAE gives NaN in fp16
     words += ["--mixed_precision", settings.precision, "--seed", str(settings.seed)]
-    words += ["--calculate_cs", "--early_stop", str(settings.early_stop)]
+    words += ["--calculate_cs", "--early_stop", str(settings.early_stop), "--stop_rule", settings.stop_rule]
     words += ["--cs_interval", str(settings.cs_interval or "auto"), "--window_size", str(settings.window or "auto")]
     if settings.prompt_lines():
         words += ["--sample_prompts", str(Path(folder) / PROMPTS_NAME)]

@@ -195,7 +195,8 @@ def test_a_training_never_writes_into_a_folder_that_is_there(places, tmp_path, m
 def test_stop_is_an_interrupt(places, tmp_path, monkeypatch):
     import training_process
 
-    program = "import time\nprint('ready', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt:"
+    program = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)"  # as the trainer takes it
+    program += "\nprint('ready', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt:"
     program += "\n  print('saved')\n  raise SystemExit(130)"
     monkeypatch.setattr(training_process, "command", lambda *_: [sys.executable, "-c", program])
     process = training_process.TrainingProcess(settings(), places, tmp_path / "root" / "new")

@@ -28,7 +28,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-EARLY = dict(early_stop=True, window_size=3, cs_interval=1, max_train_steps=40)
+EARLY = dict(early_stop=True, stop_rule="second-valley", window_size=3, cs_interval=1, max_train_steps=40)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_without_early_stop_the_full_run_is_the_result(stopped, base, images, tm
 
 
 def test_no_turning_point_leaves_one_file_and_says_so(base, images, tmp_path, capsys):
-    result = train(base, images, tmp_path, early_stop=True, max_train_steps=6)
+    result = train(base, images, tmp_path, early_stop=True, stop_rule="second-valley", max_train_steps=6)
     assert result["outcome"] == "no_turning_point" and result["files"] == {"kept": "lora.safetensors"}
     output = capsys.readouterr().out
     assert "too short for the rule" in output and "No evidence of overfitting yet" in output and "Try it:" in output

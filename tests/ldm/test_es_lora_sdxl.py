@@ -42,7 +42,8 @@ MEASURED = dict(calculate_cs=True, cs_interval=1)
 def stopped(base, images, tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped")
     (out / "prompts.txt").write_text("a cat --s 2 --d 7 --w 32 --h 32\n")
-    early = dict(early_stop=True, window_size=2, cs_interval=1, max_train_steps=30, text_encoder_lr=["1e-3", "5e-4"])
+    early = dict(early_stop=True, stop_rule="second-valley", window_size=2, cs_interval=1, max_train_steps=30)
+    early["text_encoder_lr"] = ["1e-3", "5e-4"]
     return out, train(base, images, out, **early, sample_prompts=str(out / "prompts.txt"))
 
 
