@@ -86,7 +86,7 @@ def test_start_a_training_watch_it_stop_and_compare_pictures(server, page, tmp_p
     page.get_by_label("Name").press("Enter")
     page.get_by_label("Prompts for sample pictures").fill(f"portrait, boy, fluent 3d style --d 1 --l 5 --s {STEPS}")
     page.get_by_text("More", exact=True).click()
-    rule = page.get_by_label("Stop rule")
+    rule = page.get_by_role("combobox", name="Stop rule")
     rule.fill("second-valley")  # one that stops a run of a few steps
     rule.press("Enter")
     page.get_by_text("--stop_rule second-valley").wait_for()
