@@ -76,7 +76,7 @@ def main() -> int:
         f" ({kept[by_verdict[0]['name']]:.3f})."
         if by_verdict
         else "- Without the held-out examples none would have been chosen.",
-        "  That way of choosing was settled after a first look at this grid, so this line does not test it.",
+        "  That way of choosing (the longest until its turning point) was settled after looking at this grid: no test of it.",
         f"- Steps: {steps} of {budget}, {100 * steps / budget:.0f}% of training each to its full budget. Processor time, scoring"
         f" and measuring included: {seconds:.0f} s, to the full budgets {full_seconds:.0f} s ({seconds / full_seconds:.2f}).",
         "",
