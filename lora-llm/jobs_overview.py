@@ -33,8 +33,8 @@ def choose(results: Sequence[dict[str, Any]]) -> Optional[tuple[dict[str, Any], 
 
     Where every one was scored on held-out examples: the lowest held-out loss of the kept weights. Otherwise by the early-stop
     verdicts: of those with a turning point, the one that had seen the most examples when it came, for it could learn longest
-    before it only memorised. (On the tuning half of tests/benchmarks/stop_quality that is better than the first to its turning point in
-    four of six data sets; it is a weak judge all the same.) Without any turning point none is chosen.
+    before it only memorised. On the tuning half of tests/benchmarks/stop_quality that is better than the first to its turning
+    point in four of six data sets, and a weak judge all the same. Without any turning point none is chosen.
     """
     kept = [result for result in results if result["outcome"] in ("stopped_early", "budget_reached", "no_turning_point")]
     scored = {result["name"]: kept_loss(result) for result in kept}
