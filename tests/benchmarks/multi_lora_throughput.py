@@ -225,7 +225,8 @@ To repeat:
    Write a json lines file of 20 rows (`instruction`, `output`) for each job; each job has `num_epochs` 1.
 4. Set `MLORA_BACKEND_TYPE=CPU`, `OMP_NUM_THREADS=1`, `HF_HUB_OFFLINE=1` and `HF_DATASETS_OFFLINE=1`; load with
    `LLMModel.from_pretrained(folder, device="cpu", load_dtype=torch.float32)`; for each job
-   `init_adapter(lora_config_factory(job))` and `TrainConfig.from_config(job)`; then `mlora.trainer.train(model, tokenizer, configs, cutoff_len=128)`.
+   `init_adapter(lora_config_factory(job))` and `TrainConfig.from_config(job)`; then
+   `mlora.trainer.train(model, tokenizer, configs, cutoff_len=128)`.
 5. Wrap the `_dataload_fn` of each config so that it returns the token ids of step 3, make `random.shuffle` do nothing, and read
    `time.process_time()` at every `Dispatcher.get_train_data` and at the end.
 6. Ours: `Fused` and `Alone` of the script over the same 20 steps.
