@@ -78,9 +78,9 @@ class StopRule:
         value = record.get(column)
         return value.get(self.settings.component) if isinstance(value, dict) else value
 
-    def kept_at_detection(self, record: Dict[str, Any], reason: str, usable_from: Optional[int] = None) -> Decision:
+    def kept_at_detection(self, record: Dict[str, Any], reason: str) -> Decision:
         step = record["step"]
-        return Decision(step, step, (step if usable_from is None else usable_from, step), f"{reason} at step {step}.")
+        return Decision(step, step, (step, step), f"{reason} at step {step}.")
 
 
 class RunningMean:
