@@ -241,7 +241,7 @@ def create_network(
 
 
 def create_network_beside(model, network, adapter, rank):
-    """A fresh network called ``adapter`` in the layers of ``network``, with its alpha / rank and its dropouts.
+    """A fresh network called ``adapter`` in the layers of ``network``, with its alphas and its dropouts.
 
     A forward pass goes through ``network`` as before: the new one lies in the layers (PEFT's) for whoever calls it there.
     """
@@ -249,7 +249,7 @@ def create_network_beside(model, network, adapter, rank):
     for component, root in component_roots(model).items():
         places.update({id(layer): (component, path) for path, layer in root.named_modules()})
     candidates = [(*places[id(module.layer)], module.name, module.layer) for module in network.modules]
-    sizes = {module.name: (rank, rank * module.alpha / module.rank) for module in network.modules}
+    sizes = {module.name: (rank, module.alpha) for module in network.modules}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant here
         modules = _inject(model, candidates, sizes, adapter)

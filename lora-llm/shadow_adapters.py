@@ -75,7 +75,7 @@ class ShadowAdapters(TrainerCallback):
             self.fused.add(
                 name,
                 rank=stop.shadow_rank,
-                alpha=stop.shadow_rank * training.lora_alpha / training.lora_r,
+                alpha=training.lora_alpha,  # learns as fast as the main adapter: see shadow_training
                 target_modules=training.lora_modules,
                 dropout=training.lora_dropout,
                 seed=seed_of(training.seed, name) % 2**31,

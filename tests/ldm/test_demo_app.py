@@ -73,6 +73,23 @@ def set_number(page, label, value):
     field.press("Enter")
 
 
+def set_until(page, words, fill_in):
+    """Fill a field in until the command shows the words: a page that is drawn anew meanwhile can swallow what is typed."""
+    for _ in range(20):
+        try:
+            fill_in()
+            page.get_by_text(words).wait_for(timeout=10_000)
+            return
+        except playwright.TimeoutError:
+            page.keyboard.press("Escape")
+    raise AssertionError(f"{words!r} has not come into {page.get_by_test_id('stCode').inner_text()!r}")
+
+
+def choose(page, label, option):
+    page.get_by_role("combobox", name=label).click(timeout=10_000)
+    page.get_by_role("option", name=option, exact=True).click(timeout=10_000)
+
+
 def keep(page, name):
     if SCREENSHOTS:
         page.wait_for_timeout(8000)
@@ -86,13 +103,10 @@ def test_start_a_training_watch_it_stop_and_compare_pictures(server, page, tmp_p
     page.get_by_label("Name").press("Enter")
     page.get_by_label("Prompts for sample pictures").fill(f"portrait, boy, fluent 3d style --d 1 --l 5 --s {STEPS}")
     page.get_by_text("More", exact=True).click()
-    rule = page.get_by_role("combobox", name="Stop rule")
-    rule.fill("second-valley")  # one that stops a run of a few steps
-    rule.press("Enter")
-    page.get_by_text("--stop_rule second-valley").wait_for()
-    set_number(page, "Steps between measurements", INTERVAL)
-    set_number(page, "Measurements a window", WINDOW)
-    page.get_by_text(f"--window_size {WINDOW}").wait_for()
+    rule = "second-valley"  # one that stops a run of a few steps
+    set_until(page, f"--stop_rule {rule}", lambda: choose(page, "Stop rule", rule))
+    set_until(page, f"--cs_interval {INTERVAL}", lambda: set_number(page, "Steps between measurements", INTERVAL))
+    set_until(page, f"--window_size {WINDOW}", lambda: set_number(page, "Measurements a window", WINDOW))
     assert "--output_name portraits" in page.get_by_test_id("stCode").inner_text()
     keep(page, "start")
     page.get_by_role("button", name="Start", exact=True).click()

@@ -137,7 +137,7 @@ def test_the_score_is_the_token_weighted_loss_of_the_folds(random_base, text_fil
     assert main(flags(random_base, text_files, tmp_path, *more)) == 0
     base = AutoModelForCausalLM.from_pretrained(random_base, dtype=torch.float32)
     names = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
-    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=2 * 16 / 4, target_modules=names))
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=16, target_modules=names))
     saved = [tensor for name, tensor in shadows_of(tmp_path / "checkpoint-12").items() if name.endswith(".weight")]
     keys = [f"base_model.model.{name}.lora_{part}.default.weight" for name in names for part in "AB"]
     order = sorted(range(len(keys)), key=lambda index: f"0.{index}.weight")  # safetensors sorts its names
