@@ -83,9 +83,10 @@ class ShadowNetworks:
         """Say how many optimizer steps lie between two measurements; --shadow_interval auto follows from it."""
         if self.training.interval is None:
             batches, trainer = self.trainer.batches, self.trainer
-            pictures = sum(len(indices) for _, indices in batches.plan(0)) / trainer.progress.steps_per_epoch
+            pictures = sum(len(indices) for _, indices in batches.plan(0))
+            between = pictures / trainer.progress.steps_per_epoch * steps
             fold = sum(len(indices) for _, indices in self.fold_batches[0].plan(0))
-            self.training.interval = auto_interval(fold * TIMESTEPS, pictures * steps)
+            self.training.interval = auto_interval(fold * TIMESTEPS, between, pictures)
 
     def backward(self, batch, noised):
         """Add each shadow's gradients of a micro-batch. noised: the trainer's, as the main network was trained on it."""

@@ -48,13 +48,15 @@ def make_folds(examples: Iterable[Hashable], shadows: int, seed: int) -> Dict[An
     return {example: position // size for position, example in enumerate(left_out)}
 
 
-def auto_interval(score_rows: float, trained_rows: float) -> int:
-    """The measurements from one score to the next at which scores cost about SCORE_SHARE of the main adapter's training.
+def auto_interval(score_rows: float, trained_rows: float, epoch_rows: float) -> int:
+    """The measurements from one score to the next at which scores cost about SCORE_SHARE of the main adapter's training, and
+    no more than an epoch has: the rule `shadow` needs a score an epoch.
 
     score_rows: rows that a score of one shadow passes forward; trained_rows: rows that the main adapter is trained on between
-    two measurements, each of them taken for three forward passes.
+    two measurements, each of them taken for three forward passes; epoch_rows: the same in an epoch.
     """
-    return max(1, math.ceil(score_rows / (3 * SCORE_SHARE * trained_rows)))
+    cheap_enough = math.ceil(score_rows / (3 * SCORE_SHARE * trained_rows))
+    return max(1, min(cheap_enough, int(epoch_rows / trained_rows)))
 
 
 def seed_of(*parts: Any) -> int:

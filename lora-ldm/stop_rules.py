@@ -201,50 +201,44 @@ class FixedEpochs(StopRule):
 
 
 class LowestLoss(StopRule):
-    """Keeps the measurement with the lowest loss of a column once so many later ones, `patience`, were not lower."""
+    """Keeps the lowest loss of a column, averaged over the last `smoothing_epochs`, once enough later ones were not lower.
+
+    A null is a measurement at which the loss was not taken, and counts for nothing.
+    """
 
     column = ""
+    smoothing_epochs = 0.0
 
     def __init__(self, settings: RuleSettings):
         super().__init__(settings)
-        self._mean = RunningMean(self.smoothing())
-        self._steps: deque = deque(maxlen=self.smoothing())
-        self._lowest: Optional[Tuple[float, int]] = None  # (loss, step)
-        self._since = 0
+        self._recent: deque = deque()  # (step, loss) of the epochs that are averaged, at least the newest
+        self._lowest: Optional[Tuple[float, int, int]] = None  # (mean loss, step in the middle, step at which it was seen)
+        self._since = 0  # losses taken since then
 
-    def smoothing(self) -> int:
-        """Measurements that are averaged; the kept step is the middle one of them."""
-        return 1
-
-    def patience(self) -> int:
+    def is_patient(self, step: int, seen_at: int, since: int) -> bool:
+        """Whether to wait on. seen_at: the step of the lowest mean loss; since: how many losses were taken after it."""
         raise NotImplementedError
 
-    def lookback(self) -> int:
-        return self.patience() + self.smoothing() // 2
-
-    def first_answer(self) -> int:
-        return self.smoothing() + self.patience()
-
     def update(self, record: Dict[str, Any]) -> Optional[Decision]:
-        loss = self.read(record, self.column)
+        loss, step = self.read(record, self.column), record["step"]
         if loss is None:
             return None
-        self._steps.append(record["step"])
-        mean = self._mean.update(loss)
-        if mean is None:
-            return None
+        self._recent.append((step, loss))
+        while len(self._recent) > 1 and self.epoch(step - self._recent[0][0]) >= self.smoothing_epochs:
+            self._recent.popleft()
+        mean = math.fsum(loss for _, loss in self._recent) / len(self._recent)
         if self._lowest is None or mean < self._lowest[0]:
-            self._lowest, self._since = (mean, self._steps[len(self._steps) // 2]), 0
+            self._lowest, self._since = (mean, self._recent[len(self._recent) // 2][0], step), 0
             return None
         self._since += 1
-        if self._since < self.patience():
+        lowest, keep, seen_at = self._lowest
+        if self.is_patient(step, seen_at, self._since):
             return None
-        (lowest, keep), detected = self._lowest, record["step"]
         reason = (
             f"{self.column} was lowest, {lowest:.4g}, at step {keep} and has not been lower in the {self._since} "
-            f"measurements up to step {detected}: overfitting began there."
+            f"measurements of it up to step {step}: overfitting began there."
         )
-        return Decision(keep, detected, (keep, detected), reason)
+        return Decision(keep, step, (keep, step), reason)
 
 
 class ValidationPatience(LowestLoss):
@@ -262,12 +256,21 @@ class ValidationPatience(LowestLoss):
     def patience(self) -> int:
         return max(1, round(self.value))
 
+    def is_patient(self, step: int, seen_at: int, since: int) -> bool:
+        return since < self.patience()
+
+    def lookback(self) -> int:
+        return self.patience()
+
+    def first_answer(self) -> int:
+        return 1 + self.patience()
+
 
 class Shadow(LowestLoss):
     """Validation without giving up data: the mean loss of small shadow adapters, each on the fold it was not trained on.
 
-    Averaged over a quarter of an epoch; stops when nothing lower came for `value` epochs. Source: cross-validation as a
-    stopping criterion, with the folds' adapters trained beside the one that is kept.
+    Stops when nothing lower came for `value` epochs and in FEWEST_LATER losses at least: shadows may be scored seldom.
+    Source: cross-validation as a stopping criterion (Stone 1974), with the folds' adapters trained beside the one that is kept.
     """
 
     name = "shadow"
@@ -275,12 +278,18 @@ class Shadow(LowestLoss):
     column = "shadow_loss"
     default_value = 1.0
     value_help = "epochs without a lower loss of the shadows"
+    smoothing_epochs = 0.25
+    FEWEST_LATER = 2
 
-    def smoothing(self) -> int:
-        return self.measurements(0.25)
+    def is_patient(self, step: int, seen_at: int, since: int) -> bool:
+        return since < self.FEWEST_LATER or self.epoch(step - seen_at) < self.value - 1e-9
 
-    def patience(self) -> int:
-        return self.measurements(self.value)
+    def lookback(self) -> int:
+        """Enough for scores that lie an epoch apart at most."""
+        return self.measurements(max(1.0, self.value) + 1.0 + self.smoothing_epochs)
+
+    def first_answer(self) -> int:
+        return self.measurements(self.value) + 1
 
 
 class ObjectiveVariance(StopRule):

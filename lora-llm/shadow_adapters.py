@@ -90,6 +90,7 @@ class ShadowAdapters(TrainerCallback):
             seed=f"{training.seed}/{training.process_index}",
             sum_over_processes=_sum_over_processes if training.world_size > 1 else None,
         )
+        self._rows = len(rows)
         self._rows_a_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         self._fold_batches = _fold_batches(folds, rows, collator, training.per_device_eval_batch_size)
         if resume is not None:
@@ -139,7 +140,7 @@ class ShadowAdapters(TrainerCallback):
         """
         if self.training.interval is None:
             fold = sum(shadow == 0 for shadow in self.training.folds.values())
-            self.training.interval = auto_interval(fold, self._rows_a_step * cs_interval)
+            self.training.interval = auto_interval(fold, self._rows_a_step * cs_interval, self._rows)
         if not self.training.score_is_due():
             return None
         sums = torch.zeros(self.training.count, 2, dtype=torch.float64)  # (K, loss and tokens)

@@ -69,6 +69,20 @@ def test_shadow_follows_the_trend_and_not_a_lucky_measurement():
     assert smoothed.detected_step == pytest.approx(4 * PER_EPOCH, abs=4 * INTERVAL)
 
 
+@pytest.mark.parametrize("apart", [1, 3, 10])
+def test_shadow_waits_an_epoch_however_seldom_it_is_scored(apart):
+    seldom = history(200, shadow_loss=valley)
+    for index, record in enumerate(seldom):
+        if index % apart:
+            record["shadow_loss"] = None
+    rule = make_rule("shadow", settings())
+    decision = replay(rule, seldom)
+    assert abs(decision.keep_step - 3 * PER_EPOCH) <= INTERVAL * max(2, apart)
+    waited = decision.detected_step - decision.keep_step
+    assert PER_EPOCH <= waited <= PER_EPOCH + INTERVAL * (apart + 2) and waited / INTERVAL <= rule.lookback()
+    assert decide("shadow", seldom, value=3).detected_step >= decision.keep_step + 3 * PER_EPOCH
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_cs_fall_sees_the_magnitude_come_back(sign):
     records = history(100, cs_row=lambda epoch: sign * math.sin(min(epoch, math.pi)))

@@ -99,9 +99,14 @@ def test_scores_are_due_at_every_nth_measurement_from_the_first():
 
 def test_automatic_scores_cost_no_more_than_their_share():
     for score_rows, trained_rows in ((26, 16), (16, 20), (1, 100), (500, 1)):
-        interval = auto_interval(score_rows, trained_rows)
+        interval = auto_interval(score_rows, trained_rows, epoch_rows=1e6)
         assert score_rows <= SCORE_SHARE * 3 * trained_rows * interval
         assert interval == 1 or score_rows > SCORE_SHARE * 3 * trained_rows * (interval - 1)
+
+
+def test_automatic_scores_come_once_an_epoch_at_least():
+    assert auto_interval(score_rows=80, trained_rows=10, epoch_rows=105) == 10 < auto_interval(80, 10, 1000)
+    assert auto_interval(score_rows=80, trained_rows=10, epoch_rows=5) == 1
 
 
 def train(training, vectors, steps):

@@ -155,10 +155,10 @@ def test_scores_at_every_nth_measurement_only(base, images, tmp_path):
 
 
 def test_automatic_scores_follow_from_the_pictures_of_a_fold(base, images, tmp_path):
-    """One picture of six, at four timesteps, against two pictures trained on between two measurements."""
+    """One picture of six, at four timesteps, against two trained on between two measurements, three times an epoch."""
     result = train(base, images, tmp_path, **BESIDE, shadow_interval="auto")
-    assert result["shadows"]["interval"] == auto_interval(1 * 4, 2) == 5
-    assert [score is not None for score in history_of(tmp_path, "shadow_loss")] == [i % 5 == 0 for i in range(9)]
+    assert result["shadows"]["interval"] == auto_interval(1 * 4, 2, 6) == 3
+    assert [score is not None for score in history_of(tmp_path, "shadow_loss")] == [i % 3 == 0 for i in range(9)]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(base, images, tmp_path):
