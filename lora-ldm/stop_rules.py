@@ -201,38 +201,32 @@ class FixedEpochs(StopRule):
 
 
 class LowestLoss(StopRule):
-    """Keeps the lowest loss of a column, averaged over the last `smoothing_epochs`, once enough later ones were not lower.
+    """Keeps the measurement with the lowest loss of a column, once enough later ones were not lower.
 
     A null is a measurement at which the loss was not taken, and counts for nothing.
     """
 
     column = ""
-    smoothing_epochs = 0.0
 
     def __init__(self, settings: RuleSettings):
         super().__init__(settings)
-        self._recent: deque = deque()  # (step, loss) of the epochs that are averaged, at least the newest
-        self._lowest: Optional[Tuple[float, int, int]] = None  # (mean loss, step in the middle, step at which it was seen)
-        self._since = 0  # losses taken since then
+        self._lowest: Optional[Tuple[float, int]] = None  # (loss, step)
+        self._since = 0  # losses taken after it
 
-    def is_patient(self, step: int, seen_at: int, since: int) -> bool:
-        """Whether to wait on. seen_at: the step of the lowest mean loss; since: how many losses were taken after it."""
+    def is_patient(self, steps: int, losses: int) -> bool:
+        """Whether to wait on, so many optimizer steps and so many losses after the lowest one."""
         raise NotImplementedError
 
     def update(self, record: Dict[str, Any]) -> Optional[Decision]:
         loss, step = self.read(record, self.column), record["step"]
         if loss is None:
             return None
-        self._recent.append((step, loss))
-        while len(self._recent) > 1 and self.epoch(step - self._recent[0][0]) >= self.smoothing_epochs:
-            self._recent.popleft()
-        mean = math.fsum(loss for _, loss in self._recent) / len(self._recent)
-        if self._lowest is None or mean < self._lowest[0]:
-            self._lowest, self._since = (mean, self._recent[len(self._recent) // 2][0], step), 0
+        if self._lowest is None or loss < self._lowest[0]:
+            self._lowest, self._since = (loss, step), 0
             return None
         self._since += 1
-        lowest, keep, seen_at = self._lowest
-        if self.is_patient(step, seen_at, self._since):
+        lowest, keep = self._lowest
+        if self.is_patient(step - keep, self._since):
             return None
         reason = (
             f"{self.column} was lowest, {lowest:.4g}, at step {keep} and has not been lower in the {self._since} "
@@ -253,24 +247,22 @@ class ValidationPatience(LowestLoss):
     default_value = 3.0
     value_help = "measurements of the held-out loss without a new lowest one"
 
-    def patience(self) -> int:
-        return max(1, round(self.value))
-
-    def is_patient(self, step: int, seen_at: int, since: int) -> bool:
-        return since < self.patience()
+    def is_patient(self, steps: int, losses: int) -> bool:
+        return losses < self.lookback()
 
     def lookback(self) -> int:
-        return self.patience()
+        return max(1, round(self.value))
 
     def first_answer(self) -> int:
-        return 1 + self.patience()
+        return 1 + self.lookback()
 
 
 class Shadow(LowestLoss):
     """Validation without giving up data: the mean loss of small shadow adapters, each on the fold it was not trained on.
 
     Stops when nothing lower came for `value` epochs and in FEWEST_LATER losses at least: shadows may be scored seldom.
-    Source: cross-validation as a stopping criterion (Stone 1974), with the folds' adapters trained beside the one that is kept.
+    Source: cross-validation as a stopping criterion (Stone 1974), with the folds' adapters trained beside the one that is
+    kept.
     """
 
     name = "shadow"
@@ -278,18 +270,17 @@ class Shadow(LowestLoss):
     column = "shadow_loss"
     default_value = 1.0
     value_help = "epochs without a lower loss of the shadows"
-    smoothing_epochs = 0.25
     FEWEST_LATER = 2
 
-    def is_patient(self, step: int, seen_at: int, since: int) -> bool:
-        return since < self.FEWEST_LATER or self.epoch(step - seen_at) < self.value - 1e-9
+    def is_patient(self, steps: int, losses: int) -> bool:
+        return losses < self.FEWEST_LATER or self.epoch(steps) < self.value - 1e-9
 
     def lookback(self) -> int:
         """Enough for scores that lie an epoch apart at most."""
-        return self.measurements(max(1.0, self.value) + 1.0 + self.smoothing_epochs)
+        return self.measurements(max(1.0, self.value) + 1.0)
 
     def first_answer(self) -> int:
-        return self.measurements(self.value) + 1
+        return 1 + self.measurements(self.value)
 
 
 class ObjectiveVariance(StopRule):

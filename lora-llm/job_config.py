@@ -73,6 +73,7 @@ class Job:
     early_stop: bool = True
     stop_rule: str = DEFAULT_RULE
     valley: int = 2
+    rule_value: Optional[float] = None
     cs_interval: Union[int, str] = "auto"
     window_size: Union[int, str] = "auto"
     cs_reduction: str = "row"
@@ -124,7 +125,7 @@ _RANGES = {  # what is allowed: (names, whether a value is); NaN is in none of t
         + ("target_max_len", "valley", "cs_interval", "window_size"),
         lambda value: value >= 1,
     ),
-    "above 0": (("alpha", "learning_rate", "epochs", "snapshot_disk_gb"), lambda value: value > 0),
+    "above 0": (("alpha", "learning_rate", "epochs", "snapshot_disk_gb", "rule_value"), lambda value: value > 0),
     "0 or more": (("weight_decay", "max_grad_norm", "eval_dataset_size", "seed"), lambda value: value >= 0),
     "at least 0 and below 1": (("dropout", "warmup_ratio"), lambda value: 0 <= value < 1),
 }

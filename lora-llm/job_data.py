@@ -73,8 +73,9 @@ class JobData:
 
     def rule(self) -> StopRule:
         """A fresh stop rule."""
-        settings = RuleSettings(self.plan.window, COMPONENT, self.steps_per_epoch, self.plan.cs_interval, self.job.valley)
-        return make_rule(self.job.stop_rule, settings)
+        job, plan = self.job, self.plan
+        settings = RuleSettings(plan.window, COMPONENT, self.steps_per_epoch, plan.cs_interval, job.valley, job.rule_value)
+        return make_rule(job.stop_rule, settings)
 
     def micro_batches(self, epoch: int) -> list[list[Example]]:
         """The micro-batches of an epoch, in order; the last may be smaller."""
@@ -97,7 +98,9 @@ def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> Jo
     total_steps = job.max_steps or math.ceil(job.epochs * steps_per_epoch)
     interval = None if job.cs_interval == "auto" else job.cs_interval
     window = None if job.window_size == "auto" else job.window_size
-    plan = plan_measurements(job.stop_rule, COMPONENT, steps_per_epoch, total_steps, interval, window, job.valley)
+    plan = plan_measurements(
+        job.stop_rule, COMPONENT, steps_per_epoch, total_steps, interval, window, job.valley, job.rule_value
+    )
     heldout = encode_examples(splits.evaluation, collator) if splits.evaluation is not None else None
     data = JobData(job, train, heldout, splits.source, steps_per_epoch, total_steps, plan)
     missing = [column for column in data.rule().needs if column not in RECORDED and not (column == "heldout_loss" and heldout)]

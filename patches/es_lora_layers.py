@@ -166,6 +166,9 @@ def _dequantised(layer: torch.nn.Module) -> torch.Tensor:
 def _peft_weight(module: torch.nn.Module) -> DenseWeight:
     """The frozen weight of a PEFT LoRA layer: of its base layer, or its own where PEFT is older than 0.6."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if getattr(base, "support_avx512bf16_for_cpu", False):
+        # The first evaluation would rewrite it, and bitsandbytes 0.50 then neither reads it nor trains through it.
+        base.support_avx512bf16_for_cpu = False
     if getattr(base.weight, "quant_state", None) is not None or type(base.weight).__name__ == "Int8Params":
         return QuantisedWeight(base)
     return DenseWeight(base.weight.T if getattr(module, "fan_in_fan_out", False) else base.weight)

@@ -91,6 +91,15 @@ def test_a_job_in_company_has_the_losses_of_the_single_trainer(bits, random_base
     assert fused[0][1] - fused[-1][1] > 0.05  # it has learned something
 
 
+def test_a_job_has_its_own_number_of_its_rule(random_base, text_files, tmp_path):
+    clocks = [job(f"epochs-{n}", text_files, stop_rule="fixed-epochs", rule_value=n, window_size="auto") for n in (1, 3)]
+    train_jobs(clocks, random_base, tmp_path, use_cpu=True, say=lambda text: None)
+    assert [result_of(tmp_path / clock.name)["kept_step"] for clock in clocks] == [4, 12]
+    with pytest.raises(ValueError, match="second-valley has no number to set"):
+        train_jobs([job("a", text_files, rule_value=2.0)], random_base, tmp_path / "none", use_cpu=True, say=lambda text: None)
+    assert "rule_value = -1: must be above 0" in job("a", text_files, rule_value=-1).problems()
+
+
 # ------------------------------------------------------------------------------------------------ a whole run
 
 

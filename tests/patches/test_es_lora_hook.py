@@ -178,6 +178,24 @@ def test_eight_bit_weight_before_and_after_its_first_use(used):
     assert torch.allclose(dense, integers.float() * scales[:, None] / 127)
 
 
+def test_four_bit_weight_is_the_same_after_an_evaluation_and_trains_on():
+    """bitsandbytes has a layout for evaluations on some processors, without a gradient; elsewhere nothing is to be seen."""
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")).to("cpu")
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), base)
+    (layer,) = es_lora_layers.peft_layers(model)
+    before, inputs = layer_cosine(layer), torch.ones(3, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.eval()(inputs)
+    assert layer_cosine(layer) == before != 0
+    model.train()(inputs.requires_grad_()).sum().backward()
+    merged = layer.weight.dense().float() + model[0].get_delta_weight("default").float()
+    assert torch.allclose(inputs.grad[0].float(), merged.sum(0), atol=0.1 * merged.sum(0).abs().max().item())
+
+
 # ------------------------------------------------------------------------------------------------ flags
 
 
