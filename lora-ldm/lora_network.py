@@ -250,11 +250,14 @@ def create_network_beside(model, network, adapter, rank):
         places.update({id(layer): (component, path) for path, layer in root.named_modules()})
     candidates = [(*places[id(module.layer)], module.name, module.layer) for module in network.modules]
     sizes = {module.name: (rank, module.alpha) for module in network.modules}
+    trained = [weight for module in network.modules for weight in module.layer.parameters() if weight.requires_grad]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant here
         modules = _inject(model, candidates, sizes, adapter)
     for module in modules:
         module.layer.set_adapter(ADAPTER)
+    for weight in trained:  # PEFT has frozen all but one adapter
+        weight.requires_grad_(True)
     dropouts = {"dropout": network.dropout, "rank_dropout": network.rank_dropout, "module_dropout": network.module_dropout}
     return LoraNetwork(modules, **dropouts)
 

@@ -101,6 +101,15 @@ def test_a_shadow_without_a_fold_is_a_second_main_network(base, images, tmp_path
     assert sorted(tensor.double().norm().item() for tensor in trained) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_every_shadow_is_trained(base, images, tmp_path):
+    train(base, images, tmp_path, **{**BESIDE, "shadows": 3}, save_state_on_train_end=True)
+    (state,) = tmp_path.glob("*-state")
+    shadows = load_file(state / "shadows.safetensors")
+    for shadow in "012":
+        moments = [shadows[name] for name in shadows if name.startswith(f"{shadow}.") and name.endswith(".exp_avg")]
+        assert moments and any(moment.abs().max() > 0 for moment in moments)
+
+
 def test_a_shadow_never_learns_from_its_fold_and_is_scored_on_it(base, images, tmp_path):
     """With other pixels in the pictures of a fold, its shadow ends with the same weights and another score."""
     (folder,) = Path(images).iterdir()
