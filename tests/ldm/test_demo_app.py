@@ -67,7 +67,7 @@ def page():
         browser.close()
 
 
-def set_number(page, label, value):
+def type_into(page, label, value):
     field = page.get_by_label(label)
     field.fill(str(value))
     field.press("Enter")
@@ -99,15 +99,13 @@ def keep(page, name):
 def test_start_a_training_watch_it_stop_and_compare_pictures(server, page, tmp_path):
     address, root = server
     page.goto(f"{address}/start")
-    page.get_by_label("Name").fill("portraits")
-    page.get_by_label("Name").press("Enter")
+    set_until(page, "--output_name portraits", lambda: type_into(page, "Name", "portraits"))
     page.get_by_label("Prompts for sample pictures").fill(f"portrait, boy, fluent 3d style --d 1 --l 5 --s {STEPS}")
     page.get_by_text("More", exact=True).click()
     rule = "second-valley"  # one that stops a run of a few steps
     set_until(page, f"--stop_rule {rule}", lambda: choose(page, "Stop rule", rule))
-    set_until(page, f"--cs_interval {INTERVAL}", lambda: set_number(page, "Steps between measurements", INTERVAL))
-    set_until(page, f"--window_size {WINDOW}", lambda: set_number(page, "Measurements a window", WINDOW))
-    assert "--output_name portraits" in page.get_by_test_id("stCode").inner_text()
+    set_until(page, f"--cs_interval {INTERVAL}", lambda: type_into(page, "Steps between measurements", INTERVAL))
+    set_until(page, f"--window_size {WINDOW}", lambda: type_into(page, "Measurements a window", WINDOW))
     keep(page, "start")
     page.get_by_role("button", name="Start", exact=True).click()
 
@@ -122,7 +120,7 @@ def test_start_a_training_watch_it_stop_and_compare_pictures(server, page, tmp_p
     keep(page, "watch")
 
     page.get_by_role("link", name="Try").click()
-    set_number(page, "Steps", STEPS)
+    type_into(page, "Steps", STEPS)
     page.get_by_label("Prompt", exact=True).fill("portrait, old woman, fluent 3d style")
     page.get_by_label("Prompt", exact=True).press("Control+Enter")
     page.get_by_role("button", name="Compare at this seed").click()

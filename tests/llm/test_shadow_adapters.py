@@ -121,6 +121,7 @@ def test_a_shadow_never_learns_from_its_fold_and_is_scored_on_it(random_base, te
     one, other = shadows_of(tmp_path / "a" / "checkpoint-12"), shadows_of(tmp_path / "b" / "checkpoint-12")
     own = [name for name in one if name.startswith("0.") and name.endswith(".weight")]
     assert own and all(torch.allclose(one[name], other[name], atol=1e-5) for name in own)
+    assert all(any(one[key].any() for key in one if key.startswith(f"{n}.") and key.endswith(".exp_avg")) for n in (0, 1))
     others = [name for name in one if name.startswith("1.") and name.endswith(".weight")]
     assert not all(torch.allclose(one[name], other[name], atol=1e-3) for name in others)
     assert records_of(tmp_path / "a", "shadow_loss") != records_of(tmp_path / "b", "shadow_loss")
