@@ -17,7 +17,7 @@ from validation_loss import validation_loss
 
 HELDOUT_POINTS = 40  # about so many held-out losses a run
 PROBE_BATCHES = 1
-MORE_FLAGS = {"validation": ["--validation_split", "0.1"], "shadow": ["--shadows", "2", "--shadow_interval", "2"]}
+MORE_FLAGS = {"validation": ["--validation_split", "0.1"], "shadow": ["--shadows", "2"]}
 
 
 def arguments_of(spec, data, output, more=()):

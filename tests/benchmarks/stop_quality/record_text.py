@@ -46,7 +46,7 @@ def arguments_of(spec, output):
     if spec.purpose == "validation":
         flags.update(do_eval=True, eval_dataset_size=0.1)
     if spec.purpose == "shadow":
-        flags.update(shadows=2, shadow_interval=3)
+        flags.update(shadows=2)
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
