@@ -24,7 +24,7 @@ import torch
 DEFAULT_SHADOWS = 2  # where a rule needs them and the person has not said how many
 FOLD_SHARE = 0.2  # of the examples, for up to five shadows
 FEWEST_EXAMPLES = 3
-SCORE_SHARE = 0.15  # of the time of the main adapter's training, for each shadow
+SCORE_SHARE = 0.1  # of the time of the main adapter's training, for each shadow
 SETTINGS = ("lr", "betas", "eps", "weight_decay")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 NOT_ADAM = ("dadapt", "schedulefree")  # Adam in name, but their rate means something else

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_suffix(".md")
 REPEATS = 3
-TITLES = {"llm": "text, 4 bits, 8 steps of 8 examples", "ldm": "pictures, 20 steps of 2"}
+TITLES = {"llm": "text, 4 bits, 16 steps of 8 examples", "ldm": "pictures, 100 steps of 2"}
 WAYS = {  # name: flags
     "none": [],
     "K = 1": ["--shadows", "1"],
@@ -31,12 +31,12 @@ WAYS = {  # name: flags
 
 
 def text_flags(output):
-    """Eight steps of the default run of early_stop_lora_llm.sh."""
+    """Sixteen steps (about an epoch) of the default run of early_stop_lora_llm.sh."""
     flags = {
         "model_name_or_path": ROOT / "lora-llm" / "tiny_base",
         "dataset": ROOT / "dataset" / "kitchen_notes" / "train.jsonl",
         "output_dir": output,
-        "max_steps": 8,
+        "max_steps": 16,
         "bits": 4,
         "lora_r": 16,
         "lora_alpha": 32,
@@ -53,12 +53,12 @@ def text_flags(output):
 
 
 def image_flags(output):
-    """Twenty steps of the default run of early_stop_lora_ldm.sh, U-Net and text encoder."""
+    """A hundred steps (an epoch) of the default run of early_stop_lora_ldm.sh, U-Net and text encoder."""
     flags = {
         "pretrained_model_name_or_path": ROOT / "lora-ldm" / "tiny_base",
         "train_data_dir": ROOT / "dataset" / "portraits" / "train",
         "output_dir": output,
-        "max_train_steps": 20,
+        "max_train_steps": 100,
         "resolution": "64,64",
         "caption_extension": ".txt",
         "network_dim": 16,
