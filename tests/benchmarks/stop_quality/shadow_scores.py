@@ -39,6 +39,12 @@ def validated(pairs):
     return Outcomes(*columns)
 
 
+def shadow_pictures(model, half):
+    """What draw_worst takes: the rule `shadow` on its runs; no row where none is recorded."""
+    full = [trace for trace, _ in twins(model, half)]
+    return [("shadow", full, outcomes(full, [decide(t, "shadow") for t in full]))] if full else []
+
+
 def shadow_table(model, half, tuned):
     pairs = twins(model, half)
     if not pairs:
