@@ -3,20 +3,19 @@
 from cs_fluctuation import EarlyStopMonitor
 from cs_replay import read_history, redecide
 from gradient_evidence import GradientEvidence
-from stop_rules import DEFAULT_RULE, RuleSettings, make_rule, plan_measurements
+from stop_rules import DEFAULT_RULE, plan_measurements
 from validation_loss import validation_loss
 
 PROBE_BATCHES = 2  # micro-batches whose loss the column probe_loss follows
 
 
 def plan(args, components, steps_per_epoch, total_steps):
-    """(rule, MeasurementPlan) of the command line. components: the trained parts, "unet" and/or "te"."""
+    """The MeasurementPlan of the command line. components: the trained parts, "unet" and/or "te"."""
     component = args.cs_component or ("unet" if "unet" in components else components[0])
     if component != "all" and component not in components:
         raise ValueError(f"--cs_component {component}: trained are {', '.join(components)}")
-    name = args.stop_rule or DEFAULT_RULE
-    chosen = plan_measurements(
-        name,
+    return plan_measurements(
+        args.stop_rule or DEFAULT_RULE,
         component,
         steps_per_epoch,
         total_steps,
@@ -25,8 +24,6 @@ def plan(args, components, steps_per_epoch, total_steps):
         args.valley,
         args.rule_value,
     )
-    settings = RuleSettings(chosen.window, component, steps_per_epoch, chosen.cs_interval, args.valley, args.rule_value)
-    return make_rule(name, settings), chosen
 
 
 def columns_of_rule(trainer, rule):

@@ -207,8 +207,8 @@ class NetworkTrainer:
         self.safety_copy, self.safety_interval = (0, None), max(1, self.progress.steps_per_epoch // copies_per_epoch)
         if not args.calculate_cs:
             return
-        rule, chosen = plan(args, self.network.components, self.progress.steps_per_epoch, self.total_steps)
-        self.cs_interval = chosen.cs_interval
+        chosen = plan(args, self.network.components, self.progress.steps_per_epoch, self.total_steps)
+        rule, self.cs_interval = chosen.rule(), chosen.cs_interval
         if self.shadows is not None:
             self.shadows.measured_every(chosen.cs_interval)
         self.columns.update(columns_of_rule(self, rule))

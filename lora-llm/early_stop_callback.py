@@ -37,7 +37,7 @@ from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from quantised_weights import frozen_weight, keep_as_loaded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stop_rules import DEFAULT_RULE, MeasurementPlan, RuleSettings, make_rule, plan_measurements
+from stop_rules import DEFAULT_RULE, MeasurementPlan, plan_measurements
 from transformers import TrainerCallback
 
 
@@ -198,22 +198,20 @@ class EarlyStopCallback(TrainerCallback):
         error = None
         if state.is_world_process_zero:
             try:
-                self._open_monitor(args, state, model, steps_per_epoch)
+                self._open_monitor(args, state, model)
             except (ValueError, OSError) as failure:  # the other ranks must hear of it before it is raised
                 error = failure
         self._raise_on_all(FAILED if error else GO_ON, error, args)
 
-    def _open_monitor(self, args, state, model, steps_per_epoch: int) -> None:
-        interval, window = self.plan.cs_interval, self.plan.window
-        rule_settings = RuleSettings(window, self.cs_component, steps_per_epoch, interval, self.valley, self.rule_value)
+    def _open_monitor(self, args, state, model) -> None:
         layers = peft_lora_layers(model)
         matrices = [matrix for layer in layers for matrix in (layer.down, layer.up)]
         self.monitor = EarlyStopMonitor(
             args.output_dir,
-            make_rule(self.stop_rule, rule_settings),
+            self.plan.rule(),
             layers,
             lambda: trainable_tensors(model),
-            cs_interval=interval,
+            cs_interval=self.plan.cs_interval,
             reduction=self.cs_reduction,
             header=self.header,
             snapshot_disk_bytes=self.snapshot_disk_gb * 1e9,
@@ -221,8 +219,10 @@ class EarlyStopCallback(TrainerCallback):
             evidence=GradientEvidence(matrices, self._batches_per_epoch),
             columns=self.columns,
         )
-        epoch = f"an epoch has {steps_per_epoch} optimizer steps"
-        self.say(f"CS is measured every {interval} steps, window M = {window} measurements ({epoch}; rule {self.stop_rule}).")
+        self.say(
+            f"CS is measured every {self.plan.cs_interval} steps, window M = {self.plan.window} measurements (an epoch has "
+            f"{self.plan.settings.steps_per_epoch} optimizer steps; rule {self.stop_rule})."
+        )
         every = self.monitor.snapshots.every
         if every > 1:
             self.say(f"The snapshots' disk limit lets only every {every}th measurement be kept.")

@@ -7,14 +7,15 @@ from typing import Any, Optional
 
 import torch
 from causal_collator import IGNORE_INDEX, CausalCollator, pad_batch
+from cs_fluctuation import MEASURED
 from dataset_sources import load_splits
 from epoch_order import epoch_order
 from job_config import Job
-from stop_rules import MeasurementPlan, RuleSettings, StopRule, make_rule, plan_measurements
+from stop_rules import MeasurementPlan, plan_measurements
 
 COMPONENT = "lm"
 # Columns of the history that every job records; held-out examples add `heldout_loss`.
-RECORDED = ("step", "epoch", "cs", "cs_row", "cs_matrix", "delta_norm", "fluctuation", "grad_evidence", "loss", "lr")
+RECORDED = {*MEASURED, "grad_evidence"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,6 @@ class JobData:
         """Tokens of the longest training example."""
         return max(len(example.ids) for example in self.train)
 
-    def rule(self) -> StopRule:
-        """A fresh stop rule."""
-        job, plan = self.job, self.plan
-        settings = RuleSettings(plan.window, COMPONENT, self.steps_per_epoch, plan.cs_interval, job.valley, job.rule_value)
-        return make_rule(job.stop_rule, settings)
-
     def micro_batches(self, epoch: int) -> list[list[Example]]:
         """The micro-batches of an epoch, in order; the last may be smaller."""
         job, lengths = self.job, [len(example.ids) for example in self.train]
@@ -103,7 +98,7 @@ def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> Jo
     )
     heldout = encode_examples(splits.evaluation, collator) if splits.evaluation is not None else None
     data = JobData(job, train, heldout, splits.source, steps_per_epoch, total_steps, plan)
-    missing = [column for column in data.rule().needs if column not in RECORDED and not (column == "heldout_loss" and heldout)]
+    missing = [name for name in plan.rule().needs if name not in RECORDED and not (name == "heldout_loss" and heldout)]
     if missing:
         raise ValueError(f"stop_rule {job.stop_rule} needs {', '.join(missing)}, which this job does not record; choose another")
     return data

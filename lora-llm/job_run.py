@@ -74,12 +74,12 @@ class JobRun:
 
     def _open_monitor(self, state: Optional[Path]) -> EarlyStopMonitor:
         job, data = self.job, self.data
-        columns = {}
-        if data.heldout and "heldout_loss" in data.rule().needs:
+        rule, columns = data.plan.rule(), {}
+        if data.heldout and "heldout_loss" in rule.needs:
             columns["heldout_loss"] = lambda: self.score(job.name, data.heldout)
         return EarlyStopMonitor(
             self.folder,
-            data.rule(),
+            rule,
             self.adapter.lora_layers(COMPONENT),
             self.adapter.state_dict,
             cs_interval=data.plan.cs_interval,

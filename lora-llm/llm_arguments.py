@@ -20,7 +20,7 @@ from cs_fluctuation import HISTORY_NAME
 from prompt_templates import TEMPLATES
 from sequence_packing import PACKINGS
 from shadow_training import DEFAULT_SHADOWS, rate_is_adams
-from stop_rules import DEFAULT_RULE, RULES, RuleSettings, make_rule
+from stop_rules import DEFAULT_RULE, RULES, check_rule
 from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -534,7 +534,7 @@ def _data_problems(settings: Settings) -> list[str]:
 def _rule_problems(stop: EarlyStopArguments) -> list[str]:
     """What the rule itself says to its name and numbers."""
     try:
-        make_rule(stop.stop_rule, RuleSettings(1, stop.cs_component, 1, 1, max(1, stop.valley), stop.rule_value))
+        check_rule(stop.stop_rule, max(1, stop.valley), stop.rule_value)
     except ValueError as error:
         return [f"--stop_rule {stop.stop_rule}: {error}"]
     return []

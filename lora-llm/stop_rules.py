@@ -378,9 +378,27 @@ class CsTrough(CsFall):
 # ------------------------------------------------------------------------------------------------ gradients and norms
 
 
-class GradientEvidenceRule(StopRule):
-    """Stops when the gradients of the last epoch no longer agree: grad_evidence below `value`, after the first epoch, over
-    which its means first have to fill. Weights at detection.
+class EvidenceBelowBound(StopRule):
+    """Stops where grad_evidence is below a bound, after the first epoch, over which its means first have to fill."""
+
+    def first_answer(self) -> int:
+        return self.measurements(1.0)
+
+    def bound(self, record: Dict[str, Any]) -> float:
+        raise NotImplementedError
+
+    def reason(self, evidence: float, bound: float) -> str:
+        raise NotImplementedError
+
+    def update(self, record: Dict[str, Any]) -> Optional[Decision]:
+        evidence, bound = self.read(record, "grad_evidence"), self.bound(record)
+        if evidence is None or self.epoch(record["step"]) < 1 or evidence >= bound:
+            return None
+        return self.kept_at_detection(record, self.reason(evidence, bound))
+
+
+class GradientEvidenceRule(EvidenceBelowBound):
+    """Stops when the gradients of the last epoch no longer agree: grad_evidence below `value`. Weights at detection.
 
     Source: Mahsereci, Balles, Lassner, Hennig: "Early Stopping without a Validation Set", 2017.
     """
@@ -390,17 +408,14 @@ class GradientEvidenceRule(StopRule):
     default_value = 1.0
     value_help = "evidence (1: what chance alone leaves) below which the gradients count as noise"
 
-    def first_answer(self) -> int:
-        return self.measurements(1.0)
+    def bound(self, record: Dict[str, Any]) -> float:
+        return self.value
 
-    def update(self, record: Dict[str, Any]) -> Optional[Decision]:
-        evidence = self.read(record, "grad_evidence")
-        if evidence is None or self.epoch(record["step"]) < 1 or evidence >= self.value:
-            return None
-        return self.kept_at_detection(record, f"The gradients of the last epoch no longer agree (evidence {evidence:.3g})")
+    def reason(self, evidence: float, bound: float) -> str:
+        return f"The gradients of the last epoch no longer agree (evidence {evidence:.3g})"
 
 
-class GradientAgreement(StopRule):
+class GradientAgreement(EvidenceBelowBound):
     """Stops when different examples no longer agree: the gradients of the last epoch agree no more than memorising would make
     them. Weights at detection, after the first epoch.
 
@@ -416,24 +431,17 @@ class GradientAgreement(StopRule):
     name = "gradient-agreement"
     needs = ("cs", "grad_evidence")
 
-    def first_answer(self) -> int:
-        return self.measurements(1.0)
-
     def bound(self, record: Dict[str, Any]) -> float:
         """The evidence that memorising alone would leave at this measurement."""
         comes_again_unchanged = "lm" in record["cs"]
         per_epoch = max(1, round(self.settings.steps_per_epoch))
         return memorising_evidence(record["step"], per_epoch) if comes_again_unchanged else 1.0
 
-    def update(self, record: Dict[str, Any]) -> Optional[Decision]:
-        evidence = self.read(record, "grad_evidence")
-        if evidence is None or self.epoch(record["step"]) < 1 or evidence >= self.bound(record):
-            return None
-        reason = (
+    def reason(self, evidence: float, bound: float) -> str:
+        return (
             f"The gradients of different examples no longer agree (evidence {evidence:.3g}; memorising alone leaves "
-            f"{self.bound(record):.3g})"
+            f"{bound:.3g})"
         )
-        return self.kept_at_detection(record, reason)
 
 
 class UpdateNormPlateau(StopRule):
@@ -488,6 +496,11 @@ def make_rule(name: str, settings: RuleSettings) -> StopRule:
     return RULES[name](settings)
 
 
+def check_rule(name: str, valley: int = 2, value: Optional[float] = None) -> None:
+    """Raises ValueError where there is no such rule, or it does not take these numbers."""
+    make_rule(name, RuleSettings(1, "", 1, 1, valley, value))
+
+
 def replay(rule: StopRule, records: Sequence[Dict[str, Any]]) -> Optional[Decision]:
     """Re-decide a recorded run. Raises ValueError where the records lack a column that the rule needs."""
     for record in records:
@@ -506,11 +519,23 @@ def replay(rule: StopRule, records: Sequence[Dict[str, Any]]) -> Optional[Decisi
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """When CS is measured, over which window, and what the person should know before the run starts."""
+    """By which rule a run is decided, when CS is measured, and what the person should know before the run starts."""
 
-    cs_interval: int
-    window: int
+    rule_name: str
+    settings: RuleSettings
     notices: Tuple[str, ...]
+
+    @property
+    def cs_interval(self) -> int:
+        return self.settings.cs_interval
+
+    @property
+    def window(self) -> int:
+        return self.settings.window
+
+    def rule(self) -> StopRule:
+        """A fresh rule."""
+        return make_rule(self.rule_name, self.settings)
 
 
 def auto_window(steps_per_epoch: float, cs_interval: int) -> int:
@@ -534,8 +559,8 @@ def plan_measurements(
     """
     interval = cs_interval or max(1, round(steps_per_epoch / 10))
     m = window or auto_window(steps_per_epoch, interval)
-    rule = make_rule(rule_name, RuleSettings(m, component, steps_per_epoch, interval, valley, value))
-    notices = []
+    settings = RuleSettings(m, component, steps_per_epoch, interval, valley, value)
+    rule, notices = make_rule(rule_name, settings), []
     if m * interval > math.ceil(steps_per_epoch * 1.05):
         notices.append(
             f"The window of {m} measurements every {interval} steps spans {m * interval / steps_per_epoch:.1f} epochs of "
@@ -546,4 +571,4 @@ def plan_measurements(
             f"This run is too short for the rule {rule_name} to decide: it answers after {rule.first_answer() * interval} "
             f"steps at the earliest and the budget is {total_steps}. Train longer, or lower --cs_interval or --window_size."
         )
-    return MeasurementPlan(interval, m, tuple(notices))
+    return MeasurementPlan(rule_name, settings, tuple(notices))

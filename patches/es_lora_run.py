@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-from cs_fluctuation import HISTORY_NAME, EarlyStopMonitor, NonFiniteWeightsError, write_text_whole
+from cs_fluctuation import HISTORY_NAME, MEASURED, EarlyStopMonitor, NonFiniteWeightsError, write_text_whole
 from cs_replay import write_report
 from gradient_evidence import GradientEvidence
-from stop_rules import DEFAULT_RULE, RULES, RuleSettings, make_rule, plan_measurements
+from stop_rules import DEFAULT_RULE, RULES, check_rule, plan_measurements
 
 # The columns of the history that a rule can have here.
-RECORDED = {"step", "epoch", "cs", "cs_matrix", "cs_row", "delta_norm", "fluctuation", "loss", "lr", "grad_evidence"}
+RECORDED = {*MEASURED, "grad_evidence"}
 STEP_NAME = "es_lora_step.json"  # in a saved state: the optimizer steps done, which upstream does not carry everywhere
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -115,10 +115,11 @@ def read_settings(args: Any, reduction: str) -> Optional[Settings]:
         problems.append(
             f"--valley is {args.valley!r}; give a number from 1, with --stop_rule nth-valley where it is not 2"
         )
-    try:
-        make_rule(args.stop_rule, RuleSettings(1, "", 1, 1, value=args.rule_value)) if args.stop_rule in RULES else None
-    except (ValueError, TypeError) as error:
-        problems.append(f"--rule_value: {error}")
+    if args.stop_rule in RULES:
+        try:
+            check_rule(args.stop_rule, value=args.rule_value)
+        except (ValueError, TypeError) as error:
+            problems.append(f"--rule_value: {error}")
     if chosen not in ("matrix", "row"):
         problems.append(f"--cs_reduction is {chosen!r}; choose matrix or row")
     if not isinstance(args.snapshot_disk_gb, (int, float)) or not args.snapshot_disk_gb > 0:
@@ -185,12 +186,9 @@ class EarlyStopRun:
             return
         if resume_from is None:
             _put_aside(folder / HISTORY_NAME)
-        rule_settings = RuleSettings(
-            self.plan.window, component, steps_per_epoch, self.plan.cs_interval, settings.valley, settings.value
-        )
         self.monitor = EarlyStopMonitor(
             folder,
-            make_rule(settings.rule, rule_settings),
+            self.plan.rule(),
             layers,
             tensors,
             cs_interval=self.plan.cs_interval,

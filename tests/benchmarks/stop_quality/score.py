@@ -13,7 +13,7 @@ import numpy as np
 from contestants import DRAWS, RATE_SUMS, by_rule, contestants, sum_of_rates, values_tried
 from runs import HERE
 from scores import decide, outcomes, summary, table
-from shadow_scores import shadow_pictures, shadow_table
+from shadow_scores import shadow_results, shadow_table
 from stop_rules import DEFAULT_RULE, RULES
 from traces import read_traces
 from worst_runs import draw_worst
@@ -138,9 +138,11 @@ def tables_of(half, tuned):
         lines += ["", *table(rows), "", "Runs whose held-out loss is lowest at the end of their budget:", ""]
         lines += alarm_table(improving, tuned)
         lines += ["", "Sensitivity of second-valley:", "", *table([(n, summary(o)) for n, o in sensitivity_rows(improving)]), ""]
-        lines += ["Validation and shadows, on the runs that have both:", "", *shadow_table(model, half, tuned), ""]
+        beside = shadow_results(model, half, tuned)
+        lines += ["Validation and shadows, on the runs that have both:", "", *shadow_table(beside), ""]
         pictures = [(one.name, improving, result) for one, result in results if not one.is_null]
-        draw_worst(HERE / "plots" / f"worst_{half}_{model}.png", pictures + shadow_pictures(model, half))
+        pictures += [row for row in beside if row[0] == "shadow"]
+        draw_worst(HERE / "plots" / f"worst_{half}_{model}.png", pictures)
         lines += [f"![The worst five runs of each rule](plots/worst_{half}_{model}.png)", ""]
     return lines
 

@@ -39,19 +39,20 @@ def validated(pairs):
     return Outcomes(*columns)
 
 
-def shadow_pictures(model, half):
-    """What draw_worst takes: the rule `shadow` on its runs; no row where none is recorded."""
-    full = [trace for trace, _ in twins(model, half)]
-    return [("shadow", full, outcomes(full, [decide(t, "shadow") for t in full]))] if full else []
-
-
-def shadow_table(model, half, tuned):
+def shadow_results(model, half, tuned):
+    """[(name, traces, Outcomes)] on the runs that have shadows and validation; none where no such runs are recorded."""
     pairs = twins(model, half)
     if not pairs:
-        return ["No such runs are recorded."]
+        return []
     full = [trace for trace, _ in pairs]
-    rows = [("validation on 10%, patience 3", validated(pairs)), ("shadow", outcomes(full, [decide(t, "shadow") for t in full]))]
-    rows.append((f"{DEFAULT_RULE} (default)", outcomes(full, [decide(t, DEFAULT_RULE) for t in full])))
-    for rule in ("second-valley", "fixed-epochs"):
-        rows.append((rule, outcomes(full, [decide(t, rule, value=tuned[rule]) for t in full])))
-    return [f"{len(pairs)} runs.", "", *table([(name, summary(result)) for name, result in rows])]
+    rules = [("shadow", "shadow", None), (f"{DEFAULT_RULE} (default)", DEFAULT_RULE, None)]
+    rules += [(rule, rule, tuned[rule]) for rule in ("second-valley", "fixed-epochs")]
+    rows = [("validation on 10%, patience 3", full, validated(pairs))]
+    return rows + [(name, full, outcomes(full, [decide(t, rule, value=value) for t in full])) for name, rule, value in rules]
+
+
+def shadow_table(results):
+    if not results:
+        return ["No such runs are recorded."]
+    runs_scored = len(results[0][1])
+    return [f"{runs_scored} runs.", "", *table([(name, summary(outcome)) for name, _, outcome in results])]
