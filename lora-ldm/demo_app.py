@@ -15,10 +15,11 @@ from pathlib import Path
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 import streamlit as st
-from cs_fluctuation import HISTORY_NAME
-from cs_replay import draw
-from run_folders import TREE, Places, Run, decision_of, offered
-from training_process import LIMITS, OFFERED_RULES, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base
+
+from demo.process import LIMITS, OFFERED_RULES, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base
+from demo.run_folders import TREE, Places, Run, decision_of, offered
+from es_lora.history import HISTORY_NAME
+from es_lora.report import draw
 
 PROJECT = TREE.parent
 EMBEDDED = "embedded base (64 px)"
@@ -72,7 +73,7 @@ def trainings():
 
 @st.cache_resource(show_spinner="Loading the base ...")
 def picture_maker(base, v2, v_parameterization, clip_skip):
-    from comparison import PictureMaker
+    from demo.pictures import PictureMaker
 
     return PictureMaker(base, v2=v2, v_parameterization=v_parameterization, clip_skip=clip_skip)
 
@@ -171,8 +172,8 @@ def show_previews(run):
 
 def prompts_of(run):
     """The prompts that the run's previews were made of, as far as its folder holds them."""
-    from sample_images import read_prompts
-    from training_process import PROMPTS_NAME
+    from demo.process import PROMPTS_NAME
+    from training.previews import read_prompts
 
     try:
         return [prompt.prompt for prompt in read_prompts(run.folder / PROMPTS_NAME)]
@@ -220,8 +221,8 @@ def try_out(places):
 
 def make_pictures(base, run, picked, wanted, strength):
     """A picture for each of {label: LoRA file or None}, into the history of this session, newest first."""
-    from comparison import png_with_settings
-    from sample_images import Prompt
+    from demo.pictures import png_with_settings
+    from training.previews import Prompt
 
     settings, group = run.settings() if run else {}, []
     try:

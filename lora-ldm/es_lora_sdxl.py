@@ -9,9 +9,10 @@ Flags, folders and files are those of sd-scripts' sdxl_train_network.py; `--help
 import sys
 
 import torch
-from es_lora_ldm import NetworkTrainer, main
-from sdxl_model import TextConditions, load_sdxl_model
-from text_cache import cache_text
+
+from base.sdxl import TextConditions, load_sdxl_model
+from base.text_cache import cache_text
+from training.loop import NetworkTrainer, main
 
 
 class SDXLNetworkTrainer(NetworkTrainer):

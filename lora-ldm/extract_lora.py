@@ -13,10 +13,11 @@ from typing import Optional
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
-from lora_file import DTYPES, save_lora
-from lora_metadata import build_metadata
-from lora_network import component_roots, find_modules
-from sdxl_model import load_base_model
+
+from base.loading import load_base_model
+from network.lora import component_roots, find_modules
+from network.lora_file import DTYPES, save_lora
+from network.metadata import build_metadata
 
 UNCHANGED = 1e-12  # ||dW|| / ||W|| up to which a layer counts as not trained
 NOTHING = 1e-6  # share of the change that is not worth a line

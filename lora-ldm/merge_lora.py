@@ -13,94 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
-from lora_file import DTYPES, group_modules, load_lora, rename_text_encoder
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tensor_file import read_tensors, write_folder_whole, write_whole
 
-UNET_PREFIX = "model.diffusion_model."
-# {prefix in a single file: component} of text encoders in CLIP's and in OpenCLIP's layout.
-CLIP_PREFIXES = {"cond_stage_model.transformer.": "te", "conditioner.embedders.0.transformer.": "te1"}
-OPEN_CLIP_PREFIXES = {
-    "cond_stage_model.model.transformer.resblocks.": "te",
-    "conditioner.embedders.1.model.transformer.resblocks.": "te2",
-}
-
-
-@torch.no_grad()
-def fold_lora(model, tensors, weight=1.0):
-    """Add ``weight`` times a LoRA to the weights of a model, in place. Before LoRA layers are put into it.
-
-    Args:
-        model: SDModel. tensors: {kohya key: tensor}, as load_lora gives them.
-
-    Raises:
-        ValueError: names the modules that the model lacks or that do not fit; nothing is changed then.
-    """
-    from lora_network import find_modules, rename_modules
-
-    candidates = find_modules(model, everywhere=True)
-    weights = {name: layer.weight.data for _, _, name, layer in candidates}
-    _fold(rename_modules(tensors, candidates), weight, weights)
-
-
-@torch.no_grad()
-def fold_into_tensors(checkpoint, tensors, weight=1.0, layers_per_block=2):
-    """The same for the tensors of a single file in the original layout, in place."""
-    _fold(tensors, weight, original_weights(checkpoint, layers_per_block))
-
-
-def original_weights(checkpoint, layers_per_block=2):
-    """{kohya module name: weight} of a single file's U-Net and text encoders; views, not copies."""
-    from single_file import SDXL_KEY, unet_original_names
-
-    if SDXL_KEY in checkpoint:  # kohya's names for SDXL are those of the original layout
-        unet = {name.removeprefix(UNET_PREFIX): name for name in checkpoint if name.startswith(UNET_PREFIX)}
-    else:
-        unet = unet_original_names(checkpoint, layers_per_block)
-    weights = {}
-    for name, original in unet.items():
-        if name.endswith(".weight"):
-            weights["lora_unet_" + name.removesuffix(".weight").replace(".", "_")] = checkpoint[original]
-    for name, value in checkpoint.items():
-        for prefix, component in CLIP_PREFIXES.items():
-            if name.startswith(prefix) and name.endswith(".weight"):
-                path = name.removeprefix(prefix).removesuffix(".weight")
-                path = path if path.startswith("text_model.") else f"text_model.{path}"
-                weights[f"lora_{component}_" + path.replace(".", "_")] = value
-        for prefix, component in OPEN_CLIP_PREFIXES.items():
-            if name.startswith(prefix):
-                weights |= _open_clip_weights(component, name.removeprefix(prefix), value)
-    return weights
-
-
-def update_of(parts):
-    """The dense update alpha / r * B A of one module in float32, or None for a kind that is not known.
-
-    Args:
-        parts: {"lora_down.weight": ..., "alpha": ...} or LyCORIS' ``hada_*`` / ``lokr_*``.
-    """
-    parts = {name: value.float() for name, value in parts.items()}
-    alpha = parts.pop("alpha", None)
-
-    def scale(rank):
-        return 1.0 if alpha is None else alpha.item() / rank
-
-    if parts.keys() == {"lora_down.weight", "lora_up.weight"}:
-        down, up = parts["lora_down.weight"], parts["lora_up.weight"]
-        return scale(down.shape[0]) * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
-    if parts.keys() == {"lora_down.weight", "lora_up.weight", "lora_mid.weight"}:  # a convolution in Tucker form
-        down, up, middle = (parts[f"lora_{name}.weight"] for name in ("down", "up", "mid"))
-        return scale(down.shape[0]) * torch.einsum("or,rskl,si->oikl", up.flatten(1), middle, down.flatten(1))
-    if parts.keys() == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
-        first, second = parts["hada_w1_a"] @ parts["hada_w1_b"], parts["hada_w2_a"] @ parts["hada_w2_b"]
-        return scale(parts["hada_w1_b"].shape[0]) * first * second
-    if parts and all(name.startswith("lokr_") for name in parts):
-        ranks = [parts[name].shape[0] for name in ("lokr_w1_b", "lokr_w2_b") if name in parts]
-        first, second = (_lokr_factor(parts, name) for name in ("lokr_w1", "lokr_w2"))
-        first = first.reshape(*first.shape, *[1] * (second.dim() - 2))
-        return (scale(ranks[-1]) if ranks else 1.0) * torch.kron(first, second.contiguous())
-    return None
+from base.tensor_files import read_tensors
+from es_lora.files import write_folder_whole, write_whole
+from network.folding import fold_into_tensors, fold_lora
+from network.lora_file import DTYPES, load_lora
 
 
 def main(argv=None):
@@ -119,54 +38,6 @@ def main(argv=None):
         return 2
     print(f"{args.save_to}: {args.sd_model} with {len(args.models)} LoRA(s) folded in")
     return 0
-
-
-def _fold(tensors, weight, weights):
-    modules = group_modules(rename_text_encoder(tensors, weights))
-    updates, problems = {}, []
-    for name, parts in modules.items():
-        target = weights.get(name)
-        if target is None:
-            problems.append(f"{name} is not in the model")
-            continue
-        update = update_of(parts)
-        if update is None:
-            problems.append(f"{name} has {', '.join(sorted(parts))}, which is no LoRA, locon, loha or lokr")
-        elif update.numel() != target.numel() or update.shape[0] != target.shape[0]:
-            problems.append(f"{name} is {tuple(update.shape)}, the model's layer {tuple(target.shape)}")
-        else:
-            updates[name] = update
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(f"the LoRA does not fit the model: {'; '.join(problems[:3])}{more}")
-    for name, update in updates.items():
-        target = weights[name]
-        target.copy_(target.float() + weight * update.to(target.device).reshape(target.shape))
-
-
-def _lokr_factor(parts, name):
-    if name in parts:
-        return parts[name]
-    if f"{name}_a" not in parts or f"{name}_b" not in parts:
-        raise ValueError(f"the LoRA has a lokr module without {name} (and without {name}_a and {name}_b)")
-    left, right = parts[f"{name}_a"], parts[f"{name}_b"]
-    if "lokr_t2" in parts and name == "lokr_w2":
-        return torch.einsum("rskl,ra,sb->abkl", parts["lokr_t2"], left, right)
-    return (left @ right.flatten(1)).reshape(left.shape[0], *right.shape[1:])
-
-
-def _open_clip_weights(component, name, value):
-    """The kohya names of one tensor of an OpenCLIP block; query, key and value stand in one tensor there."""
-    number, _, part = name.partition(".")
-    stem = f"lora_{component}_text_model_encoder_layers_{number}_"
-    single = {
-        "attn.out_proj.weight": "self_attn_out_proj",
-        "mlp.c_fc.weight": "mlp_fc1",
-        "mlp.c_proj.weight": "mlp_fc2",
-    }
-    if part == "attn.in_proj_weight":
-        return {f"{stem}self_attn_{which}_proj": block for which, block in zip("qkv", value.chunk(3))}
-    return {stem + single[part]: value} if part in single else {}
 
 
 def _merge_file(base, target, loras, args):
@@ -188,7 +59,7 @@ def _merge_file(base, target, loras, args):
 
 
 def _merge_folder(base, target, loras, args):
-    from sdxl_model import load_base_model
+    from base.loading import load_base_model
 
     dtype = DTYPES[args.save_precision] or torch.float32
     model = load_base_model(

@@ -12,8 +12,6 @@ result.json and report.html.
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,106 +20,32 @@ from typing import Any, Callable, Optional, Union
 import peft
 import torch
 import transformers
-from cs_fluctuation import (
-    HISTORY_NAME,
-    STATE_NAME,
-    Decision,
-    EarlyStopMonitor,
-    LoraLayer,
-    NonFiniteWeightsError,
-    write_text_whole,
-)
-from cs_replay import write_report
-from gradient_evidence import GradientEvidence
-from peft.tuners.lora import LoraLayer as PeftLoraLayer
-from quantised_weights import frozen_weight, keep_as_loaded
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from stop_rules import DEFAULT_RULE, MeasurementPlan, plan_measurements
 from transformers import TrainerCallback
 
-
-def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> list[LoraLayer]:
-    """The LoRA layers of the model's active adapter, with live references to their matrices.
-
-    Embeddings with a LoRA are left out: they have no matrix product with an input. For DoRA only B A is measured.
-    """
-    layers = []
-    for name, module in model.named_modules():
-        if not isinstance(module, PeftLoraLayer):
-            continue
-        for adapter in module.active_adapters:
-            if adapter in module.lora_A:
-                down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-                layers.append(LoraLayer(name, component, frozen_weight(module.get_base_layer()), down, up))
-    return layers
-
-
-def trainable_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{name: live tensor} of everything that is trained: LoRA matrices, biases, modules_to_save."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@torch.no_grad()
-def load_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy the tensors of a snapshot into the model, in place. Raises KeyError where the model has no such parameter."""
-    live = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        live[name].copy_(tensor)
-
-
-@contextmanager
-def weights_swapped_in(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The model with the tensors of a snapshot, and with its own again afterwards."""
-    own = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
-    load_tensors(model, tensors)
-    try:
-        yield
-    finally:
-        load_tensors(model, own)
-
-
-def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlyStopMonitor]) -> Optional[int]:
-    """After a divergence at `step`: leave finite weights in the model, its own or else the newest ones measured.
-
-    Returns the step of the weights that the model then holds, None where no finite ones are known.
-    """
-    if all(bool(tensor.isfinite().all()) for tensor in trainable_tensors(model).values()):
-        return step
-    newest = monitor.latest_snapshot_step() if monitor is not None else None
-    if newest is not None:
-        load_tensors(model, monitor.load_snapshot(newest))
-    return newest
-
-
-def save_adapter(model: Any, folder: Path, facts: dict[str, Any]) -> None:
-    """Save a model's active adapter as a folder that appears whole, with facts (JSON) in its metadata under `es_lora`.
-
-    The layout is that of PEFT: an adapter that is not called "default" lies in a subfolder of its name.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    chosen = {"selected_adapters": list(model.active_adapters)} if isinstance(model, peft.PeftModel) else {}
-    model.save_pretrained(str(temporary), **chosen)
-    for file in temporary.rglob("adapter_model.safetensors"):
-        with safe_open(str(file), framework="pt") as handle:
-            metadata = handle.metadata() or {}
-        save_file(load_file(str(file)), str(file), metadata={**metadata, "es_lora": json.dumps(facts)})
-    for file in filter(Path.is_file, temporary.rglob("*")):
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-# What rank 0 tells the others after a measurement.
-GO_ON, STOP, DIVERGED, FAILED = range(4)
+from cs_fluctuation import NonFiniteWeightsError
+from es_lora.files import write_text_whole
+from es_lora.gradient_evidence import GradientEvidence
+from es_lora.history import HISTORY_NAME
+from es_lora.monitor import EarlyStopMonitor
+from es_lora.peft_models import (
+    load_tensors,
+    peft_lora_layers,
+    restore_finite,
+    save_adapter,
+    trainable_tensors,
+    weights_swapped_in,
+)
+from es_lora.processes import DIVERGED, FAILED, GO_ON, STOP, heard_by_all, same_on_all
+from es_lora.report import write_report
+from es_lora.rules import DEFAULT_RULE, Decision
+from es_lora.settings import MeasurementPlan, plan_measurements
+from es_lora.weights import keep_as_loaded
 
 
 class EarlyStopCallback(TrainerCallback):
     """Measures CS inside a Trainer, stops it at the turning point and restores the weights of that step.
 
-    early_stop: stop the training; otherwise only measure and report. stop_rule, valley, rule_value: as in stop_rules.
+    early_stop: stop the training; otherwise only measure and report. stop_rule, valley, rule_value: as in es_lora.rules.
     cs_interval: optimizer steps between measurements; window_size: M in measurements; None: chosen from the epoch's length.
     cs_reduction: "row" or "matrix". snapshot_disk_gb: disk that the snapshots may use. header: more facts for the history.
     say: takes the plain sentences for the person (default: print). before_restore: called before the kept weights are put
@@ -420,48 +344,6 @@ class EarlyStopCallback(TrainerCallback):
         return facts
 
 
-def _device(args) -> torch.device:
-    return torch.device("cpu") if torch.distributed.get_backend() == "gloo" else args.device
-
-
-_last_broadcast: Any = None
-
-
-def _broadcast(tensor: torch.Tensor) -> None:
-    """Rank 0's values on every rank, in place.
-
-    The finished work is held until the next one. Where gloo's thread were the last to hold it, that thread would need the
-    interpreter to let go of the tensor, and wait for ever if the process is ending just then.
-    """
-    global _last_broadcast
-    work = torch.distributed.broadcast(tensor, 0, async_op=True)
-    work.wait()
-    _last_broadcast = work
-
-
-def heard_by_all(answer: int, args) -> int:
-    """Rank 0's answer, on every rank."""
-    if args.world_size == 1:
-        return answer
-    tensor = torch.tensor([answer], device=_device(args))
-    _broadcast(tensor)
-    return int(tensor.item())
-
-
-def same_on_all(model: torch.nn.Module, args) -> None:
-    """Give every rank the trained weights of rank 0."""
-    if args.world_size > 1:
-        for tensor in trainable_tensors(model).values():
-            _broadcast(tensor.data)
-
-
 def best_step_loaded(args, state) -> Optional[int]:
     """The step whose weights load_best_model_at_end has put into the model at the end of training; None without it."""
     return state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None
-
-
-def complete_checkpoints(output_dir: Path, with_monitor: bool) -> list[Path]:
-    """The checkpoints of a run that were written to their end, oldest first."""
-    marker = STATE_NAME if with_monitor else "trainer_state.json"
-    folders = [folder for folder in output_dir.glob("checkpoint-*") if (folder / marker).is_file()]
-    return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]))

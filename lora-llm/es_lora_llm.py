@@ -7,8 +7,6 @@ Exit codes: 0 trained to budget or stopped early; 2 bad arguments, configuration
 
 import json
 import math
-import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -18,122 +16,31 @@ from typing import Any, Optional
 
 import quiet_libraries  # noqa: F401  (first, before the libraries speak)
 import torch
-from base_model import attach_lora, bf16_products, fit_embeddings, load_base, load_tokenizer, trainable_parameters
-from causal_collator import CausalCollator
-from cs_fluctuation import HISTORY_NAME, SNAPSHOT_FOLDER, write_text_whole
-from dataset_sources import Splits, load_splits
-from early_stop_callback import (
-    EarlyStopCallback,
-    complete_checkpoints,
-    heard_by_all,
-    restore_finite,
-    save_adapter,
-)
-from epoch_order import EpochSeededLengthSampler
-from forgetting import GeneralText
-from llm_arguments import Settings, parse_arguments
-from mmlu_eval import MMLUCallback, MMLUScorer, load_mmlu
-from prompt_templates import template_format
-from row_loss import PROBE_ROWS, RowLoss
-from run_outcome import EXIT_CODES, next_commands, verdict_sentence, versions, write_result, write_run_report
-from sequence_packing import PackedCollator, check_base_keeps_samples_apart, pack, packing_notice, uses_varlen_kernel
-from shadow_adapters import EXAMPLE, ExampleCollator, ShadowAdapters, with_examples
-from stop_rules import RULES
-from text_streams import StreamedRowError, load_streamed_splits
+from early_stop_callback import EarlyStopCallback
 from tqdm import tqdm
-from transformers import Seq2SeqTrainer, TrainerCallback, set_seed
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import TrainerCallback, set_seed
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is NaN or infinite."""
-
-
-class LoraTrainer(Seq2SeqTrainer):
-    """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any process."""
-
-    early_stop: Optional[EarlyStopCallback] = None
-    shadows: Optional[ShadowAdapters] = None
-
-    def _get_train_sampler(self, *args, **kwargs) -> Any:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if type(sampler) is not LengthGroupedSampler:
-            return sampler  # accelerate seeds the others by epoch
-        seeded = EpochSeededLengthSampler(sampler.batch_size, lengths=sampler.lengths)
-        seeded.seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        seeded.set_epoch(0)
-        return seeded
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The same, without a trace in the random state: a run with evaluations trains as one without."""
-        with torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Speeds of evaluations are noise between the losses; those of training are kept."""
-        speeds = ("_runtime", "_per_second", "_model_preparation_time")
-        super().log({k: v for k, v in logs.items() if k.startswith("train") or not k.endswith(speeds)}, *args, **kwargs)
-
-    def log_scalar(self, name: str, value: float, step: int) -> None:
-        """A scalar under exactly this name, in the logs of --report_to: TensorBoard, wandb, trackio."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_scalar(name, value, step)
-            board = getattr(callback, "_wandb", None) or getattr(callback, "_trackio", None)
-            if board is not None and callback._initialized:
-                board.log({name: value, "train/global_step": step})  # the step axis of transformers' own scalars
-
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
-        examples = inputs.pop(EXAMPLE, None)
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        finite = torch.isfinite(loss).all()
-        if self.args.world_size > 1:
-            finite = self.accelerator.reduce(finite.float(), "sum") == self.args.world_size
-        if not finite:
-            raise TrainingDiverged("the training loss is NaN or infinite")
-        if self.early_stop is not None:
-            self.early_stop.observe_loss(loss)
-        if self.shadows is not None:
-            self.shadows.backward(self._prepare_inputs(inputs), examples)
-        return loss
-
-
-class InterruptCallback(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the training after the step under way, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: dict[int, Any] = {}
-
-    def _note(self, number, frame) -> None:
-        self.interrupted = True
-        for known, handler in self._previous.items():
-            signal.signal(known, handler)
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if args.world_size > 1:  # whoever hears the signal, all stop at the same step
-            flag = torch.tensor([float(self.interrupted)], device=args.device)
-            torch.distributed.all_reduce(flag)
-            self.interrupted = bool(flag.item())
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-class EndOfStreamCallback(TrainerCallback):
-    """The end of a stream ends the training; the Trainer would start it again."""
-
-    def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        control.should_training_stop = True
+from adapters.weights import attach_lora, trainable_parameters
+from base.loading import bf16_products, fit_embeddings, load_base, load_tokenizer
+from es_lora.files import write_text_whole
+from es_lora.peft_models import restore_finite, save_adapter
+from es_lora.processes import heard_by_all
+from es_lora.rules import RULES
+from settings.flags import Settings
+from settings.parsing import parse_arguments
+from text.collator import CausalCollator
+from text.mmlu import load_mmlu
+from text.packing import PackedCollator, check_base_keeps_samples_apart, pack, packing_notice, uses_varlen_kernel
+from text.sources import Splits, load_splits
+from text.streams import StreamedRowError, load_streamed_splits
+from text.templates import template_format
+from training.checkpoints import checkpoint_to_resume, delete_earlier_run
+from training.forgetting import GeneralText
+from training.losses import PROBE_ROWS, RowLoss
+from training.results import EXIT_CODES, next_commands, verdict_sentence, versions, write_result, write_run_report
+from training.scores import MMLUCallback, MMLUScorer
+from training.shadows import ExampleCollator, ShadowAdapters, with_examples
+from training.trainer import EndOfStreamCallback, InterruptCallback, LoraTrainer, TrainingDiverged
 
 
 @dataclass
@@ -175,7 +82,7 @@ class Run:
 def set_up(settings: Settings, argv: list[str]) -> Run:
     """Load and check everything before the first step. Raises ValueError or FileNotFoundError on bad input."""
     training = settings.training
-    resume = _checkpoint_to_resume(settings)
+    resume = checkpoint_to_resume(settings)
     set_seed(training.seed)
     flat = settings.flat()
     training.eval_on_start = training.do_eval and resume is None
@@ -195,7 +102,7 @@ def set_up(settings: Settings, argv: list[str]) -> Run:
     mmlu_rows = load_mmlu(flat) if training.do_mmlu_eval else None
     general_text = _general_text(settings, tokenizer)
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
-        _delete_earlier_run(Path(training.output_dir))
+        delete_earlier_run(Path(training.output_dir))
     training.packed_varlen = settings.data.packing == "samples" and uses_varlen_kernel(training)
     base = load_base(settings)
     fit_embeddings(base, tokenizer)
@@ -224,39 +131,12 @@ def _pack(settings: Settings, splits: Splits, collator: CausalCollator, model: A
         settings.notices.append(packing_notice(len(samples), splits.train, data.seq_length))
 
 
-def _checkpoint_to_resume(settings: Settings) -> Optional[str]:
-    """The checkpoint of --resume_from_checkpoint: a checkpoint folder, a run's folder, or true for the output folder."""
-    if settings.resume is None:
-        return None
-    training = settings.training
-    folder = Path(training.output_dir) if settings.resume is True else Path(settings.resume)
-    if (folder / "trainer_state.json").is_file():
-        return str(folder)
-    checkpoints = complete_checkpoints(folder, settings.early_stop.calculate_cs)
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint: {folder} holds no complete checkpoint; give a checkpoint-N folder or the folder of a "
-            "run that saved one (--save_steps), or start anew"
-        )
-    training.resume_from_checkpoint = str(checkpoints[-1])
-    return str(checkpoints[-1])
-
-
 def _add_lengths(splits: Splits, collator: CausalCollator, column: str) -> None:
     """What the Trainer groups by: the tokens of every example, in a column."""
     for name in ("train", "evaluation", "test"):
         rows = getattr(splits, name)
         if rows is not None:
             setattr(splits, name, rows.add_column(column, collator.lengths(rows)))
-
-
-def _delete_earlier_run(folder: Path) -> None:
-    """--overwrite_output_dir: remove what a run leaves, and nothing else that may lie there."""
-    for name in (HISTORY_NAME, "result.json", "report.html", "predictions.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    for pattern in ("checkpoint-*", "adapter", "adapter-*", SNAPSHOT_FOLDER, "runs", "model"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
 
 
 def _assemble(settings, splits, collator, model, mmlu_rows, resume, argv) -> Run:

@@ -21,7 +21,10 @@ from typing import Any, Optional
 
 import quiet_libraries  # noqa: F401  (first, before the libraries speak)
 import torch
-from adapter_folders import (
+from peft import PeftModel
+from transformers import TextStreamer, set_seed
+
+from adapters.folders import (
     AdapterFolder,
     OneLineParser,
     base_of,
@@ -30,11 +33,10 @@ from adapter_folders import (
     open_adapter,
     put_adapters_on,
 )
-from causal_collator import encode_source
-from cs_fluctuation import write_text_whole
-from llm_arguments import ABOVE_ZERO, AT_LEAST, GenerationArguments
-from peft import PeftModel
-from transformers import TextStreamer, set_seed
+from es_lora.files import write_text_whole
+from settings.checks import ABOVE_ZERO, AT_LEAST
+from settings.flags import GenerationArguments
+from text.collator import encode_source
 
 BASE = "base"
 CHAT_HELP = "A line is a message. /use NAME answers with another adapter, /new forgets the talk, /quit (or Ctrl-D) ends."

@@ -18,7 +18,12 @@ from typing import Any, Optional
 
 import quiet_libraries  # noqa: F401  (first, before the libraries speak)
 import torch
-from adapter_folders import (
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from adapters.folders import (
     AdapterFolder,
     OneLineParser,
     base_of,
@@ -28,11 +33,7 @@ from adapter_folders import (
     put_adapters_on,
     stored_dtype,
 )
-from causal_collator import encode_source, pad_batch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from text.collator import encode_source, pad_batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference of two logits, as a share of the largest logit: a few roundings of the coarser of the two models

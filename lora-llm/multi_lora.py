@@ -4,7 +4,8 @@
 
 In Python:
 
-    from multi_lora import Job, train_jobs
+    from jobs.config import Job
+    from multi_lora import train_jobs
     overview = train_jobs([Job("a", dataset="a.jsonl"), Job("b", dataset="b.jsonl", rank=8)], "FOLDER", "OUTPUT", bits=4)
 
 Each job leaves in OUTPUT/NAME what a single run leaves; OUTPUT/overview.html has a row for each. Examples of jobs.toml lie in
@@ -27,15 +28,16 @@ from typing import Any, Callable, Optional, Union
 
 import quiet_libraries  # noqa: F401  (first, before the libraries speak)
 import torch
-from base_model import fit_embeddings, linear_layers, load_base, load_tokenizer
-from fused_lora import linear_shape
-from fused_training import FusedTraining, finished_result, memory_need
-from job_config import Job, read_jobs
-from job_data import JobData, prepare_job
-from job_processes import Processes
-from job_scheduler import PASS_TOKENS, Limits, MemoryNeed, token_bytes
-from jobs_overview import write_overview
-from run_outcome import next_commands
+
+from base.layers import linear_layers, linear_shape
+from base.loading import fit_embeddings, load_base, load_tokenizer
+from jobs.config import Job, read_jobs
+from jobs.data import JobData, prepare_job
+from jobs.loop import FusedTraining, finished_result, memory_need
+from jobs.overview import write_overview
+from jobs.processes import Processes
+from jobs.scheduler import PASS_TOKENS, Limits, MemoryNeed, token_bytes
+from training.results import next_commands
 
 __all__ = ["Job", "main", "train_jobs"]
 
@@ -214,7 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     truth = {"type": _truth, "nargs": "?", "const": True, "default": False}
     parser = Parser(
         description="Many LoRA adapters at once over one frozen base, each stopped at its own turning point.",
-        epilog="The jobs file is described in job_config.py; three that run as they are lie in templates/.",
+        epilog="The jobs file is described in jobs/config.py; three that run as they are lie in templates/.",
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -21,22 +21,21 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
-from file_transaction import Transaction, roll_back_interrupted
+from file_transaction import Transaction, remove_empty_folders, roll_back_interrupted
 from insertion_points import Insertion, InsertionPointError, find_insertions
 
 HERE = Path(__file__).resolve().parent
 VENDORED = HERE.parent / "lora-llm"
-COPIED = (
-    HERE / "es_lora_hook.py",
-    HERE / "es_lora_run.py",
-    HERE / "es_lora_layers.py",
-    VENDORED / "cs_fluctuation.py",
-    VENDORED / "gradient_evidence.py",
-    VENDORED / "stop_rules.py",
-    VENDORED / "cs_replay.py",
-)
+# What is put beside the trainer, by its name there: the hook, and the method with its folder.
+COPIED: Dict[str, Path] = {
+    **{name: HERE / name for name in ("es_lora_hook.py", "es_lora_run.py", "es_lora_layers.py")},
+    **{
+        path.relative_to(VENDORED).as_posix(): path
+        for path in (VENDORED / "cs_fluctuation.py", *sorted((VENDORED / "es_lora").rglob("*.py")))
+    },
+}
 RECEIPT = ".es_lora_patch.json"
 RECEIPT_FORMAT = "es-lora-patch/1"
 # The file that is patched, and the files that tell the upstream from any other folder.
@@ -175,8 +174,8 @@ def _read_patched(root: Path) -> Checkout:
     if changed:
         raise Refusal(
             f"{root} was patched, and since then: {', '.join(changed)}. Undo those changes and try again. If the "
-            f"checkout was updated over the patch, delete {RECEIPT} and {', '.join(receipt['copied'])}, restore "
-            f"{receipt['file']} from git and apply again"
+            f"checkout was updated over the patch, delete {RECEIPT}, {', '.join(_top_level(receipt['copied']))}, "
+            f"restore {receipt['file']} from git and apply again"
         )
     checkout.content = checkout.file.read_bytes()
     return checkout
@@ -193,6 +192,11 @@ def changed_since_commit(checkout: Checkout) -> Optional[bool]:
     if answer.returncode != 0:
         return None
     return committed not in (blob_hash(checkout.content), blob_hash(with_lf(checkout.content)))
+
+
+def _top_level(names: Iterable[str]) -> List[str]:
+    """The files and folders that these names begin with, each once."""
+    return list(dict.fromkeys(name.split("/")[0] for name in names))
 
 
 def _places(checkout: Checkout) -> str:
@@ -223,9 +227,11 @@ def _find_by_structure(checkout: Checkout) -> None:
 def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:
     if checkout.receipt is not None:
         stale = [
-            path.name for path in COPIED if blob_hash(path.read_bytes()) != checkout.receipt["copied"].get(path.name)
+            name
+            for name, path in COPIED.items()
+            if blob_hash(path.read_bytes()) != checkout.receipt["copied"].get(name)
         ]
-        if not stale:
+        if not stale and checkout.receipt["copied"].keys() == COPIED.keys():
             return f"{checkout.title()}: already applied, nothing to do."
         raise Refusal(f"applied by another version ({', '.join(stale)} differ); run --reverse, then apply again")
     if checkout.revision is None:
@@ -236,16 +242,16 @@ def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:
                 f"{checkout.title()}{local}. Nothing is changed yet; it would insert\n{_places(checkout)}\n"
                 "If these places are right, run the command again with --yes"
             )
-    absent = [str(path) for path in COPIED if not path.is_file()]
+    absent = [str(path) for path in COPIED.values() if not path.is_file()]
     if absent:
         raise Refusal(f"{', '.join(absent)} missing; run this tool from a whole copy of ES-LoRA")
-    taken = [path.name for path in COPIED if (checkout.root / path.name).exists()]
+    taken = [name for name in _top_level(COPIED) if (checkout.root / name).exists()]
     if taken:
         raise Refusal(
             f"{checkout.root} already has {', '.join(taken)}, not put there by this tool; move them away first"
         )
     patched, ranges = insert_lines(checkout.content, checkout.insertions)
-    copies = {path.name: path.read_bytes() for path in COPIED}
+    copies = {name: path.read_bytes() for name, path in COPIED.items()}
     receipt = {
         "format": RECEIPT_FORMAT,
         "upstream": checkout.upstream,
@@ -257,7 +263,7 @@ def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:
         "copied": {name: blob_hash(content) for name, content in copies.items()},
     }
     if dry_run:
-        what = f"would insert\n{_places(checkout)}\nand copy in {', '.join(copies)}"
+        what = f"would insert\n{_places(checkout)}\nand copy in {', '.join(_top_level(copies))}"
         return f"{checkout.title()}: {what}. Nothing is changed."
     with Transaction(checkout.root) as change:  # the trainer last: before that the new files do nothing
         for name, content in copies.items():
@@ -266,8 +272,8 @@ def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:
         change.write(checkout.file_name, patched)
     return (
         f"{checkout.title()}: early stopping is in. {checkout.file_name} has {sum(count for _, count in ranges)} more "
-        f"lines; {', '.join(copies)} lie beside it. Add --early_stop to your training command.\nTo take it out: "
-        f"python {Path(__file__).name} {checkout.root} --reverse"
+        f"lines; {', '.join(_top_level(copies))} lie beside it. Add --early_stop to your training command.\n"
+        f"To take it out: python {Path(__file__).name} {checkout.root} --reverse"
     )
 
 
@@ -285,8 +291,10 @@ def reverse(checkout: Checkout, dry_run: bool) -> str:
         for name in (*receipt["copied"], RECEIPT):
             change.delete(name)
     for name in receipt["copied"]:
-        for compiled in (checkout.root / "__pycache__").glob(f"{Path(name).stem}.*.pyc"):
-            compiled.unlink()
+        compiled = (checkout.root / name).parent / "__pycache__"
+        for file in compiled.glob(f"{Path(name).stem}.*.pyc"):
+            file.unlink()
+    remove_empty_folders(checkout.root, receipt["copied"])
     return f"{checkout.title()}: early stopping is out; {receipt['file']} is as it was, byte for byte."
 
 

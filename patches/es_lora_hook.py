@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
-from cs_fluctuation import write_text_whole
 from transformers import TrainerCallback
 
+from es_lora.files import write_text_whole
 from es_lora_layers import all_tensors, copies, network_layers, peft_layers, put_in, trained_tensors
 from es_lora_run import STEP_NAME, EarlyStopRun, Settings, add_arguments, read_settings, say, training_argument
 

@@ -7,6 +7,7 @@ import re
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+
 from cs_fluctuation import BLOCK_VALUES, DenseWeight, LoraLayer
 
 # ------------------------------------------------------------------------------------------------ kohya and LyCORIS

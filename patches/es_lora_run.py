@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-from cs_fluctuation import HISTORY_NAME, MEASURED, EarlyStopMonitor, NonFiniteWeightsError, write_text_whole
-from cs_replay import write_report
-from gradient_evidence import GradientEvidence
-from stop_rules import DEFAULT_RULE, RULES, check_rule, plan_measurements
+
+from cs_fluctuation import NonFiniteWeightsError
+from es_lora.files import write_text_whole
+from es_lora.gradient_evidence import GradientEvidence
+from es_lora.history import HISTORY_NAME
+from es_lora.monitor import MEASURED, EarlyStopMonitor
+from es_lora.report import write_report
+from es_lora.rules import DEFAULT_RULE, RULES, check_rule
+from es_lora.settings import plan_measurements
 
 # The columns of the history that a rule can have here.
 RECORDED = {*MEASURED, "grad_evidence"}

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional
 
 JOURNAL = ".es_lora_journal"
 
@@ -18,6 +18,7 @@ class UnfinishedError(ValueError):
 
 
 def _write_whole(path: Path, content: bytes, mode: Optional[int] = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.es_lora_tmp")
     try:
         with open(temporary, "wb") as handle:
@@ -107,5 +108,15 @@ def roll_back_interrupted(root: Path, dry_run: bool = False) -> bool:
             path.unlink(missing_ok=True)
         else:
             _write_whole(path, (journal / copy).read_bytes(), (journal / copy).stat().st_mode)
+    remove_empty_folders(root, saved)
     _drop_journal(root)
     return True
+
+
+def remove_empty_folders(root: Path, names: Iterable[str]) -> None:
+    """Remove the folders below `root` that files of these names lay in, as far as nothing is in them any more."""
+    folders = {parent for name in names for parent in (root / name).parents if root in parent.parents}
+    for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+        for empty in (folder / "__pycache__", folder):
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()

@@ -69,9 +69,7 @@ def split_entries(entries):
     if len(headwords) < needed:
         raise ValueError(f"{len(headwords)} usable entries found, {needed} needed: is this the {PACKAGE} dictionary?")
     drawn = random.Random(SEED).sample(headwords, needed)
-    rows = [
-        {"input": f'Define "{word.lower()}" as the Devil\'s Dictionary does.', "output": entries[word]} for word in drawn
-    ]
+    rows = [{"input": f'Define "{word.lower()}" as the Devil\'s Dictionary does.', "output": entries[word]} for word in drawn]
     return rows[:TRAIN_COUNT], rows[TRAIN_COUNT:]
 
 

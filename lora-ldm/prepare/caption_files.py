@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from image_folders import IMAGE_EXTENSIONS  # noqa: E402
+from images.folders import IMAGE_EXTENSIONS  # noqa: E402
 
 
 def find_pictures(folder: Path, recursive: bool) -> list[Path]:

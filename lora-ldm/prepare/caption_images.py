@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from image_loading import UnreadableImageError, open_image, to_rgb_and_alpha  # noqa: E402
+from images.loading import UnreadableImageError, open_image, to_rgb_and_alpha  # noqa: E402
 from prepare.caption_cache import AnswerCache, answer_key  # noqa: E402
 from prepare.caption_files import CaptionFiles, MetadataFile, find_pictures  # noqa: E402
 from prepare.caption_review import write_review  # noqa: E402

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from image_loading import UnreadableImageError, open_image, to_rgb_and_alpha  # noqa: E402
+from images.loading import UnreadableImageError, open_image, to_rgb_and_alpha  # noqa: E402
 from prepare.caption_files import write_caption  # noqa: E402
 
 THUMBNAIL_PX = 320

@@ -23,10 +23,10 @@ from PIL import Image, ImageCms
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset_settings import INTERPOLATIONS, checked_resolution  # noqa: E402
-from image_buckets import BucketSelector, Size  # noqa: E402
-from image_folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER  # noqa: E402
-from image_loading import UnreadableImageError, open_image, resize, resize_mask, to_rgb_and_alpha  # noqa: E402
+from images.buckets import BucketSelector, Size  # noqa: E402
+from images.dataset_settings import INTERPOLATIONS, checked_resolution  # noqa: E402
+from images.folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER  # noqa: E402
+from images.loading import UnreadableImageError, open_image, resize, resize_mask, to_rgb_and_alpha  # noqa: E402
 from prepare.smart_crop import METHODS, crop_box, face_finder  # noqa: E402
 
 HEIF_EXTENSIONS = (".heic", ".heif")
@@ -251,9 +251,7 @@ def print_report(report: Report, total: int, args: argparse.Namespace):
     print_list("damaged and left out", report.damaged, sys.stderr)
     if report.written and not REPEAT_FOLDER.fullmatch(args.output.resolve().name):
         name = args.output.resolve().name
-        print(
-            f"to train on them, name the folder <repeats>_<name>, such as 10_{name}, and give its parent as --train_data_dir"
-        )
+        print(f"to train on them, name the folder <repeats>_<name>, such as 10_{name}, and give its parent as --train_data_dir")
 
 
 def print_list(title: str, items: list, file=None):

@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset_settings import checked_resolution  # noqa: E402
-from image_buckets import Size  # noqa: E402
-from image_folders import CAPTION_EXTENSIONS, image_files  # noqa: E402
-from image_loading import load_rgb, resize  # noqa: E402
+from images.buckets import Size  # noqa: E402
+from images.dataset_settings import checked_resolution  # noqa: E402
+from images.folders import CAPTION_EXTENSIONS, image_files  # noqa: E402
+from images.loading import load_rgb, resize  # noqa: E402
 
 Box = tuple[int, int, int, int]  # (left, top, width, height), pixels
 METHODS = ("centre", "faces", "edges", "entropy", "smart")
@@ -49,8 +49,7 @@ def crop_box(rgb: np.ndarray, shape_px: Size, method: str = "smart", find_faces:
     if box_px != (width, height) and method != "centre":
         centre = centre_of_interest(rgb, box_px, method, find_faces) or centre
     left, top = (
-        int(min(max(0, centre[axis] - box_px[axis] / 2), limit - box_px[axis]))
-        for axis, limit in enumerate((width, height))
+        int(min(max(0, centre[axis] - box_px[axis] / 2), limit - box_px[axis])) for axis, limit in enumerate((width, height))
     )
     return left, top, box_px[0], box_px[1]
 

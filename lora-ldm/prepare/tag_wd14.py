@@ -23,16 +23,14 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from image_loading import UnreadableImageError, load_rgb  # noqa: E402
+from images.loading import UnreadableImageError, load_rgb  # noqa: E402
 from prepare.caption_files import existing_caption, find_pictures, write_caption  # noqa: E402
 
 DEFAULT_REPO = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 # Categories of selected_tags.csv.
 GENERAL, CHARACTER, RATING = 0, 4, 9
 # Faces made of signs keep their underscores.
-KEEP_UNDERSCORE = frozenset(
-    "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||".split()
-)
+KEEP_UNDERSCORE = frozenset("0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||".split())
 
 
 @dataclass
@@ -57,9 +55,7 @@ class Tagger:
         options.log_severity_level = 3
         providers = [p for p in onnxruntime.get_available_providers() if p in ("CUDAExecutionProvider",)]
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(model_path), options, providers=[*providers, "CPUExecutionProvider"]
-            )
+            self.session = onnxruntime.InferenceSession(str(model_path), options, providers=[*providers, "CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no narrower base class
             raise ValueError(f"--model {model_path} cannot be loaded as an ONNX model: {error}") from error
         self.input = self.session.get_inputs()[0]
@@ -102,9 +98,7 @@ def prepared(rgb: np.ndarray, side_px: int) -> np.ndarray:
 def read_tags(path: Path) -> list[Tag]:
     """Rows of selected_tags.csv (columns `name` and `category`). Raises ValueError or FileNotFoundError."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"tag list {path} does not exist (it is the selected_tags.csv that belongs to the model)"
-        )
+        raise FileNotFoundError(f"tag list {path} does not exist (it is the selected_tags.csv that belongs to the model)")
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:

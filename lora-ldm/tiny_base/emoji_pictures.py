@@ -30,7 +30,17 @@ PACKAGE_VERSIONS = {
 # Pictures whose meaning changes in a mirror, by emojibase group or by a word of the name.
 UNFLIPPABLE_GROUPS = {"symbols", "flags"}
 UNFLIPPABLE_WORDS = {
-    "arrow", "left", "right", "leftwards", "rightwards", "clock", "keycap", "button", "o'clock", "thirty", "calendar",
+    "arrow",
+    "left",
+    "right",
+    "leftwards",
+    "rightwards",
+    "clock",
+    "keycap",
+    "button",
+    "o'clock",
+    "thirty",
+    "calendar",
 }
 KEPT_SKIN_TONES = (1, 3, 5)  # light, medium, dark: the two between add little but near-copies
 _GENDERS = {"1F468": "1F9D1", "1F469": "1F9D1", "2640": "", "2642": ""}
@@ -60,7 +70,10 @@ def fetch_package(name, cache_folder):
         Path(cache_folder).mkdir(parents=True, exist_ok=True)
         packed = subprocess.run(
             ["npm", "pack", "--silent", f"{name}@{version}"],
-            cwd=cache_folder, check=True, capture_output=True, text=True,
+            cwd=cache_folder,
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout.split()[-1]
         half_done = target.with_suffix(".partial")
         with tarfile.open(Path(cache_folder) / packed) as archive:
@@ -101,8 +114,9 @@ def render_svg(svg_text, size_px):
     """Rasterise one drawing. Returns an RGBA image of size_px x size_px."""
     import resvg_py  # only needed to build, not to use the model
 
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg_text, width=size_px, height=size_px)))
-                      ).convert("RGBA")
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg_text, width=size_px, height=size_px)))).convert(
+        "RGBA"
+    )
 
 
 def read_noto(cache_folder, size_px=SIZE_PX):
@@ -122,7 +136,7 @@ def read_fluent_flat(cache_folder, size_px=SIZE_PX):
     """Return {emoji key: RGBA image} of the Fluent flat artwork."""
     package = fetch_package("@iconify-json/fluent-emoji-flat", cache_folder)
     icon_set = json.loads((package / "icons.json").read_text("utf8"))
-    box = f'0 0 {icon_set["width"]} {icon_set["height"]}'
+    box = f"0 0 {icon_set['width']} {icon_set['height']}"
     pictures = {}
     for code, name in json.loads((package / "chars.json").read_text("utf8")).items():
         icon = icon_set["icons"].get(name)
@@ -218,12 +232,19 @@ def collect_pictures(cache_folder, seed=0, captions_a_picture=24):
             # Which of the two styles of a "new_picture" concept is held out alternates by the concept's spelling.
             if role == "new_picture" and style != ("noto", "flat")[sum(map(ord, entry.concept)) % 2]:
                 role = "train"
-            records.append({
-                "key": entry.key, "concept": entry.concept, "style": style, "role": role, "group": entry.group,
-                "is_tone_variant": entry.is_tone_variant, "can_flip": entry.can_flip,
-                "caption": heldout_caption(entry, style),
-                "captions": training_captions(entry, style, captions_a_picture, rng),
-            })
+            records.append(
+                {
+                    "key": entry.key,
+                    "concept": entry.concept,
+                    "style": style,
+                    "role": role,
+                    "group": entry.group,
+                    "is_tone_variant": entry.is_tone_variant,
+                    "can_flip": entry.can_flip,
+                    "caption": heldout_caption(entry, style),
+                    "captions": training_captions(entry, style, captions_a_picture, rng),
+                }
+            )
             pictures.append(np.asarray(artwork[entry.key]))
     # A person in four skin tones and three genders is not twelve times as worth learning as a pumpkin.
     sizes = Counter((record["style"], record["concept"]) for record in records)

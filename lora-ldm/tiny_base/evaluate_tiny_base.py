@@ -87,8 +87,12 @@ def caption_gaps(pipeline, latents, rows, draws=4):
             members = [i for i, row in enumerate(rows) if role in (None, row["role"])]
             right, shuffled = (float(loss[members].mean()) for loss in losses)
             name = (role or "all") + (", shuffled within the style" if groups else "")
-            gaps[name] = {"right": round(right, 4), "shuffled": round(shuffled, 4),
-                          "gap_percent": round(100 * (shuffled / right - 1), 1), "pictures": len(members)}
+            gaps[name] = {
+                "right": round(right, 4),
+                "shuffled": round(shuffled, 4),
+                "gap_percent": round(100 * (shuffled / right - 1), 1),
+                "pictures": len(members),
+            }
     return gaps
 
 
@@ -121,8 +125,9 @@ def measure(model_dir, dataset_folder):
 def generate_batch(pipeline, prompts, seed):
     """One 64 px picture a prompt, all from the same seed, with the settings used for all figures."""
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-    return pipeline(list(prompts), height=64, width=64, num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE,
-                    generator=generators).images
+    return pipeline(
+        list(prompts), height=64, width=64, num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE, generator=generators
+    ).images
 
 
 def generate(pipeline, prompt, seed):
@@ -139,8 +144,12 @@ def seconds_a_picture(pipeline, repeats=5):
         generate(pipeline, "red heart", seed)
         wall.append(time.perf_counter() - started[0])
         processor.append(time.process_time() - started[1])
-    return {"wall": round(sorted(wall)[repeats // 2], 2), "processor": round(sorted(processor)[repeats // 2], 2),
-            "threads": torch.get_num_threads(), "steps": SAMPLING_STEPS}
+    return {
+        "wall": round(sorted(wall)[repeats // 2], 2),
+        "processor": round(sorted(processor)[repeats // 2], 2),
+        "threads": torch.get_num_threads(),
+        "steps": SAMPLING_STEPS,
+    }
 
 
 def save_grid(model_dir, prompts, columns=8, zoom=2, name="grid.png"):

@@ -20,18 +20,22 @@ LARGE_PX = 512
 
 # Set -> (artwork, first word of the captions, the emoji). Chosen by name before any picture was trained on.
 SETS = {
-    "portraits": ("fluent 3d", "portrait",
-        "👩 👨 🧑 👧 👦 👵 👴 🧔 👱 👩‍🦰 👨‍🦱 👩‍🦳 👨‍🦲 🧕 👳 "
-        "👲 👸 🤴 👮 👷 💂 🕵 🧙 🧝 🧛 🎅 🤶 👩‍🍳 👨‍🚀 👩‍🎤"),
-    "stills": ("fluent 3d", "character",
-        "🐶 🐱 🐭 🐹 🐰 🦊 🐻 🐼 🐨 🐯 🦁 🐮 🐷 🐸 🐵 "
-        "🐔 🐧 🐤 🦉 🐺 🐴 🦄 🐲 🤖 👽 👻 🎃 ⛄ 🧸 🦝"),
-    "landscape": ("twemoji", "landscape",
-        "🌅 🌄 🌇 🌆 🌃 🌉 🌁 🌌 🌋 🗻 ⛰ 🏔 🏕 🏖 "
-        "🏜 🏝 🏞 🎆 🌊 🌈 🌠 🏙 🎑 🌵 🌴 🌲 🌳 🌾"),
-    "architecture": ("twemoji", "building",
-        "🏠 🏡 🏘 🏚 🏗 🏢 🏣 🏤 🏥 🏦 🏨 🏩 🏪 🏫 🏬 "
-        "🏭 🏯 🏰 💒 🗼 🗽 ⛪ 🕌 🛕 🕍 ⛩ 🕋 🏟 🏛 🛖"),
+    "portraits": (
+        "fluent 3d",
+        "portrait",
+        "👩 👨 🧑 👧 👦 👵 👴 🧔 👱 👩‍🦰 👨‍🦱 👩‍🦳 👨‍🦲 🧕 👳 👲 👸 🤴 👮 👷 💂 🕵 🧙 🧝 🧛 🎅 🤶 👩‍🍳 👨‍🚀 👩‍🎤",
+    ),
+    "stills": (
+        "fluent 3d",
+        "character",
+        "🐶 🐱 🐭 🐹 🐰 🦊 🐻 🐼 🐨 🐯 🦁 🐮 🐷 🐸 🐵 🐔 🐧 🐤 🦉 🐺 🐴 🦄 🐲 🤖 👽 👻 🎃 ⛄ 🧸 🦝",
+    ),
+    "landscape": ("twemoji", "landscape", "🌅 🌄 🌇 🌆 🌃 🌉 🌁 🌌 🌋 🗻 ⛰ 🏔 🏕 🏖 🏜 🏝 🏞 🎆 🌊 🌈 🌠 🏙 🎑 🌵 🌴 🌲 🌳 🌾"),
+    "architecture": (
+        "twemoji",
+        "building",
+        "🏠 🏡 🏘 🏚 🏗 🏢 🏣 🏤 🏥 🏦 🏨 🏩 🏪 🏫 🏬 🏭 🏯 🏰 💒 🗼 🗽 ⛪ 🕌 🛕 🕍 ⛩ 🕋 🏟 🏛 🛖",
+    ),
 }
 
 

@@ -37,12 +37,38 @@ STAGES = ("collect", "tokenizer", "vae", "unet", "export", "evaluate")
 # Fixed before the first picture was seen. The first 24 ask for things that have a picture in the training styles or
 # among the held-out ones; the last 8 ask for combinations that no picture shows.
 GRID_PROMPTS = (
-    "red heart", "cat face", "grinning face", "pizza", "green apple", "sunflower", "house with garden",
-    "snow-capped mountain", "rainbow", "full moon", "dog face", "tropical fish", "automobile", "sailboat", "rocket",
-    "soccer ball", "umbrella", "castle", "woman: red hair", "man: beard", "frog", "birthday cake", "christmas tree",
+    "red heart",
+    "cat face",
+    "grinning face",
+    "pizza",
+    "green apple",
+    "sunflower",
+    "house with garden",
+    "snow-capped mountain",
+    "rainbow",
+    "full moon",
+    "dog face",
+    "tropical fish",
+    "automobile",
+    "sailboat",
+    "rocket",
+    "soccer ball",
+    "umbrella",
+    "castle",
+    "woman: red hair",
+    "man: beard",
+    "frog",
+    "birthday cake",
+    "christmas tree",
     "blue heart",
-    "purple cat face", "sad pumpkin", "blue apple", "green car", "house in the snow", "red flower and a heart",
-    "angry dog", "yellow fish",
+    "purple cat face",
+    "sad pumpkin",
+    "blue apple",
+    "green car",
+    "house in the snow",
+    "red flower and a heart",
+    "angry dog",
+    "yellow fish",
 )
 
 
@@ -115,7 +141,11 @@ def vae(args):
     on_device = torch.from_numpy(pictures[training]).to(args.device)
     model = build_vae().to(args.device)
     figures = train_networks.train_vae(
-        model, on_device, batch_size=args.vae_batch_size, max_minutes=args.vae_minutes, max_steps=args.max_steps,
+        model,
+        on_device,
+        batch_size=args.vae_batch_size,
+        max_minutes=args.vae_minutes,
+        max_steps=args.max_steps,
         compiled=args.compile,
     )
     save_states(args.results, "vae", model.state_dict())
@@ -146,18 +176,29 @@ def unet(args):
         use_plain_attention(denoiser)
 
     def validation():
-        right, _ = train_networks.caption_losses(
-            denoiser, text, scheduler, held_latents, held_tokens, held_tokens, draws=8)
+        right, _ = train_networks.caption_losses(denoiser, text, scheduler, held_latents, held_tokens, held_tokens, draws=8)
         return float(right.mean())
 
     print(f"denoiser {parameter_count(denoiser)}, text {parameter_count(text)} parameters", flush=True)
     figures, best = train_networks.train_unet(
-        denoiser, text, scheduler, latents, torch.from_numpy(tokens["training"][training]).to(args.device), weights,
-        torch.from_numpy(tokens["empty"]).long().to(args.device), validation,
-        batch_size=args.unet_batch_size, max_minutes=args.unet_minutes, max_steps=args.max_steps,
+        denoiser,
+        text,
+        scheduler,
+        latents,
+        torch.from_numpy(tokens["training"][training]).to(args.device),
+        weights,
+        torch.from_numpy(tokens["empty"]).long().to(args.device),
+        validation,
+        batch_size=args.unet_batch_size,
+        max_minutes=args.unet_minutes,
+        max_steps=args.max_steps,
     )
-    for name, state in (("unet_last", denoiser.state_dict()), ("text_last", text.state_dict()),
-                        ("unet_best", best[0]), ("text_best", best[1])):
+    for name, state in (
+        ("unet_last", denoiser.state_dict()),
+        ("text_last", text.state_dict()),
+        ("unet_best", best[0]),
+        ("text_best", best[1]),
+    ):
         save_states(args.results, name, state)
     write_json(args.results / "unet_training.json", figures)
     print("denoiser:", figures, flush=True)
@@ -187,8 +228,14 @@ def export(args):
     denoiser = load_states(args, f"unet_{args.weights}", build_unet())
     text = load_states(args, f"text_{args.weights}", build_text_encoder())
     pipeline = StableDiffusionPipeline(
-        image_model.half(), text.half(), CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer"), denoiser.half(),
-        build_noise_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        image_model.half(),
+        text.half(),
+        CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer"),
+        denoiser.half(),
+        build_noise_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.save_pretrained(args.model_dir, safe_serialization=True)
     for path in (args.work_dir / "tokenizer").iterdir():  # newer transformers write tokenizer.json only

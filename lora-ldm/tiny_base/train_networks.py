@@ -201,8 +201,21 @@ def denoising_loss(unet, text_encoder, scheduler, latents, tokens, noise, timest
 
 
 def train_unet(
-    unet, text_encoder, scheduler, latents, tokens, weights, empty_tokens, validation, *,
-    batch_size, max_minutes, max_steps=None, peak_rate=1e-3, text_dropout=0.1, validations=24,
+    unet,
+    text_encoder,
+    scheduler,
+    latents,
+    tokens,
+    weights,
+    empty_tokens,
+    validation,
+    *,
+    batch_size,
+    max_minutes,
+    max_steps=None,
+    peak_rate=1e-3,
+    text_dropout=0.1,
+    validations=24,
 ):
     """Train U-Net and text encoder together in place.
 
@@ -253,8 +266,13 @@ def train_unet(
     progress.close()
     average.swap()
     curve.append((step, round(validation(), 5)))
-    figures = {"steps": step, "seconds": round(time.monotonic() - started, 1), "batch_size": batch_size,
-               "loss": smoothed, "validation_curve": curve}
+    figures = {
+        "steps": step,
+        "seconds": round(time.monotonic() - started, 1),
+        "batch_size": batch_size,
+        "loss": smoothed,
+        "validation_curve": curve,
+    }
     if best is None or curve[-1][1] <= min(loss for _, loss in curve):
         best = tuple(copy.deepcopy(module.state_dict()) for module in (unet, text_encoder))
     return figures, best
@@ -277,8 +295,9 @@ def caption_losses(unet, text_encoder, scheduler, latents, tokens, other_tokens,
         noise = torch.randn(latents.shape, generator=generator).to(device)
         timesteps = torch.randperm(count, generator=generator) * scheduler.config.num_train_timesteps // count
         for index, ids in enumerate((tokens, other_tokens)):
-            sums[index] += denoising_loss(
-                unet, text_encoder, scheduler, latents.float(), ids, noise, timesteps.to(device)) / draws
+            sums[index] += (
+                denoising_loss(unet, text_encoder, scheduler, latents.float(), ids, noise, timesteps.to(device)) / draws
+            )
     return sums[0], sums[1]
 
 

@@ -30,13 +30,15 @@ def sword_module(root):
     for packed in sorted(root.rglob("*.[bc]zz")):
         blob = packed.read_bytes()
         block_index = packed.with_name(packed.name[:-1] + "s").read_bytes()
-        blocks = [zlib.decompress(blob[offset:offset + size]) if size else b""
-                  for offset, size, _ in struct.iter_unpack("<III", block_index)]
+        blocks = [
+            zlib.decompress(blob[offset : offset + size]) if size else b""
+            for offset, size, _ in struct.iter_unpack("<III", block_index)
+        ]
         entries = {block: [] for block in range(len(blocks))}
         verses = packed.with_name(packed.name[:-1] + "v").read_bytes()
         for block, offset, size in dict.fromkeys(verse_places(verses, blocks)):  # verses may share one comment
             if size:
-                entries[block].append(blocks[block][offset:offset + size].decode("utf-8", "replace"))
+                entries[block].append(blocks[block][offset : offset + size].decode("utf-8", "replace"))
         for block in entries:
             yield osis_paragraphs(" ".join(entries[block]))
 
@@ -49,8 +51,7 @@ def verse_places(verses, blocks):
     for layout in ("<IIH", "<III"):
         if len(verses) % struct.calcsize(layout) == 0:
             places = list(struct.iter_unpack(layout, verses))
-            if all(not size or (block < len(blocks) and offset + size <= len(blocks[block]))
-                   for block, offset, size in places):
+            if all(not size or (block < len(blocks) and offset + size <= len(blocks[block])) for block, offset, size in places):
                 return places
     raise ValueError(f"a SWORD verse index of {len(verses)} bytes fits neither known layout: the package has changed")
 
@@ -86,10 +87,10 @@ def charsxp_strings(serialised):
     encoding_size = struct.unpack(">i", serialised[14:18])[0]  # the header: format, three versions, native encoding
     position = 18 + encoding_size + 8  # after the vector's flags and its number of strings
     while position + 8 <= len(serialised):
-        flags, size = struct.unpack(">Ii", serialised[position:position + 8])
+        flags, size = struct.unpack(">Ii", serialised[position : position + 8])
         if flags & 0xFF != 9 or size < 0:
             return
-        yield serialised[position + 8:position + 8 + size].decode("utf-8", "replace")
+        yield serialised[position + 8 : position + 8 + size].decode("utf-8", "replace")
         position += 8 + size
 
 
@@ -103,11 +104,10 @@ def wordnet_glosses(root):
                 continue
             fields, gloss = line.split(" | ", 1)
             fields = fields.split()
-            words = [re.sub(r"\(\w+\)$", "", word).replace("_", " ")
-                     for word in fields[4:4 + 2 * int(fields[3], 16):2]]
+            words = [re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
             entries.append(f"{', '.join(words)} ({name}): {gloss.strip()}")
         for start in range(0, len(entries), 20):
-            yield entries[start:start + 20]
+            yield entries[start : start + 20]
 
 
 def dictd_entries(root):
@@ -121,8 +121,28 @@ class ProseParser(HTMLParser):
     """Collects running text, one paragraph a block element; code, tables, menus and scripts are left out."""
 
     SKIPPED = {"script", "style", "pre", "nav", "table", "head", "form", "button", "footer", "svg"}
-    BLOCKS = {"p", "div", "li", "dd", "dt", "ul", "ol", "dl", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article",
-              "blockquote", "body", "main", "hr"}
+    BLOCKS = {
+        "p",
+        "div",
+        "li",
+        "dd",
+        "dt",
+        "ul",
+        "ol",
+        "dl",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "section",
+        "article",
+        "blockquote",
+        "body",
+        "main",
+        "hr",
+    }
 
     def __init__(self):
         super().__init__()
@@ -153,11 +173,12 @@ class ProseParser(HTMLParser):
 def is_prose(text):
     """Whether a paragraph of a page is running text rather than a menu, a signature or a table."""
     letters = sum(character.isalpha() or character == " " for character in text)
-    return len(text) >= SHORTEST_PROSE_CHARS and letters >= 0.85 * len(text) and text[-1] in ".:!?)”\""
+    return len(text) >= SHORTEST_PROSE_CHARS and letters >= 0.85 * len(text) and text[-1] in '.:!?)”"'
 
 
 def web_pages(*folders):
     """A reader of the HTML pages below the given folders of a package: one document a page."""
+
     def read(root):
         for page in sorted(path for folder in folders for path in root.rglob(f"{folder}/**/*.html")):
             if page.is_file() and page.name not in ("print.html", "genindex-all.html"):
@@ -166,14 +187,17 @@ def web_pages(*folders):
                 parser.close()
                 parser.close_paragraph()
                 yield parser.paragraphs
+
     return read
 
 
 def split_paragraphs(text, join_lines=False):
     """Paragraphs between blank lines; the lines of one are joined, or kept as lines with blanks collapsed."""
     separator = " " if join_lines else "\n"
-    paragraphs = (separator.join(" ".join(line.split()) for line in paragraph.splitlines() if line.strip())
-                  for paragraph in re.split(r"\n\s*\n", text))
+    paragraphs = (
+        separator.join(" ".join(line.split()) for line in paragraph.splitlines() if line.strip())
+        for paragraph in re.split(r"\n\s*\n", text)
+    )
     return [paragraph for paragraph in paragraphs if paragraph]
 
 
@@ -192,8 +216,10 @@ SOURCES = {  # package: (reader, licence)
     "apache2-doc": (web_pages("manual/en"), "Apache-2.0"),
     "python-django-doc": (web_pages("html"), "BSD-3-Clause"),
     "python-sqlalchemy-doc": (web_pages("html"), "MIT"),
-    "rust-doc": (web_pages("book", "reference", "nomicon", "rust-by-example", "edition-guide", "embedded-book", "rustc",
-                           "rustdoc"), "MIT or Apache-2.0"),
+    "rust-doc": (
+        web_pages("book", "reference", "nomicon", "rust-by-example", "edition-guide", "embedded-book", "rustc", "rustdoc"),
+        "MIT or Apache-2.0",
+    ),
 }
 
 
@@ -204,8 +230,10 @@ def fetch_package(package, folder):
         finished = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True)
         archives = sorted(folder.glob(f"{package}_*.deb"))
         if finished.returncode or not archives:
-            raise FileNotFoundError(f"apt-get could not download {package!r}: {finished.stderr.strip()[-300:]}. "
-                                    "This stage needs Debian 12's package lists: run `apt-get update` once.")
+            raise FileNotFoundError(
+                f"apt-get could not download {package!r}: {finished.stderr.strip()[-300:]}. "
+                "This stage needs Debian 12's package lists: run `apt-get update` once."
+            )
     root = folder / package
     if not root.is_dir():
         subprocess.run(["dpkg-deb", "-x", str(archives[-1]), str(root)], check=True)
@@ -249,9 +277,16 @@ def collect(work_dir, heldout_percent, seed):
                 counts[side] += len(text)
         if not counts["train"]:
             raise ValueError(f"no text found in {archive.name}: its layout has changed; mend its reader in SOURCES")
-        sources.append({"package": package, "version": html.unescape(archive.name.split("_")[1]).replace("%3a", ":"),
-                        "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(), "licence": licence,
-                        "train_chars": counts["train"], "heldout_chars": counts["heldout"]})
+        sources.append(
+            {
+                "package": package,
+                "version": html.unescape(archive.name.split("_")[1]).replace("%3a", ":"),
+                "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
+                "licence": licence,
+                "train_chars": counts["train"],
+                "heldout_chars": counts["heldout"],
+            }
+        )
     for side, records in split.items():
         write_text(work_dir / f"{side}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     write_text(work_dir / "sources.json", json.dumps(sources, indent=1) + "\n")

@@ -30,16 +30,23 @@ VOCAB_SIZE = 4096
 CONTEXT_TOKENS = 512
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 PASSAGES = 60  # in general_text.jsonl
-PROMPTS = ("It was a cold morning, and", "The function returns", "A river is", "And the king said to them,",
-           "To love is")
+PROMPTS = ("It was a cold morning, and", "The function returns", "A river is", "And the king said to them,", "To love is")
 
 
 def model_config():
     """A Llama of 6.2 million parameters: small enough for a LoRA run in minutes on two CPU cores."""
     ids = {name + "_id": place for place, name in enumerate(SPECIAL_TOKENS) if name != "unk_token"}
-    return LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-                       num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=CONTEXT_TOKENS,
-                       tie_word_embeddings=True, **ids)
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT_TOKENS,
+        tie_word_embeddings=True,
+        **ids,
+    )
 
 
 def read_texts(path):
@@ -60,8 +67,9 @@ def collect(args):
     collect_text.collect(args.work_dir, args.heldout_percent, args.seed)
     collect_text.write_text(args.out_dir / "sources.json", (args.work_dir / "sources.json").read_text(encoding="utf-8"))
     passages = choose_passages(read_texts(args.work_dir / "heldout.jsonl"), args.seed)
-    collect_text.write_text(args.out_dir / "general_text.jsonl",
-                            "".join(json.dumps(passage, ensure_ascii=False) + "\n" for passage in passages))
+    collect_text.write_text(
+        args.out_dir / "general_text.jsonl", "".join(json.dumps(passage, ensure_ascii=False) + "\n" for passage in passages)
+    )
 
 
 def choose_passages(records, seed):
@@ -85,16 +93,24 @@ def make_tokenizer(args):
     splits = {side: read_texts(args.work_dir / f"{side}.jsonl") for side in ("train", "heldout")}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL_TOKENS.values()),
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL_TOKENS.values()), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     bpe.train_from_iterator((record["text"] for record in splits["train"]), trainer, length=len(splits["train"]))
     bos = SPECIAL_TOKENS["bos_token"]
     bpe.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bpe.token_to_id(bos))])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=CONTEXT_TOKENS, padding_side="right",
-                                        clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bpe.token_to_id(bos))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        model_max_length=CONTEXT_TOKENS,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        **SPECIAL_TOKENS,
+    )
     tokenizer.save_pretrained(args.out_dir)
     settings_path = args.out_dir / "tokenizer_config.json"
     settings = json.loads(settings_path.read_text(encoding="utf-8"))
@@ -119,7 +135,7 @@ def load_tokens(path):
 
 def whole_windows(tokens):
     """Consecutive windows, (N // CONTEXT_TOKENS, CONTEXT_TOKENS); the rest is dropped."""
-    return tokens[:len(tokens) // CONTEXT_TOKENS * CONTEXT_TOKENS].view(-1, CONTEXT_TOKENS)
+    return tokens[: len(tokens) // CONTEXT_TOKENS * CONTEXT_TOKENS].view(-1, CONTEXT_TOKENS)
 
 
 def shuffled_windows(tokens, batch_size, seed):
@@ -130,7 +146,7 @@ def shuffled_windows(tokens, batch_size, seed):
         windows = whole_windows(tokens[offset:])
         order = torch.from_numpy(random.permutation(len(windows))).to(tokens.device)
         for start in range(0, len(windows) - batch_size + 1, batch_size):
-            yield windows[order[start:start + batch_size]]
+            yield windows[order[start : start + batch_size]]
 
 
 def learning_rate_factor(progress, warmup=0.02, floor=0.02):
@@ -144,14 +160,17 @@ def train(args):
     """Stage 3: AdamW, cosine schedule; the schedule ends with the tokens or with the minutes, whichever is first."""
     torch.manual_seed(args.seed)
     tokens = load_tokens(args.work_dir / "train_tokens.npy").to(args.device)
-    validation = load_tokens(args.work_dir / "heldout_tokens.npy")[:64 * CONTEXT_TOKENS].to(args.device)
+    validation = load_tokens(args.work_dir / "heldout_tokens.npy")[: 64 * CONTEXT_TOKENS].to(args.device)
     model = LlamaForCausalLM(model_config()).to(args.device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     norms = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": norms, "weight_decay": 0.0}],
-                                  lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     forward = torch.compile(model) if args.compile else model
     bf16 = args.precision == "bf16"
     batches = shuffled_windows(tokens, args.batch_size, args.seed)
@@ -174,12 +193,19 @@ def train(args):
             if step % args.log_every == 0 or step == 1:  # not every step: reading the loss waits for the GPU
                 train_loss = torch.stack(running).mean().item()
                 if not math.isfinite(train_loss):
-                    raise ValueError(f"the loss is {train_loss} at step {step}: lower --learning_rate "
-                                     f"(it was {args.learning_rate})")
+                    raise ValueError(
+                        f"the loss is {train_loss} at step {step}: lower --learning_rate (it was {args.learning_rate})"
+                    )
                 validation_loss = mean_loss(model, validation)
                 elapsed_sec = time.monotonic() - started
-                log.append({"step": step, "seconds": round(elapsed_sec, 1), "train_loss": round(train_loss, 4),
-                            "validation_loss": round(validation_loss, 4)})
+                log.append(
+                    {
+                        "step": step,
+                        "seconds": round(elapsed_sec, 1),
+                        "train_loss": round(train_loss, 4),
+                        "validation_loss": round(validation_loss, 4),
+                    }
+                )
                 bar.set_postfix(train=f"{train_loss:.3f}", validation=f"{validation_loss:.3f}")
                 running = []
             time_used = (time.monotonic() - started) / (60 * args.max_minutes) if args.max_minutes else 0.0
@@ -188,22 +214,48 @@ def train(args):
     save_model(model, args.out_dir)
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     trained_tokens = step * args.batch_size * CONTEXT_TOKENS
-    write_figures(args.out_dir, "training", {
-        "parameters": parameters, "hardware": hardware, "seconds": round(seconds), "steps": step,
-        "tokens": trained_tokens, "tokens_per_second": round(trained_tokens / seconds),
-        "epochs": round(trained_tokens / len(tokens), 2), "ended_by": "tokens" if step >= steps else "minutes",
-        "settings": {name: getattr(args, name) for name in ("tokens", "max_minutes", "batch_size", "learning_rate",
-                                                            "weight_decay", "seed", "precision", "compile")},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__}, "log": log})
+    write_figures(
+        args.out_dir,
+        "training",
+        {
+            "parameters": parameters,
+            "hardware": hardware,
+            "seconds": round(seconds),
+            "steps": step,
+            "tokens": trained_tokens,
+            "tokens_per_second": round(trained_tokens / seconds),
+            "epochs": round(trained_tokens / len(tokens), 2),
+            "ended_by": "tokens" if step >= steps else "minutes",
+            "settings": {
+                name: getattr(args, name)
+                for name in (
+                    "tokens",
+                    "max_minutes",
+                    "batch_size",
+                    "learning_rate",
+                    "weight_decay",
+                    "seed",
+                    "precision",
+                    "compile",
+                )
+            },
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "log": log,
+        },
+    )
 
 
 def save_model(model, out_dir):
     """bf16 safetensors, config.json and generation_config.json."""
     model = model.to(torch.bfloat16)
     config = model.config
-    model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
-                                               pad_token_id=config.pad_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
     model.save_pretrained(out_dir)
 
 
@@ -241,11 +293,20 @@ def evaluate(args):
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
         output = model.generate(**ids, max_new_tokens=60, do_sample=True, temperature=0.8, top_p=0.95)
         samples.append(tokenizer.decode(output[0], skip_special_tokens=True))
-    write_figures(args.out_dir, "evaluation", {
-        "heldout_tokens": len(heldout), "model_loss": round(loss, 4), "model_perplexity": round(math.exp(loss), 2),
-        "unigram_loss": round(baseline, 4), "unigram_perplexity": round(math.exp(baseline), 1),
-        "unigram_over_model": round(math.exp(baseline - loss), 1), "seconds": round(time.monotonic() - started),
-        "samples": samples})
+    write_figures(
+        args.out_dir,
+        "evaluation",
+        {
+            "heldout_tokens": len(heldout),
+            "model_loss": round(loss, 4),
+            "model_perplexity": round(math.exp(loss), 2),
+            "unigram_loss": round(baseline, 4),
+            "unigram_perplexity": round(math.exp(baseline), 1),
+            "unigram_over_model": round(math.exp(baseline - loss), 1),
+            "seconds": round(time.monotonic() - started),
+            "samples": samples,
+        },
+    )
 
 
 def write_figures(out_dir, part, figures):
@@ -259,11 +320,13 @@ def write_figures(out_dir, part, figures):
 
 def parse_arguments():
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("stage", choices=list(STAGES))
-    parser.add_argument("--work_dir", type=Path, default=here.parents[1] / "output" / "tiny_base",
-                        help="packages, text and token ids")
+    parser.add_argument(
+        "--work_dir", type=Path, default=here.parents[1] / "output" / "tiny_base", help="packages, text and token ids"
+    )
     parser.add_argument("--out_dir", type=Path, default=here, help="where the model's folder is written")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -274,9 +337,12 @@ def parse_arguments():
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--weight_decay", type=float, default=0.1)
     parser.add_argument("--log_every", type=int, default=100, help="steps between validations")
-    parser.add_argument("--precision", choices=("bf16", "fp32"),
-                        default="bf16" if torch.cuda.is_available() else "fp32",
-                        help="of the matrix products; bf16 on a CPU only pays where its cores have bf16 arithmetic")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default="bf16" if torch.cuda.is_available() else "fp32",
+        help="of the matrix products; bf16 on a CPU only pays where its cores have bf16 arithmetic",
+    )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
     return parser.parse_args()
 

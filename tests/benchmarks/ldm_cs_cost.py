@@ -55,7 +55,7 @@ def peak_bytes(device):
 def measure_one(args):
     """One way at one rank, in this process: seconds of each repeat, added peak memory, the value."""
     from cs_fluctuation import measure_layers
-    from lora_network import create_network
+    from network.lora import create_network
 
     unet = sd15_unet(getattr(torch, args.dtype), args.device)
     network = create_network(unet_only(unet), rank=args.rank, alpha=args.rank, train_text_encoder=False)

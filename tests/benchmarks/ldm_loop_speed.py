@@ -47,8 +47,8 @@ class Clock:
 
 
 def make_trainer(args, folder):
-    from es_lora_ldm import NetworkTrainer
-    from ldm_arguments import parse_arguments
+    from settings.parsing import parse_arguments
+    from training.loop import NetworkTrainer
 
     class Shaped(NetworkTrainer):
         def load_model(self):

@@ -11,10 +11,11 @@ sys.path[:0] = [str(ROOT / "lora-ldm"), str(ROOT / "tests" / "ldm")]
 import quiet_libraries  # noqa: E402, F401  (before diffusers)
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
-from sd_model import SDModel  # noqa: E402
-from single_file import CONFIG_ROOT  # noqa: E402
 from tiny_sd import tiny_tokenizer  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
+
+from base.sd import SDModel  # noqa: E402
+from base.single_file import CONFIG_ROOT  # noqa: E402
 
 SD1 = Path(CONFIG_ROOT) / "sd1"
 

@@ -167,9 +167,9 @@ def literal_cosine(layers: list) -> float:
 
 def time_at_rank(base_model: Any, settings: Any, rank: int) -> tuple[list[float], float, float]:
     """(literal seconds / factorised seconds of every repeat, first measurement / later one, difference of the values)."""
-    from base_model import attach_lora
+    from adapters.weights import attach_lora
     from cs_fluctuation import measure_layers
-    from early_stop_callback import peft_lora_layers
+    from es_lora.peft_models import peft_lora_layers
 
     settings.training.lora_r = rank
     model = attach_lora(base_model, settings.training)
@@ -202,8 +202,9 @@ def time_rows(base: Path) -> list[str]:
     sys.path.insert(0, str(TREE))
     torch.set_num_threads(THREADS)
     import quiet_libraries  # noqa: F401
-    from base_model import load_base
-    from llm_arguments import parse_arguments
+
+    from base.loading import load_base
+    from settings.parsing import parse_arguments
 
     lines = ["| frozen base | rank | literal / factorised, median | min | max | first / later | values differ by |"]
     lines += ["|---|---|---|---|---|---|---|"]

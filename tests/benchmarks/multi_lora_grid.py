@@ -25,9 +25,11 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=8)
     arguments = parser.parse_args()
-    from jobs_overview import choose, kept_loss
     from llm_cs_cost import machine
-    from multi_lora import read_jobs, train_jobs
+    from multi_lora import train_jobs
+
+    from jobs.config import read_jobs
+    from jobs.overview import choose, kept_loss
 
     cut = {"max_train_samples": arguments.examples, "epochs": arguments.epochs, "source_max_len": 32, "target_max_len": 32}
     cut |= {"batch_size": 4, "max_eval_samples": 20}  # minutes on one core

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def prepared(base: Any, tokenizer: Any, batch: int) -> list[list[Any]]:
     """[step][job] -> micro-batch: the first examples of the kitchen notes, other ones for every job and step."""
-    from causal_collator import CausalCollator
-    from dataset_sources import read_table_as_pairs
-    from job_data import encode_examples
+    from jobs.data import encode_examples
+    from text.collator import CausalCollator
+    from text.sources import read_table_as_pairs
 
     examples = encode_examples(read_table_as_pairs(DATA)[0], CausalCollator(tokenizer, 64, 64))
     size = len(examples)
@@ -64,7 +64,8 @@ class Alone:
     def step(self, batches: list[Any]) -> float:
         """Processor seconds of a step of every job."""
         import torch
-        from job_data import collate
+
+        from jobs.data import collate
 
         seconds = 0.0
         for job, (batch, optimizer) in enumerate(zip(batches, self.optimizers)):
@@ -85,7 +86,7 @@ class Fused:
     """The same eight adapters in the passes that multi_lora.py makes of them."""
 
     def __init__(self, base: Any, pad_id: int):
-        from fused_lora import FusedLora
+        from adapters.fused_lora import FusedLora
 
         self.base, self.pad_id, self.fused = base, pad_id, FusedLora(base)
         adapters = [self.fused.add(f"job{job}", rank=RANK, alpha=ALPHA, seed=job) for job in range(JOBS)]
@@ -95,8 +96,9 @@ class Fused:
     def step(self, batches: list[Any]) -> float:
         """Processor seconds of a step of every job."""
         import torch
-        from job_data import collate, row_losses
-        from job_scheduler import split_round
+
+        from jobs.data import collate, row_losses
+        from jobs.scheduler import split_round
 
         started = time.process_time()
         sizes = [(len(batch), max(len(example.ids) for example in batch)) for batch in batches]
@@ -124,8 +126,9 @@ def loaded(bits: int) -> tuple[Any, Any]:
     """(frozen embedded base, tokenizer)."""
     import quiet_libraries  # noqa: F401
     import torch
-    from base_model import load_base, load_tokenizer
     from multi_lora import base_settings
+
+    from base.loading import load_base, load_tokenizer
 
     torch.set_num_threads(1)
     options = {"bf16": False, "cache_dir": None, "trust_remote_code": False, "gradient_checkpointing": False}
@@ -163,7 +166,8 @@ def peak_of_jobs(jobs: int, bits: int) -> dict[str, float]:
     """{"before", "peak"} in MB: resident memory of this process before the base was loaded, and the highest since."""
     import quiet_libraries  # noqa: F401, I001
     from llm_cs_cost import resident_peak_bytes
-    from multi_lora import Job, train_jobs
+    from jobs.config import Job
+    from multi_lora import train_jobs
 
     before = resident_peak_bytes()
     listed = [

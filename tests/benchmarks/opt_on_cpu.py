@@ -20,8 +20,10 @@ THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import quiet_libraries  # noqa: E402, F401
 import torch  # noqa: E402
-from base_model import attach_lora, bf16_products, small_parts_in_float32, trainable_parameters  # noqa: E402
 from transformers import AutoModelForCausalLM, OPTConfig  # noqa: E402
+
+from adapters.weights import attach_lora, trainable_parameters  # noqa: E402
+from base.loading import bf16_products, small_parts_in_float32  # noqa: E402
 
 PAGE = Path(__file__).with_suffix(".md")
 SHAPE = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}

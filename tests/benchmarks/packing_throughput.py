@@ -23,8 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import es_lora_llm  # noqa: E402
-from causal_collator import CausalCollator  # noqa: E402
 from transformers import AutoTokenizer, TrainerCallback, trainer  # noqa: E402
+
+from text.collator import CausalCollator  # noqa: E402
 
 PAGE = Path(__file__).with_suffix(".md")
 BASE, DATA = ROOT / "lora-llm" / "tiny_base", ROOT / "dataset" / "devils_dictionary" / "train.jsonl"

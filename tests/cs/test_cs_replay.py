@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cs_replay import draw, main, read_history, redecide, write_report
+from cs_replay import main
+
+from es_lora.history import read_history, redecide
+from es_lora.report import draw, write_report
 
 REPLAY = Path(__file__).resolve().parents[2] / "lora-llm" / "cs_replay.py"
 
@@ -113,5 +116,5 @@ def test_the_page_is_one_self_contained_file_and_escapes_what_it_shows(history, 
     text = page.read_text()
     assert "Kept &lt;step&gt; 12." in text and "&lt;script&gt;" in text
     assert "<svg" in text and "kept</td><td>1.5" in text
-    assert "src=\"http" not in text and "<script" not in text and "<link" not in text
+    assert 'src="http' not in text and "<script" not in text and "<link" not in text
     assert main([str(history), "--html", str(tmp_path / "again.html")]) == 0

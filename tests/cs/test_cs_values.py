@@ -6,14 +6,8 @@ import numpy as np
 import published_method
 import pytest
 import torch
-from cs_fluctuation import (
-    DenseWeight,
-    LoraLayer,
-    NonFiniteWeightsError,
-    layer_cosine,
-    mean_cosine,
-    measure_layers,
-)
+
+from cs_fluctuation import DenseWeight, LoraLayer, NonFiniteWeightsError, layer_cosine, mean_cosine, measure_layers
 
 GOLDEN_LAYERS = range(7)
 

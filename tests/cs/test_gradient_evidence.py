@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from gradient_evidence import GradientEvidence
+
+from es_lora.gradient_evidence import GradientEvidence
 
 
 def parameters(*shapes, seed=0):

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cs_fluctuation import EarlyStopMonitor, LoraLayer
-from cs_replay import read_history, redecide
-from judge_checkpoints import Base, BlockBuffer, FileWeight, main, read_adapter, unet_layer_name
+from judge_checkpoints import main
 from safetensors.torch import load_file, save_file
-from stop_rules import RuleSettings, make_rule
+
+from cs_fluctuation import LoraLayer
+from es_lora.history import read_history, redecide
+from es_lora.judge.adapter_files import read_adapter
+from es_lora.judge.base_index import Base, BlockBuffer, FileWeight, unet_layer_name
+from es_lora.monitor import EarlyStopMonitor
+from es_lora.rules import RuleSettings, make_rule
 
 JUDGE = Path(__file__).resolve().parents[2] / "lora-llm" / "judge_checkpoints.py"
 RANK, STEPS, STEPS_PER_EPOCH = 2, 60, 10
@@ -445,12 +449,12 @@ def test_a_run_stopped_early_has_its_last_weights_under_last(tmp_path, capsys):
 
 
 def test_a_rule_that_needs_more_than_weights_is_refused(tmp_path, capsys, monkeypatch):
-    import stop_rules
+    from es_lora import rules
 
-    class ByLoss(stop_rules.StopRule):
+    class ByLoss(rules.StopRule):
         name, needs = "by-loss", ("loss",)
 
-    monkeypatch.setitem(stop_rules.RULES, "by-loss", ByLoss)
+    monkeypatch.setitem(rules.RULES, "by-loss", ByLoss)
     run = language_run(tmp_path, every=20)
     assert main([str(run.folder), "--base", str(run.base), "--rule", "by-loss"]) == 2
     assert "rule by-loss needs loss" in capsys.readouterr().err

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cs_fluctuation import EarlyStopMonitor, LoraLayer, NonFiniteWeightsError
-from cs_replay import read_history
 from safetensors.torch import load_file
-from stop_rules import RuleSettings, make_rule
+
+from cs_fluctuation import LoraLayer, NonFiniteWeightsError
+from es_lora.history import read_history
+from es_lora.monitor import EarlyStopMonitor
+from es_lora.rules import RuleSettings, make_rule
 
 WINDOW = 3
 
@@ -28,9 +30,7 @@ class ToyTraining:
             self.tensors[f"{index}.up"] = torch.zeros(6, 2)
 
     def layers(self):
-        return [
-            LoraLayer(str(i), "lm", self.weights[i], self.tensors[f"{i}.down"], self.tensors[f"{i}.up"]) for i in range(2)
-        ]
+        return [LoraLayer(str(i), "lm", self.weights[i], self.tensors[f"{i}.down"], self.tensors[f"{i}.up"]) for i in range(2)]
 
     def step(self, number):
         generator = torch.Generator().manual_seed(number)
@@ -255,7 +255,7 @@ KILLED_WRITER = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from cs_fluctuation import SnapshotStore
+from es_lora.snapshots import SnapshotStore
 store = SnapshotStore(Path(sys.argv[2]), 4, 8_000_000, 1e9)
 print("ready", flush=True)
 for step in range(1, 100000):

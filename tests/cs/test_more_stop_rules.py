@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
-from gradient_evidence import GradientEvidence, memorising_evidence
-from stop_rules import RULES, RuleSettings, make_rule, replay
+
+from es_lora.gradient_evidence import GradientEvidence, memorising_evidence
+from es_lora.history import replay
+from es_lora.rules import RULES, RuleSettings, make_rule
 
 PER_EPOCH = 20  # optimizer steps; measured at every second one: ten times an epoch
 INTERVAL = 2

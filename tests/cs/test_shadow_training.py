@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from shadow_training import SCORE_SHARE, ShadowTraining, auto_interval, make_folds, rate_is_adams
+
+from es_lora.shadows import SCORE_SHARE, ShadowTraining, auto_interval, make_folds, rate_is_adams
 
 
 def sizes(count, shadows, seed=0):

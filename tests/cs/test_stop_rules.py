@@ -5,8 +5,11 @@ import json
 import numpy as np
 import published_method
 import pytest
+
 from cs_fluctuation import FluctuationSeries
-from stop_rules import RuleSettings, make_rule, plan_measurements, replay
+from es_lora.history import replay
+from es_lora.rules import RuleSettings, make_rule
+from es_lora.settings import plan_measurements
 
 GOLDEN_TRACES = range(21)
 

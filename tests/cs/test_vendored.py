@@ -6,14 +6,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-VENDORED = ("cs_fluctuation.py", "gradient_evidence.py", "stop_rules.py", "cs_replay.py", "judge_checkpoints.py")
-VENDORED += ("shadow_training.py",)
-ALLOWED_IMPORTS = {"torch", "numpy", "safetensors", "cs_fluctuation", "gradient_evidence", "stop_rules", "cs_replay"}
+TREE = ROOT / "lora-llm"
+FILES = [TREE / name for name in ("cs_fluctuation.py", "cs_replay.py", "judge_checkpoints.py")]
+FILES += sorted((TREE / "es_lora").rglob("*.py"))
+VENDORED = [file.relative_to(TREE).as_posix() for file in FILES]
+ALLOWED_IMPORTS = {"torch", "numpy", "safetensors", "cs_fluctuation", "es_lora"}
 
 
 @pytest.mark.parametrize("name", VENDORED)
 def test_both_trees_hold_the_same_bytes(name):
     assert (ROOT / "lora-llm" / name).read_bytes() == (ROOT / "lora-ldm" / name).read_bytes()
+
+
+def test_neither_tree_has_a_file_of_its_own_in_the_shared_folder():
+    in_the_other = sorted((ROOT / "lora-ldm" / "es_lora").rglob("*.py"))
+    assert [file.relative_to(ROOT / "lora-ldm").as_posix() for file in in_the_other] == VENDORED[3:]
 
 
 @pytest.mark.parametrize("name", VENDORED)

@@ -16,9 +16,10 @@ def make_base(folder, prediction_type="epsilon"):
     import quiet_libraries  # noqa: F401  (before diffusers)
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from sd_model import SDModel
     from tiny_sd import tiny_tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    from base.sd import SDModel
 
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(Path(folder) / "tiny_tokenizer")
@@ -91,7 +92,7 @@ def reset_accelerate():
 
 def run(base, images, out, *more, **flags):
     """Run the trainer here; -> its exit code."""
-    from es_lora_ldm import main
+    from training.loop import main
 
     reset_accelerate()
     return main(words(base, images, out, *more, **flags))

@@ -7,8 +7,9 @@ from pathlib import Path
 import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from sd_model import SDModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from base.sd import SDModel
 
 WORDS = ["a", "photo", "of", "cat", "dog", "red", "blue", "tree", "(", ")", "[", "]", ":"]
 

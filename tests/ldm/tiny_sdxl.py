@@ -6,9 +6,10 @@ from pathlib import Path
 import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from sdxl_model import SDXLModel, original_unet_name
 from tiny_sd import _original_vae_name, tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from base.sdxl import SDXLModel, original_unet_name
 
 WIDTHS = (16, 24)  # of the two text encoders
 

@@ -107,13 +107,13 @@ def test_change_after_patching_is_refused_by_name(checkout, upstream, capsys):
     run(checkout)
     file = checkout / FILES[upstream]
     file.write_text(file.read_text() + "# mine\n")
-    (checkout / "stop_rules.py").unlink()
+    (checkout / "es_lora" / "rules.py").unlink()
     before = tree(checkout)
     for arguments in ([], ["--check"], ["--reverse"]):
         capsys.readouterr()
         assert run(checkout, *arguments) == 2
         said = capsys.readouterr().err
-        assert f"{FILES[upstream]} (changed)" in said and "stop_rules.py (missing)" in said
+        assert f"{FILES[upstream]} (changed)" in said and "es_lora/rules.py (missing)" in said
     assert tree(checkout) == before
 
 
@@ -128,10 +128,11 @@ def test_neither_upstream_and_no_folder(tmp_path, capsys):
 
 
 def test_own_file_of_the_same_name_is_not_overwritten(checkout, capsys):
-    (checkout / "stop_rules.py").write_text("mine = 1\n")
+    (checkout / "es_lora").mkdir()
+    (checkout / "es_lora" / "mine.py").write_text("mine = 1\n")
     before = tree(checkout)
     assert run(checkout) == 2
-    assert "stop_rules.py" in capsys.readouterr().err
+    assert "already has es_lora," in capsys.readouterr().err
     assert tree(checkout) == before
 
 
@@ -140,7 +141,7 @@ def test_hook_of_another_version_asks_for_reverse(checkout, tmp_path, monkeypatc
     newer = tmp_path / "newer" / "es_lora_hook.py"
     newer.parent.mkdir()
     newer.write_text("# newer\n")
-    monkeypatch.setattr(apply_patches, "COPIED", (newer, *apply_patches.COPIED[1:]))
+    monkeypatch.setattr(apply_patches, "COPIED", {**apply_patches.COPIED, newer.name: newer})
     capsys.readouterr()
     assert run(checkout) == 2
     assert "run --reverse, then apply again" in capsys.readouterr().err
@@ -205,7 +206,7 @@ def test_failure_while_writing_rolls_back(checkout, monkeypatch, capsys):
     before, write = tree(checkout), file_transaction._write_whole
 
     def full_disk(path, content, mode=None):
-        if path.name == "stop_rules.py":
+        if path.name == "rules.py":
             raise OSError("no space left")
         write(path, content, mode)
 
@@ -305,7 +306,7 @@ def test_patch_round_trip_puts_lines_where_it_says():
 
 
 def test_everything_that_is_copied_or_run_there_is_python_3_8():
-    for path in [*PATCHES.glob("*.py"), *apply_patches.COPIED]:
+    for path in [*PATCHES.glob("*.py"), *apply_patches.COPIED.values()]:
         ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
 
 

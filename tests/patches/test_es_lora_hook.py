@@ -9,6 +9,7 @@ import es_lora_layers
 import es_lora_run
 import pytest
 import torch
+
 from cs_fluctuation import layer_cosine, mean_cosine
 
 

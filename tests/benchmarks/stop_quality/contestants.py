@@ -70,6 +70,7 @@ def replaced(trace, series):
             for index, value in zip(known, series(np.array([values[index] for index in known]), column, key, known)):
                 values[index] = float(value)
             new[column, key] = values
+
     def changed(record, column, index):
         own = record[column]
         return {key: new[column, key][index] for key in own} if isinstance(own, dict) else new[column, None][index]
@@ -95,9 +96,7 @@ def random_walk(rule):
 
 def white_noise(rule):
     """The rule on the run's own values in random order."""
-    return lambda trace, generator: decide(
-        trace, rule, records=replaced(trace, lambda values, *_: generator.permutation(values))
-    )
+    return lambda trace, generator: decide(trace, rule, records=replaced(trace, lambda values, *_: generator.permutation(values)))
 
 
 def other_run(rule, traces):

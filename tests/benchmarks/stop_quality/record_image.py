@@ -7,13 +7,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from es_lora_ldm import NetworkTrainer
-from image_dataset import build_datasets
-from ldm_arguments import parse_arguments
-from model_setup import cache_latents
 from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, record_all, write_trace
 from runs import CACHE, ROOT, data_folder, trace_path
-from validation_loss import validation_loss
+
+from images.batches import build_datasets
+from settings.parsing import parse_arguments
+from training.loop import NetworkTrainer
+from training.setup import cache_latents
+from training.validation import validation_loss
 
 HELDOUT_POINTS = 40  # about so many held-out losses a run
 PROBE_BATCHES = 1

@@ -5,13 +5,14 @@ import sys
 
 import es_lora_llm
 import torch
-from dataset_sources import read_table_as_pairs
-from early_stop_callback import peft_lora_layers
-from llm_arguments import parse_arguments
 from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, record_all, write_trace
-from row_loss import RowLoss
 from runs import CACHE, ROOT, data_folder, trace_path
 from transformers import TrainerCallback
+
+from es_lora.peft_models import peft_lora_layers
+from settings.parsing import parse_arguments
+from text.sources import read_table_as_pairs
+from training.losses import RowLoss
 
 HELDOUT_ROWS, HELDOUT_POINTS = 32, 30  # examples scored; about so many times a run
 PROBE_ROWS, EVALUATION_BATCH = 8, 20

@@ -7,8 +7,11 @@ import math
 import traceback
 
 import torch
-from cs_fluctuation import HISTORY_NAME, measure_each, write_whole
 from runs import RUNS
+
+from cs_fluctuation import measure_each
+from es_lora.files import write_whole
+from es_lora.history import HISTORY_NAME
 
 DIGITS = 6  # significant digits of a trace's numbers
 

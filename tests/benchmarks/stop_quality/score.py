@@ -14,9 +14,10 @@ from contestants import DRAWS, RATE_SUMS, by_rule, contestants, sum_of_rates, va
 from runs import HERE
 from scores import decide, outcomes, summary, table
 from shadow_scores import shadow_results, shadow_table
-from stop_rules import DEFAULT_RULE, RULES
 from traces import read_traces
 from worst_runs import draw_worst
+
+from es_lora.rules import DEFAULT_RULE, RULES
 
 MODELS = ("text", "image")
 SEED = 0

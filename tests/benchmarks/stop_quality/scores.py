@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
-from stop_rules import RuleSettings, auto_window, make_rule, replay
+
+from es_lora.history import replay
+from es_lora.rules import RuleSettings, make_rule
+from es_lora.settings import auto_window
 
 RESAMPLES = 1000
 

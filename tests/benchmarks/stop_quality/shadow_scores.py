@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import runs
 from scores import Outcomes, decide, outcomes, summary, table
-from stop_rules import DEFAULT_RULE
 from traces import read_trace, read_traces
+
+from es_lora.rules import DEFAULT_RULE
 
 
 def twins(model, half):

@@ -1,0 +1,1 @@
+"""The frozen diffusion model: SD and SDXL, their files, text encoding, attention."""

@@ -1,0 +1,137 @@
+"""Where a base model lies and what is read of it: a path here or a hub name, folders in diffusers layout, the CLIP vocabulary.
+
+Nothing is fetched unless a hub name is given or a single file's tokenizer is found nowhere here.
+"""
+
+import hashlib
+import json
+import urllib.request
+from pathlib import Path
+
+import quiet_libraries  # noqa: F401  (before diffusers)
+import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from base.tensor_files import file_hashes
+
+CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
+SPECIAL_TOKENS = 3  # begin, end and padding, which a tokenizer without a vocabulary still has
+HUB_TIMEOUT_SEC = 5
+PIPELINE_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+diffusers_logging.set_verbosity_error()
+transformers_logging.set_verbosity_error()
+for _library_logging in (diffusers_logging, transformers_logging):
+    _library_logging.disable_progress_bar()
+
+
+def local_path(path):
+    """The Path of a file or folder here, or of the local copy of a hub name. Raises FileNotFoundError."""
+    location = Path(path).expanduser()
+    if location.exists():
+        return location
+    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+        return _hub_folder(str(path))
+    raise FileNotFoundError(f"{path} does not exist; give a diffusers folder, a .safetensors/.ckpt file or a hub name")
+
+
+def load_from_folder(model_class, folder, dtype):
+    """from_pretrained without the network; reads the ``fp16`` files where a folder has no others."""
+    weights = [file.name for file in folder.glob("*.safetensors")] + [file.name for file in folder.glob("*.bin")]
+    if not weights:
+        raise FileNotFoundError(f"{folder} holds no weights (*.safetensors or *.bin)")
+    variant = "fp16" if all(".fp16." in name for name in weights) else None
+    precision = "dtype" if issubclass(model_class, PreTrainedModel) else "torch_dtype"
+    try:
+        return model_class.from_pretrained(folder, local_files_only=True, variant=variant, **{precision: dtype})
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be loaded ({str(error).splitlines()[0]}); copy or download it again") from error
+
+
+def load_clip_tokenizer(folder=None, tokenizer_cache_dir=None):
+    """The CLIP tokenizer from a folder, from --tokenizer_cache_dir, from the transformers cache, or from the hub.
+
+    Raises:
+        FileNotFoundError: found nowhere; says which files to put where.
+    """
+    candidates = [Path(folder)] if folder else []
+    if tokenizer_cache_dir:
+        cache = Path(tokenizer_cache_dir)
+        candidates += [cache, cache / CLIP_VOCABULARY.replace("/", "_"), cache / CLIP_VOCABULARY, cache / "tokenizer"]
+    for candidate in candidates:
+        if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
+            return CLIPTokenizer.from_pretrained(candidate, local_files_only=True)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, local_files_only=not _hub_answers())
+    except OSError:
+        tokenizer = None
+    if tokenizer is None or tokenizer.vocab_size <= SPECIAL_TOKENS:  # transformers 5 makes an empty one of no files
+        where = tokenizer_cache_dir or "a folder of your choice, named with --tokenizer_cache_dir"
+        raise FileNotFoundError(
+            f"the CLIP vocabulary was not found: a single-file checkpoint does not contain it. Put vocab.json and "
+            f"merges.txt of {CLIP_VOCABULARY} (SD 2.x uses the same ones) into {where}"
+        )
+    return tokenizer
+
+
+def write_clip_vocabulary(tokenizer, folder):
+    """Write vocab.json and merges.txt beside tokenizer.json: transformers 4 and other programs read only those."""
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    (Path(folder) / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
+    (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def hash_metadata(kind, name, location):
+    """ss_sd_model_* or ss_vae_*: the name, and for a file the two hashes by which WebUIs know it."""
+    metadata = {f"ss_{kind}_name": Path(name).name if location.exists() else str(name)}
+    if location.is_file():
+        legacy, full = file_hashes(location)
+        metadata |= {f"ss_{kind}_hash": legacy, f"ss_new_{kind}_hash": full}
+    return metadata
+
+
+def read_json(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _hub_folder(name):
+    import huggingface_hub
+
+    try:
+        offline = not _hub_answers()
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PIPELINE_FILES, local_files_only=offline))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a file or folder here nor could it be read from the Hugging Face hub "
+            f"({str(error).splitlines()[0]}); give a local path"
+        ) from error
+
+
+def _hub_answers():
+    """Whether the hub can be reached: without it, its client would retry for minutes before it says so."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SEC).close()
+    except urllib.error.HTTPError:
+        return True  # it refuses this request, but it is there
+    except OSError:
+        return False
+    return True
+
+
+def weights_key(*networks):
+    """Names a VAE or text encoders by their weights, so that what was cached with others is noticed."""
+    digest = hashlib.sha256()
+    weights = [item for network in networks for item in network.state_dict().items()]
+    for name, value in sorted(weights, key=lambda item: item[0]):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else b"")
+    return digest.hexdigest()[:16]

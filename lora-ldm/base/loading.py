@@ -1,0 +1,24 @@
+"""A base of either family, known by its files."""
+
+from base.files import local_path
+from base.sd import load_sd_model
+from base.sdxl import load_sdxl_model
+from base.single_file import SDXL_KEY
+from base.tensor_files import tensor_names
+
+
+def load_base_model(path, *, v2=False, **settings):
+    """An SDModel or an SDXLModel, whichever the path holds; arguments and errors as load_sd_model."""
+    location = local_path(path)
+    if not is_sdxl(location):
+        return load_sd_model(path, v2=v2, **settings)
+    if v2:
+        raise ValueError(f"{path} is an SDXL model; leave --v2 out")
+    return load_sdxl_model(path, **settings)
+
+
+def is_sdxl(location):
+    """Whether a folder in diffusers layout or a single file holds an SDXL model."""
+    if location.is_dir():
+        return (location / "text_encoder_2").is_dir()
+    return SDXL_KEY in tensor_names(location)

@@ -1,0 +1,106 @@
+"""Checkpoints in one file: the original layouts of SD 1.x, 2.x and SDXL, converted with diffusers' loaders.
+
+The model configurations ship in sd_configs/. A checkpoint of another shape (a fine-tune of a small model) brings its
+own: a diffusers folder of configurations named like the file, with ``.config`` in place of ``.safetensors``.
+"""
+
+from pathlib import Path
+
+import quiet_libraries  # noqa: F401  (before diffusers)
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, create_diffusers_clip_model_from_ldm
+
+from base.tensor_files import read_tensors
+
+CONFIG_ROOT = Path(__file__).resolve().parents[1] / "sd_configs"
+CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+SDXL_KEY = "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
+OPEN_CLIP_KEY = "cond_stage_model.model.ln_final.weight"
+
+
+def config_folder(path, tensors, v_parameterization):
+    """The configurations that fit a checkpoint: its own ``.config`` folder, or the shipped SD 1.x / 2.x ones."""
+    own = Path(path).with_suffix(".config")
+    if own.is_dir():
+        return own
+    if SDXL_KEY in tensors:
+        raise ValueError(f"{path} is an SDXL checkpoint; train it with es_lora_sdxl.py")
+    if CONTEXT_KEY not in tensors:
+        raise ValueError(
+            f"{path} is not a Stable Diffusion 1.x or 2.x checkpoint in the original layout (it lacks {CONTEXT_KEY}); "
+            "give such a file, or a folder in diffusers layout"
+        )
+    if tensors[CONTEXT_KEY].shape[1] == 768:
+        return CONFIG_ROOT / "sd1"
+    return CONFIG_ROOT / ("sd2_v" if v_parameterization else "sd2")
+
+
+def sdxl_config_folder(path, tensors):
+    """The same for an SDXL checkpoint."""
+    own = Path(path).with_suffix(".config")
+    if own.is_dir():
+        return own
+    if SDXL_KEY not in tensors:
+        raise ValueError(f"{path} is not an SDXL checkpoint (it lacks {SDXL_KEY}); SD 1.x and 2.x: es_lora_ldm.py")
+    return CONFIG_ROOT / "sdxl"
+
+
+def load_components(path, tensors, config, dtype, encoder_classes):
+    """(unet, vae, [text encoders]) from the tensors of a single file, in evaluation mode.
+
+    encoder_classes: {"text_encoder": its class, ...} in order.
+    """
+    _check_unet_shapes(path, tensors, config)
+    settings = {"config": str(config), "torch_dtype": dtype, "local_files_only": True}
+    parts = {
+        "unet": UNet2DConditionModel.from_single_file(dict(tensors), subfolder="unet", **settings),
+        "vae": AutoencoderKL.from_single_file(dict(tensors), subfolder="vae", **settings),
+    }
+    for name, encoder_class in encoder_classes.items():
+        parts[name] = create_diffusers_clip_model_from_ldm(encoder_class, dict(tensors), subfolder=name, **settings)
+    for name, part in parts.items():
+        missing = [key for key, value in part.state_dict().items() if value.is_meta]
+        if missing:
+            raise ValueError(f"{path}: {len(missing)} tensors of the {name} are missing, the first is {missing[0]}")
+        part.eval()
+    unet, vae, *text_encoders = parts.values()
+    return unet, vae, text_encoders
+
+
+def load_single_file_vae(path, dtype, family="sd1"):
+    """A VAE in the original layout, with or without the ``first_stage_model.`` prefix. family: whose configuration."""
+    tensors = read_tensors(path)
+    if not any(name.endswith("decoder.conv_in.weight") for name in tensors):
+        raise ValueError(f"{path} holds no VAE (no decoder.conv_in.weight); give a VAE file or a diffusers VAE folder")
+    own = Path(path).with_suffix(".config")
+    config = own if own.is_dir() else CONFIG_ROOT / family
+    return AutoencoderKL.from_single_file(tensors, config=str(config), subfolder="vae", torch_dtype=dtype, local_files_only=True)
+
+
+def unet_original_names(tensors, layers_per_block=2, addition_embed_type=None):
+    """{diffusers name: original name} of a checkpoint's U-Net tensors. addition_embed_type: "text_time" for SDXL.
+
+    The converter only renames, so that each tensor object leads from its new name back to the old one.
+    """
+    originals = {id(value): name for name, value in tensors.items()}
+    config = {"layers_per_block": layers_per_block, "addition_embed_type": addition_embed_type}
+    converted = convert_ldm_unet_checkpoint(dict(tensors), config)
+    return {name: originals[id(value)] for name, value in converted.items()}
+
+
+def _check_unet_shapes(path, tensors, config):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(config), subfolder="unet"))
+    layout = unet_original_names(tensors, unet.config.layers_per_block, unet.config.addition_embed_type)
+    wrong = [
+        f"{layout[name]} {tuple(tensors[layout[name]].shape)} instead of {tuple(value.shape)}"
+        for name, value in unet.state_dict().items()
+        if name in layout and tensors[layout[name]].shape != value.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} does not have the shape of {config.name} ({len(wrong)} tensors differ, e.g. {wrong[0]}); inpainting "
+            f"and depth models are not supported. For a model of another size put its configurations in "
+            f"{Path(path).with_suffix('.config')}"
+        )

@@ -1,0 +1,68 @@
+"""Files of named tensors, read without running code."""
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
+
+def read_tensors(path):
+    """The tensors of a .safetensors file or of a pickle, the latter with weights only. {name: tensor} on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: damaged, or a pickle that holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file; give a .safetensors or .ckpt file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix not in PICKLE_SUFFIXES:
+            allowed = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+            raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; allowed are {allowed}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again") from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as tensors only ({str(error).splitlines()[0]}). A pickle may carry code, so nothing "
+            "else is read from it; convert the checkpoint to .safetensors with a tool you trust"
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no named tensors; give a model checkpoint")
+    return tensors
+
+
+def tensor_names(path):
+    """The names in a file of tensors; of .safetensors only the header is read. Raises as read_tensors."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return read_tensors(path).keys()
+    try:
+        with safe_open(path, "pt") as file:
+            return file.keys()
+    except SafetensorError:
+        return read_tensors(path).keys()  # which says what is wrong
+
+
+LEGACY_HASH_OFFSET_BYTES, LEGACY_HASH_LENGTH_BYTES = 0x100000, 0x10000
+
+
+def file_hashes(path):
+    """(legacy 8 digits, SHA-256) of a checkpoint file, the two hashes by which WebUIs know it."""
+    with open(path, "rb") as file:
+        file.seek(LEGACY_HASH_OFFSET_BYTES)
+        legacy = hashlib.sha256(file.read(LEGACY_HASH_LENGTH_BYTES)).hexdigest()[:8]
+        file.seek(0)
+        full = hashlib.sha256()
+        for block in iter(lambda: file.read(io.DEFAULT_BUFFER_SIZE * 128), b""):
+            full.update(block)
+    return legacy, full.hexdigest()

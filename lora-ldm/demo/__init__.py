@@ -1,0 +1,1 @@
+"""The parts of demo_app.py: run folders, trainings in the background, pictures to compare."""

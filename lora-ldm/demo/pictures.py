@@ -1,0 +1,78 @@
+"""Pictures of a base with a LoRA laid on for one picture at a time, so that several can be compared at the same seed."""
+
+import contextlib
+import io
+import threading
+
+import torch
+from PIL import PngImagePlugin
+
+from base.loading import load_base_model
+from network.folding import fold_lora
+from network.lora import find_modules
+from network.lora_file import group_modules, load_lora, rename_text_encoder
+from training.previews import Sampler
+
+
+@contextlib.contextmanager
+def lora_applied(model, path, strength=1.0):
+    """A LoRA file folded into a model's weights inside the block; after it they are what they were, bit for bit.
+
+    Args:
+        path: LoRA, LoCon, LoHa or LoKr; None or strength 0 leaves the model as it is.
+
+    Raises:
+        ValueError: the file does not fit the model.
+    """
+    if path is None or strength == 0:
+        yield
+        return
+    tensors = load_lora(path)[0]
+    layers = {name: layer for _, _, name, layer in find_modules(model, everywhere=True)}
+    touched = [layers[name] for name in group_modules(rename_text_encoder(tensors, layers)) if name in layers]
+    before = [layer.weight.detach().clone() for layer in touched]
+    try:
+        fold_lora(model, tensors, strength)
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(touched, before):
+                layer.weight.copy_(weight)
+
+
+class PictureMaker:
+    """A base model (SD 1.x, 2.x or SDXL) that makes pictures for one caller at a time.
+
+    Raises:
+        ValueError, FileNotFoundError: the base cannot be loaded.
+    """
+
+    def __init__(self, base, *, v2=False, v_parameterization=False, clip_skip=None):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float16 if device == "cuda" else torch.float32
+        self.model = load_base_model(str(base), v2=v2, v_parameterization=v_parameterization, dtype=dtype)
+        for part in (self.model.unet, self.model.vae, *self.model.text_encoders):
+            part.to(device)
+        self.model.vae.float()  # that of SDXL gives NaN in fp16
+        self.lock = threading.Lock()
+        self.sampler = Sampler(self.model, lambda texts: self.model.encode_text(texts, clip_skip=clip_skip), device=device)
+
+    @property
+    def native_px(self):
+        """The side of the pictures that the base was made for."""
+        return self.model.unet.config.sample_size * self.model.vae_scale
+
+    def picture(self, prompt, lora=None, strength=1.0):
+        """A PIL image of a sample_images.Prompt whose seed is set."""
+        with self.lock, lora_applied(self.model, lora, strength):
+            return self.sampler.picture(prompt)
+
+
+def png_with_settings(picture, settings):
+    """PNG bytes that carry {name: value} as text, so that a picture says how it was made."""
+    facts = PngImagePlugin.PngInfo()
+    for name, value in settings.items():
+        facts.add_text(name, str(value))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png", pnginfo=facts)
+    return buffer.getvalue()

@@ -1,0 +1,144 @@
+"""Start a training from settings that a person filled in, follow it, and end it.
+
+The command is a list of words, made here of checked values and of names that were offered; no shell reads it.
+"""
+
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from base.loading import is_sdxl
+from demo.run_folders import LOG_NAME, TREE, Places
+from es_lora.rules import DEFAULT_RULE, RULES
+from training.previews import parse_prompt_line
+
+PROMPTS_NAME = "preview_prompts.txt"
+PRECISIONS = ("no", "fp16", "bf16")
+# name: (least, most) of what a form may ask for
+LIMITS = {
+    "resolution_px": (64, 2048),
+    "rank": (1, 1024),
+    "alpha": (0.001, 1024),
+    "epochs": (1, 10_000),
+    "batch_size": (1, 256),
+    "unet_rate": (0, 1),
+    "text_rate": (0, 1),
+    "pictures_every_epochs": (0, 10_000),
+    "cs_interval": (0, 100_000),
+    "window": (0, 1000),
+    "seed": (0, 2**31 - 1),
+}
+
+# The rules that need no held-out pictures, the default first.
+OFFERED_RULES = tuple(dict.fromkeys([DEFAULT_RULE, *(name for name in RULES if "heldout_loss" not in RULES[name].needs)]))
+
+
+@dataclass
+class TrainingSettings:
+    """The settings that matter. 0 means automatic for cs_interval and window, never for pictures_every_epochs."""
+
+    name: str
+    base: str  # as Places offers it
+    images: str  # as Places offers it
+    prompts: str = ""  # prompt lines of kohya's kind, one a line
+    resolution_px: int = 512
+    rank: int = 16
+    alpha: float = 16
+    epochs: int = 15
+    batch_size: int = 2
+    unet_rate: float = 1e-3
+    text_rate: float = 1e-4
+    pictures_every_epochs: int = 0
+    early_stop: bool = True
+    cs_interval: int = 0
+    window: int = 0
+    precision: str = "no"
+    seed: int = 1337
+    stop_rule: str = DEFAULT_RULE
+
+    def validate(self):
+        """Raises ValueError with one line per problem."""
+        problems = []
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", self.name):
+            problems.append(f"name {self.name!r}: letters, digits, - and _ only, at most 61")
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not least <= value <= most:
+                problems.append(f"{name} {value!r} must be from {least} to {most}")
+        if self.precision not in PRECISIONS:
+            problems.append(f"precision {self.precision!r} must be one of {', '.join(PRECISIONS)}")
+        if self.stop_rule not in OFFERED_RULES:
+            problems.append(f"stop rule {self.stop_rule!r} must be one of {', '.join(OFFERED_RULES)}")
+        for line in self.prompt_lines():
+            try:
+                parse_prompt_line(line)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def prompt_lines(self):
+        return [line.strip() for line in self.prompts.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def command(settings, places: Places, folder):
+    """The words of the training command. Raises ValueError for settings that are not allowed or not offered."""
+    settings.validate()
+    base, images = places.base(settings.base), places.image_folder(settings.images)
+    sdxl = is_sdxl_base(base)
+    script = TREE / ("es_lora_sdxl.py" if sdxl else "es_lora_ldm.py")
+    words = [sys.executable, str(script), "--pretrained_model_name_or_path", str(base)]
+    words += ["--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", str(settings.resolution_px)]
+    words += ["--enable_bucket", "--min_bucket_reso", "64", "--bucket_no_upscale", "--cache_latents"]
+    words += ["--output_dir", str(folder), "--output_name", settings.name]
+    words += ["--network_dim", str(settings.rank), "--network_alpha", f"{settings.alpha:g}"]
+    words += ["--max_train_epochs", str(settings.epochs), "--train_batch_size", str(settings.batch_size)]
+    words += ["--learning_rate", f"{settings.unet_rate:g}", "--unet_lr", f"{settings.unet_rate:g}"]
+    if settings.text_rate:
+        words += ["--text_encoder_lr", f"{settings.text_rate:g}"]
+    else:
+        words += ["--network_train_unet_only", *(["--cache_text_encoder_outputs"] if sdxl else [])]
+    words += ["--lr_scheduler", "cosine"]
+    if sdxl and settings.precision == "fp16":
+        words.append("--no_half_vae")  # SDXL's VAE gives NaN in fp16
+    words += ["--mixed_precision", settings.precision, "--seed", str(settings.seed)]
+    words += ["--calculate_cs", "--early_stop", str(settings.early_stop), "--stop_rule", settings.stop_rule]
+    words += ["--cs_interval", str(settings.cs_interval or "auto"), "--window_size", str(settings.window or "auto")]
+    if settings.prompt_lines():
+        words += ["--sample_prompts", str(Path(folder) / PROMPTS_NAME)]
+        if settings.pictures_every_epochs:
+            words += ["--sample_every_n_epochs", str(settings.pictures_every_epochs)]
+    return words
+
+
+def is_sdxl_base(base):
+    """Whether a base is SDXL: what its files say, or, so that nothing is fetched, the hub name."""
+    path = Path(base)
+    return is_sdxl(path) if path.exists() else "xl" in str(base).lower()
+
+
+class TrainingProcess:
+    """A training of this page. Its output goes to train.log in its folder, which must not exist yet."""
+
+    def __init__(self, settings, places: Places, folder):
+        self.words, self.folder = command(settings, places, folder), Path(folder)
+        self.folder.mkdir(parents=True)
+        if settings.prompt_lines():
+            (self.folder / PROMPTS_NAME).write_text("\n".join(settings.prompt_lines()) + "\n", encoding="utf-8")
+        with open(self.folder / LOG_NAME, "wb") as log:
+            self.process = subprocess.Popen(
+                self.words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    @property
+    def exit_code(self):
+        """None while it runs."""
+        return self.process.poll()
+
+    def stop(self):
+        """As Ctrl-C would: the trainer ends its step and saves its state."""
+        if self.exit_code is None:
+            self.process.send_signal(signal.SIGINT)

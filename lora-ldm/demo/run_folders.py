@@ -1,0 +1,197 @@
+"""What the page may show and use: the runs in the folders it was started with, and the bases and pictures named there.
+
+A browser chooses by the names that are offered here. A name that was not offered is refused, whatever it spells: no path
+that comes from a browser is ever opened.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from es_lora.history import HISTORY_NAME, read_history, replay, settings_for
+from es_lora.rules import Decision, make_rule
+from training.results import Outcome
+
+TREE = Path(__file__).resolve().parents[1]
+LOG_NAME = "train.log"
+DEPTH = 3  # folders below a root in which runs are looked for
+_PREVIEW = re.compile(
+    r".+?-(?P<part>base|turning-point|last|step(?P<step>\d{8})|(?P<epoch>\d{6}))_(?P<number>\d+)_(?P<seed>\d+)\.png"
+)
+_FIRST, _BETWEEN, _TURNING_POINT, _LAST = range(4)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture that the run made of prompt `number`; `moment` says when, in words, and `order` sorts moments by time."""
+
+    path: Path
+    moment: str
+    order: tuple
+    number: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that a trainer has written to, or writes to now."""
+
+    name: str
+    folder: Path
+
+    def result(self):
+        """The content of result.json as a dictionary, None while there is none."""
+        try:
+            return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def settings(self):
+        return (self.result() or {}).get("settings", {})
+
+    def history(self):
+        """The recorded measurements (cs_replay.History), None where nothing was measured yet."""
+        try:
+            history = read_history(self.folder)
+        except (OSError, ValueError):
+            return None
+        return history if history.records else None
+
+    def weights(self):
+        """{what they are: path} of the LoRA files, those of the end first."""
+        result, found = self.result() or {}, {}
+        files = result.get("files", {})
+        kept_is = "turning point" if result.get("outcome") == "stopped_early" else "last"
+        for key, label in (("kept", kept_is), ("turning_point", "turning point"), ("last", "last")):
+            path = self.folder / Path(files.get(key) or "none").name
+            if path.is_file() and not path.is_symlink():
+                found[label] = path
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path not in found.values() and not path.is_symlink():
+                found[path.stem] = path
+        return found
+
+    def previews(self):
+        """Previews in the order of training."""
+        found = []
+        for path in (self.folder / "sample").glob("*.png"):
+            match = _PREVIEW.fullmatch(path.name)
+            if match and not path.is_symlink():
+                moment, order = _moment(match)
+                found.append(Preview(path, moment, order, int(match["number"]), int(match["seed"])))
+        return sorted(found, key=lambda preview: (preview.order, preview.number))
+
+    def log_lines(self, count=12):
+        """The last lines that the trainer printed; of a progress bar, which writes over itself, its last state."""
+        try:
+            text = (self.folder / LOG_NAME).read_bytes().decode(errors="replace")
+        except OSError:
+            return []
+        return [line.rsplit("\r", 1)[-1] for line in text.rstrip("\r\n ").split("\n") if line.strip()][-count:]
+
+    def outcome(self):
+        """The run_outcome.Outcome that result.json records, None while there is none."""
+        result = self.result()
+        if result is None:
+            return None
+        steps = (result.get("turning_step"), result.get("detection_step"))
+        decision = None if None in steps else Decision(*steps, tuple(result.get("usable_steps") or steps), result["reason"])
+        measured = bool(result.get("settings", {}).get("calculate_cs"))
+        kept = result.get("kept_step")
+        return Outcome(result["outcome"], result["last_step"], result["total_steps"], decision, kept_step=kept, measured=measured)
+
+    def verdict(self):
+        """What came of it, or how it stands, in plain words."""
+        outcome, history = self.outcome(), self.history()
+        if outcome is not None:
+            return outcome.sentence()
+        if history is None:
+            return "Nothing is measured yet."
+        done = f"Step {history.last_step()} of {history.header.get('total_steps', '?')}."
+        decision = decision_of(history)
+        if decision is None:
+            return f"{done} No evidence of overfitting yet."
+        return f"{done} The turning point was step {decision.keep_step}. {decision.reason}"
+
+
+def decision_of(history):
+    """The Decision of the rule that the run was recorded with, None where it has not decided."""
+    return replay(make_rule(*settings_for(history, "recorded")), history.records)
+
+
+def _moment(match):
+    if match["step"]:
+        return f"step {int(match['step'])}", (_BETWEEN, int(match["step"]))
+    if match["epoch"]:
+        epoch = int(match["epoch"])
+        return ("at first", (_FIRST, 1)) if epoch == 0 else (f"epoch {epoch}", (_BETWEEN, epoch))
+    moments = {"base": ("no LoRA", _FIRST), "turning-point": ("turning point", _TURNING_POINT), "last": ("last", _LAST)}
+    words, rank = moments[match["part"]]
+    return words, (rank, 0)
+
+
+@dataclass
+class Places:
+    """The folders, bases and picture folders that the page was started with.
+
+    Attributes:
+        roots: folders with runs; new ones go into the first.
+        bases: {name shown: diffusers folder, checkpoint file or hub name}.
+        images: {name shown: folder of <repeats>_<name> folders}.
+    """
+
+    roots: list
+    bases: dict = field(default_factory=dict)
+    images: dict = field(default_factory=dict)
+
+    def runs(self):
+        """{name: Run}, the ones written to last first. Links that lead out of the roots are not followed."""
+        found = []
+        for root in self.roots:
+            for folder in _folders_below(root):
+                if any((folder / name).is_file() for name in (HISTORY_NAME, "result.json", LOG_NAME)):
+                    found.append((folder.stat().st_mtime, Run(self.name_of(folder), folder)))
+        return {run.name: run for _, run in sorted(found, key=lambda pair: -pair[0])}
+
+    def name_of(self, folder):
+        """What a folder below a root is called on the page."""
+        root = next(root for root in self.roots if folder.is_relative_to(root))
+        inside = folder.relative_to(root).as_posix()
+        return inside if len(self.roots) == 1 else f"{root.name}/{inside}"
+
+    def run(self, name):
+        return offered(self.runs(), name, "run")
+
+    def base(self, name):
+        return offered(self.bases, name, "base")
+
+    def image_folder(self, name):
+        return offered(self.images, name, "picture folder")
+
+    def base_of(self, run):
+        """The name of the offered base that a run was trained on, None where it is not offered."""
+        wanted = run.settings().get("pretrained_model_name_or_path")
+        same = [name for name, base in self.bases.items() if wanted and _same_base(base, wanted)]
+        return same[0] if same else None
+
+
+def offered(choices, name, kind):
+    """choices[name]. Raises ValueError for a name that was not offered."""
+    if name not in choices:
+        raise ValueError(f"{name!r} is no {kind} that this page was started with")
+    return choices[name]
+
+
+def _folders_below(root):
+    for place, folders, files in os.walk(root):
+        folder = Path(place)
+        deep_enough = len(folder.relative_to(root).parts) >= DEPTH
+        is_model = "model_index.json" in files
+        folders[:] = [] if deep_enough or is_model else sorted(name for name in folders if not name.startswith("."))
+        yield folder
+
+
+def _same_base(first, second):
+    return first == second or Path(first).exists() and Path(first).resolve() == Path(second).resolve()

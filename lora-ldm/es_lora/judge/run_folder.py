@@ -1,0 +1,145 @@
+"""The adapters of one run in their order: names, steps and epochs, as other trainers leave them."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+from es_lora.history import HISTORY_NAME, History, read_history
+from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, file_metadata
+
+
+@dataclass
+class Checkpoint:
+    """One saved adapter. step counts completed optimizer steps; epoch is the number in an epoch checkpoint's name."""
+
+    name: str
+    file: Path
+    step: Optional[int] = None
+    epoch: Optional[int] = None
+    metadata: Dict[str, str] = field(default_factory=dict)
+    columns: Dict[str, Any] = field(default_factory=dict)
+
+
+def _number(text: Any) -> Optional[int]:
+    return int(text) if text is not None and re.match(r"\d+$", str(text)) else None
+
+
+def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Checkpoint]:
+    """PEFT's and diffusers' folders: checkpoint-N, and other kept adapters whose metadata or state tells their step."""
+    found = []
+    for place in [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]:
+        name = "." if place == folder else place.name
+        file = next((place / known for known in (PEFT_NAME, DIFFUSERS_NAME) if (place / known).is_file()), None)
+        number = re.match(r"checkpoint-(\d+)$", place.name) if place != folder else None
+        if file is None:
+            if number or (place / "adapter_config.json").is_file():
+                problems[name] = f"it holds no {PEFT_NAME} or {DIFFUSERS_NAME} (pickle files are not read)"
+            continue
+        metadata = file_metadata(file)
+        checkpoint = Checkpoint(name, file, int(number[1]) if number else None, None, metadata)
+        if checkpoint.step is None:
+            facts = json.loads(metadata.get("es_lora", "{}"))
+            checkpoint.step = _kept_step(place, facts) if facts else _state(place).get("global_step")
+        found.append(checkpoint)
+    return found
+
+
+def _kept_step(place: Path, facts: Dict[str, Any]) -> Optional[int]:
+    """The step of an adapter of es_lora_llm.py or its callback, None where it could be of the kept or of the last step.
+
+    A run that stopped early has `adapter-last` beside the kept `adapter`; one that went on has `adapter-turning-point`
+    beside the last.
+    """
+    kept, last = facts.get("kept_step"), facts.get("last_step")
+    if place.name.endswith("-last") or kept is None or place.with_name(f"{place.name}-turning-point").is_dir():
+        return last
+    if place.name.endswith("-turning-point") or place.with_name(f"{place.name}-last").is_dir():
+        return kept
+    return kept if kept == last else None
+
+
+def _state(folder: Path) -> Dict[str, Any]:
+    try:
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Checkpoint]:
+    """kohya's files of one run: NAME-000003 (epoch), NAME-step00000500 (step), NAME or, where it stands, NAME-last."""
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in (PEFT_NAME, DIFFUSERS_NAME)]
+    named = {file: re.match(r"(.+?)(?:-step(\d{8})|-(\d{6}))?$", file.stem) for file in files}
+    runs = sorted({match[1] for match in named.values() if match[2] or match[3]})
+    if len(runs) > 1:
+        raise ValueError(f"{folder} holds the checkpoints of {len(runs)} runs ({', '.join(runs)}); give a folder of one run")
+    last = runs[0] + ("-last" if runs and (folder / f"{runs[0]}-last.safetensors").is_file() else "") if runs else None
+    found = []
+    for file, match in named.items():
+        metadata = file_metadata(file)
+        step, epoch = _number(match[2]), _number(match[3])
+        if step is None and (epoch is not None or file.stem == last or last is None):
+            step = _number(metadata.get("ss_steps", metadata.get("ss_max_train_steps") if epoch is None else None))
+        if step is None and epoch is None:
+            problems[file.name] = "neither its name nor its metadata tells at which step it was saved"
+            continue
+        found.append(Checkpoint(file.name, file, step, epoch, metadata))
+    return found
+
+
+def _steps_per_epoch(checkpoints: Sequence[Checkpoint]) -> Optional[int]:
+    """Optimizer steps an epoch as the newest checkpoint that tells has it, from kohya's metadata or a Trainer's state."""
+    for checkpoint in sorted(checkpoints, key=lambda c: (c.step or 0, c.epoch or 0), reverse=True):
+        metadata, state = checkpoint.metadata, _state(checkpoint.file.parent)
+        if checkpoint.epoch and checkpoint.step:
+            return round(checkpoint.step / checkpoint.epoch)
+        if _number(metadata.get("ss_num_batches_per_epoch")):
+            accumulation = _number(metadata.get("ss_gradient_accumulation_steps")) or 1
+            return math.ceil(int(metadata["ss_num_batches_per_epoch"]) / accumulation)
+        if state.get("epoch") and state.get("global_step"):
+            return max(1, round(state["global_step"] / state["epoch"]))
+    return None
+
+
+@dataclass
+class Run:
+    """What the folder holds: the checkpoints by step, what was passed over and why, and a recorded history's facts."""
+
+    checkpoints: List[Checkpoint]
+    steps_per_epoch: int
+    problems: Dict[str, str]
+    history: Optional[History]
+    counts_epochs: bool = False  # no step is known, so that the numbers of epochs stand for them
+
+
+def read_run(folder: Path, steps_per_epoch: Optional[int] = None) -> Run:
+    """Find a run's checkpoints and their steps. Raises FileNotFoundError or ValueError where nothing can be judged."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; give the folder that holds the saved adapters")
+    problems: Dict[str, str] = {}
+    found = _folder_checkpoints(folder, problems)
+    found += _file_checkpoints(folder, problems)
+    if not found:
+        known = f"checkpoint-*/{PEFT_NAME}, checkpoint-*/{DIFFUSERS_NAME}, NAME-000003.safetensors, NAME-step00000500.safetensors"
+        named = "".join(f"; {name}: {problem}" for name, problem in problems.items())
+        raise FileNotFoundError(f"{folder} holds no LoRA checkpoints; known are {known}{named}")
+    history = read_history(folder) if (folder / HISTORY_NAME).is_file() else None
+    per_epoch = steps_per_epoch or (history.header["steps_per_epoch"] if history else _steps_per_epoch(found))
+    counts_epochs = per_epoch is None and all(checkpoint.step is None for checkpoint in found)
+    per_epoch = 1 if counts_epochs else per_epoch
+    if per_epoch is None:
+        raise ValueError(f"nothing in {folder} tells how many optimizer steps an epoch has; give --steps_per_epoch N")
+    by_step: Dict[int, Checkpoint] = {}
+    # Numbered checkpoints first: a kept adapter is often the same step again.
+    for checkpoint in sorted(found, key=lambda c: not re.search(r"\d", c.name)):
+        step = checkpoint.step if checkpoint.step is not None else checkpoint.epoch and checkpoint.epoch * per_epoch
+        if step is None:
+            problems[checkpoint.name] = "nothing tells at which step it was saved"
+        elif step in by_step:
+            problems[checkpoint.name] = f"it is of step {step}, as {by_step[step].name} is"
+        else:
+            checkpoint.step = round(step)
+            by_step[step] = checkpoint
+    return Run([by_step[step] for step in sorted(by_step)], per_epoch, problems, history, counts_epochs)

@@ -1,0 +1,249 @@
+"""Which of the saved adapters is to be kept: the rule that the checkpoints allow, and its answer in words."""
+
+import json
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from cs_fluctuation import FluctuationSeries, NonFiniteWeightsError
+from es_lora.history import HISTORY_FORMAT, HISTORY_NAME, History, redecide, replay, settings_for
+from es_lora.judge.adapter_files import read_adapter
+from es_lora.judge.base_index import Base
+from es_lora.judge.measuring import Measurer
+from es_lora.judge.run_folder import Checkpoint, Run
+from es_lora.report import write_report
+from es_lora.rules import DEFAULT_RULE, RULES, Decision, make_rule
+from es_lora.settings import auto_window
+
+# Where only weights are at hand. By the figures of tests/benchmarks/stop_quality no rule on weights that does without a window,
+# and so could judge one checkpoint an epoch, beats keeping epoch 2 of any run: there the verdict is "too sparse to say".
+RULE_BY_WEIGHTS = "second-valley"
+WEIGHT_COLUMNS = {"step", "epoch", "cs", "cs_row", "cs_matrix", "delta_norm", "stable_rank", "fluctuation"}
+MEASUREMENTS_PER_EPOCH = 5  # fewer, and the window of at least 5 measurements no longer is about one epoch
+MISSING_SHARE = 0.1  # of the measurements that a verdict bears
+
+
+def measure_run(run: Run, base: Base, progress: bool = False) -> None:
+    """Fill in every checkpoint's columns; one that cannot be read moves to run.problems.
+
+    Raises ValueError where none can be read, BaseMismatchError where the base does not fit.
+    """
+    measurer, readable, layers = Measurer(base), [], None
+    for number, checkpoint in enumerate(run.checkpoints, start=1):
+        if progress:
+            print(f"\rmeasuring {number} of {len(run.checkpoints)} ", end="", file=sys.stderr, flush=True)
+        try:
+            adapter = read_adapter(checkpoint.file)
+            if layers is not None and set(adapter.modules) != layers:
+                raise ValueError("its LoRA layers are not those of the first checkpoint: it is of another run")
+            checkpoint.columns = measurer.measure(adapter)
+            layers = set(adapter.modules)
+            readable.append(checkpoint)
+        except (ValueError, NonFiniteWeightsError) as error:
+            run.problems[checkpoint.name] = str(error)
+        finally:
+            adapter = None  # one adapter at a time in memory
+    if progress:
+        print("\r", end="", file=sys.stderr)
+    run.checkpoints = readable
+    if not readable:
+        raise ValueError("no checkpoint can be read: " + "; ".join(f"{name}: {why}" for name, why in run.problems.items()))
+
+
+@dataclass
+class Spacing:
+    """How the checkpoints lie: every `interval` steps; a run measures every `planned` steps, over `window` measurements."""
+
+    interval: int
+    planned: int
+    window: int
+    missing: List[int]
+    measured: List[Checkpoint]
+    sparse: Optional[str]  # why nothing can be said by a rule that looks at a window
+
+
+def find_spacing(run: Run) -> Spacing:
+    """The measurements that the checkpoints stand for: the multiples of one interval, as near the run's own as can be."""
+    header = run.history.header if run.history else {}
+    per_epoch = run.steps_per_epoch
+    planned = header.get("cs_interval") or max(1, round(per_epoch / 10))
+    steps = [checkpoint.step for checkpoint in run.checkpoints]
+    gaps = Counter(later - earlier for earlier, later in zip(steps, steps[1:]))
+    gap = min(gaps, key=lambda value: (-gaps[value], value)) if gaps else max(1, steps[0])
+    interval = gap * max(1, round(planned / gap))
+    on_planned = len([step for step in steps if step and step % planned == 0])
+    if on_planned >= (1 - MISSING_SHARE) * (steps[-1] // planned) and on_planned:
+        interval = planned  # other checkpoints between the measurements do not hide them
+    window = header["window"] if header and interval == planned else auto_window(per_epoch, interval)
+    measured = [checkpoint for checkpoint in run.checkpoints if checkpoint.step and checkpoint.step % interval == 0]
+    present = {checkpoint.step for checkpoint in measured}
+    missing = [step for step in range(interval, steps[-1] + 1, interval) if step not in present]
+    sparse = None
+    if run.counts_epochs:
+        sparse = f"the checkpoints lie {interval} epoch{'s' * (interval > 1)} apart"
+    elif interval > planned and per_epoch < MEASUREMENTS_PER_EPOCH * interval:
+        sparse = f"the checkpoints lie {interval} steps ({interval / per_epoch:.2g} epochs) apart"
+    elif len(missing) > max(1, MISSING_SHARE * (len(missing) + len(measured))):
+        sparse = f"{len(missing)} of {len(missing) + len(measured)} checkpoints, one every {interval} steps, are missing"
+    return Spacing(interval, planned, window, missing, measured, sparse)
+
+
+def build_history(run: Run, spacing: Spacing) -> History:
+    """The run as cs_replay reads it; columns that were recorded in training (loss, ...) stay beside the measured ones."""
+    recorded = {record["step"]: record for record in run.history.records} if run.history else {}
+    components = list(run.checkpoints[0].columns["cs_row"])
+    header = {
+        "format": HISTORY_FORMAT,
+        "reduction": "row" if "lm" in components else "matrix",
+        "decided_on": next((name for name in ("lm", "unet", "transformer", "te") if name in components), "all"),
+        "rule": DEFAULT_RULE,
+        **(run.history.header if run.history else {}),
+        "cs_interval": spacing.interval,
+        "window": spacing.window,
+        "steps_per_epoch": run.steps_per_epoch,
+    }
+    if header["decided_on"] not in components:
+        raise ValueError(f"the history decides on {header['decided_on']!r}; the checkpoints hold {', '.join(components)}")
+    series, records = FluctuationSeries(spacing.window), []
+    for checkpoint in spacing.measured:
+        cs = checkpoint.columns[f"cs_{header['reduction']}"]
+        record = {"step": checkpoint.step, "epoch": checkpoint.step / run.steps_per_epoch, "cs": cs, **checkpoint.columns}
+        record["fluctuation"] = series.update(cs[header["decided_on"]]).fluctuation
+        records.append({**recorded.get(checkpoint.step, {}), **record})
+    return History(header, records, run.history.events if run.history else [])
+
+
+def choose_rule(history: History, rule: Optional[str]) -> str:
+    """The rule asked for; else the default where a history of the run recorded what it needs, else RULE_BY_WEIGHTS.
+
+    Raises ValueError where the rule asked for needs a column that weights alone do not give.
+    """
+    columns = WEIGHT_COLUMNS | {name for record in history.records for name, value in record.items() if value is not None}
+    if rule is not None:
+        name = settings_for(history, rule)[0]
+        lacking = [column for column in make_rule(*settings_for(history, rule)).needs if column not in columns]
+        if lacking:
+            raise ValueError(f"rule {name} needs {', '.join(lacking)}, which saved weights do not tell; choose another rule")
+        return rule
+    return DEFAULT_RULE if columns.issuperset(RULES[DEFAULT_RULE].needs) else RULE_BY_WEIGHTS
+
+
+def _nearby_windows(history: History, rule: str, window: int) -> List[Optional[int]]:
+    """The kept steps with the windows M-1, M and M+1: how much hangs on the choice."""
+    return [redecide(history, rule, m)["turning_step"] for m in (max(1, window - 1), window, window + 1)]
+
+
+def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History, Optional[Decision]]:
+    """The verdict on a measured run (one JSON object), the history it was taken from, and the rule's Decision."""
+    spacing = find_spacing(run)
+    history = build_history(run, spacing)
+    chosen = choose_rule(history, rule)
+    name, settings = settings_for(history, chosen)
+    first_answer = make_rule(name, settings).first_answer()
+    verdict = {
+        **redecide(history, chosen),
+        "keep": None,
+        "usable": [],
+        "certainty": "exact" if spacing.interval == spacing.planned and not spacing.missing else "approximate",
+    }
+    decision = None
+    if spacing.sparse and RULES[name].uses_window:
+        need = max(spacing.planned, run.steps_per_epoch // MEASUREMENTS_PER_EPOCH)
+        verdict.update(stopped=False, stop_step=None, turning_step=None, certainty="too sparse")
+        wanted = f"every {need} steps" if need > 1 else "every step"
+        measured = f"every {spacing.planned} steps" if spacing.planned > 1 else "every step"
+        if run.counts_epochs:
+            wanted, measured = f"{MEASUREMENTS_PER_EPOCH} times an epoch", "10 times an epoch"
+        verdict["reason"] = (
+            f"Too sparse to say: {spacing.sparse}. The rule {name} needs one at least {wanted}, from the start on; a run "
+            f"with early stopping measures {measured}."
+        )
+    elif len(history.records) < first_answer:
+        verdict["certainty"] = "too few"
+        verdict["reason"] = (
+            f"Too early to say: the rule {name} answers after {first_answer} measurements at the earliest "
+            f"(step {first_answer * spacing.interval}), and there are {len(history.records)}."
+        )
+    else:
+        decision = replay(make_rule(name, settings), history.records)
+        _name_checkpoints(verdict, run, history, decision)
+        nearby = _nearby_windows(history, chosen, spacing.window)
+        verdict["turning_steps_of_nearby_windows"] = nearby
+        told = [step for step in nearby if step is not None]
+        if len(told) not in (0, 3) or (told and max(told) - min(told) > run.steps_per_epoch):
+            verdict["certainty"] += ", but a window one larger or smaller decides otherwise"
+    if spacing.missing and verdict["certainty"].startswith("approximate"):
+        verdict["reason"] += f" Missing: step {', '.join(map(str, spacing.missing[:5]))}."
+    return {**verdict, **_facts(run, spacing, history)}, history, decision
+
+
+def _name_checkpoints(verdict: Dict[str, Any], run: Run, history: History, decision: Optional[Decision]) -> None:
+    if decision is None:  # no sign of overfitting: the newest weights are the best known
+        verdict["keep"], verdict["usable"] = run.checkpoints[-1].name, [run.checkpoints[-1].name]
+        return
+    verdict["keep"] = [c.name for c in run.checkpoints if c.step <= decision.keep_step][-1]
+    first, last = decision.usable
+    verdict["usable"] = [checkpoint.name for checkpoint in run.checkpoints if first <= checkpoint.step <= last]
+
+
+def _facts(run: Run, spacing: Spacing, history: History) -> Dict[str, Any]:
+    component, reduction = history.header["decided_on"], history.header["reduction"]
+    rows = []
+    for checkpoint in run.checkpoints:
+        columns = {name: values[component] for name, values in checkpoint.columns.items() if name != "delta_norm"}
+        epoch = checkpoint.step / run.steps_per_epoch
+        rows.append({"name": checkpoint.name, "step": checkpoint.step, "epoch": epoch, **columns})
+    return {
+        "component": component,
+        "reduction": reduction,
+        "steps_per_epoch": run.steps_per_epoch,
+        "spacing_steps": spacing.interval,
+        "measurement_steps": spacing.planned,
+        "missing_steps": spacing.missing,
+        "checkpoints": rows,
+        "not_judged": run.problems,
+    }
+
+
+HEAD = ("checkpoint", "step", "epoch", "CS", "update norm", "stable rank", "verdict")
+
+
+def table_rows(verdict: Dict[str, Any]) -> List[List[str]]:
+    """The table of the screen and of the page: one row a checkpoint."""
+    rows = []
+    for row in verdict["checkpoints"]:
+        mark = "keep" if row["name"] == verdict["keep"] else "usable" if row["name"] in verdict["usable"] else ""
+        cs = f"{row['cs_' + verdict['reduction']]:+.6f}"
+        figures = [cs, f"{row['update_norm']:.4g}", f"{row['stable_rank']:.2f}"]
+        rows.append([row["name"], str(row["step"]), f"{row['epoch']:.2f}", *figures, mark])
+    return rows
+
+
+def sentence(verdict: Dict[str, Any]) -> str:
+    keep = f"Keep {verdict['keep']}. " if verdict["keep"] else ""
+    return f"{keep}{verdict['reason']} Certainty: {verdict['certainty']}."
+
+
+def print_verdict(verdict: Dict[str, Any]) -> None:
+    lines = [list(HEAD), *table_rows(verdict)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEAD))]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+    for name, problem in verdict["not_judged"].items():
+        print(f"not judged: {name}: {problem}")
+    print(f"\n{verdict['rule']}, window {verdict['window']}: {sentence(verdict)}")
+
+
+def write_page(path: Path, verdict: Dict[str, Any], history: History, decision: Optional[Decision]) -> None:
+    """The report page of cs_replay, with the table of the checkpoints."""
+    tables = [("Checkpoints", HEAD, table_rows(verdict))]
+    if verdict["not_judged"]:
+        tables.append(("Not judged", ("file", "why"), list(verdict["not_judged"].items())))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / HISTORY_NAME
+        lines = [history.header, *history.records, *[event for event in history.events if "heldout_loss" in event]]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_report(path, file, verdict=sentence(verdict), title="Saved adapters", decision=decision, tables=tables)

@@ -1,0 +1,99 @@
+"""PEFT models as the monitor sees them: LoRA layers, trained tensors, and adapters in a folder."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cs_fluctuation import LoraLayer
+from es_lora.files import write_folder_whole
+from es_lora.monitor import EarlyStopMonitor
+from es_lora.weights import frozen_weight
+
+
+def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> List[LoraLayer]:
+    """The LoRA layers of the model's active adapters, with live references to their matrices.
+
+    Embeddings with a LoRA are left out: they have no matrix product with an input. For DoRA only B A is measured.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        downs, ups = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+        if not (isinstance(downs, torch.nn.ModuleDict) and isinstance(ups, torch.nn.ModuleDict)):
+            continue
+        for adapter in active_adapters(module):
+            if adapter in downs:
+                weight = frozen_weight(base_layer(module))
+                layers.append(LoraLayer(name, component, weight, downs[adapter].weight, ups[adapter].weight))
+    return layers
+
+
+def active_adapters(module: torch.nn.Module) -> List[str]:
+    """The names of a PEFT layer's active adapters; PEFT before 0.6 had one at most."""
+    active = getattr(module, "active_adapters", None) or getattr(module, "active_adapter", None)
+    return [active] if isinstance(active, str) else list(active or ())
+
+
+def base_layer(module: torch.nn.Module) -> torch.nn.Module:
+    """The layer under a PEFT layer; before PEFT 0.6 the layer itself held the frozen weight."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def trainable_tensors(model: torch.nn.Module) -> Dict[str, torch.Tensor]:
+    """{name: live tensor} of everything that is trained: LoRA matrices, biases, modules_to_save."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def load_tensors(model: torch.nn.Module, tensors: Dict[str, torch.Tensor]) -> None:
+    """Copy the tensors of a snapshot into the model, in place. Raises KeyError where the model has no such parameter."""
+    live = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        live[name].copy_(tensor)
+
+
+@contextmanager
+def weights_swapped_in(model: torch.nn.Module, tensors: Dict[str, torch.Tensor]) -> Iterator[None]:
+    """The model with the tensors of a snapshot, and with its own again afterwards."""
+    own = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
+    load_tensors(model, tensors)
+    try:
+        yield
+    finally:
+        load_tensors(model, own)
+
+
+def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlyStopMonitor]) -> Optional[int]:
+    """After a divergence at `step`: leave finite weights in the model, its own or else the newest ones measured.
+
+    Returns the step of the weights that the model then holds, None where no finite ones are known.
+    """
+    if all(bool(tensor.isfinite().all()) for tensor in trainable_tensors(model).values()):
+        return step
+    newest = monitor.latest_snapshot_step() if monitor is not None else None
+    if newest is not None:
+        load_tensors(model, monitor.load_snapshot(newest))
+    return newest
+
+
+def save_adapter(model: Any, folder: Path, facts: Dict[str, Any]) -> None:
+    """Save a model's active adapter as a folder that appears whole, with facts (JSON) in its metadata under `es_lora`.
+
+    The layout is that of PEFT: an adapter that is not called "default" lies in a subfolder of its name.
+    """
+    from peft import PeftModel
+
+    chosen = {"selected_adapters": list(model.active_adapters)} if isinstance(model, PeftModel) else {}
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(str(aside), **chosen)
+        for file in aside.rglob("adapter_model.safetensors"):
+            with safe_open(str(file), framework="pt") as handle:
+                metadata = handle.metadata() or {}
+            save_file(load_file(str(file)), str(file), metadata={**metadata, "es_lora": json.dumps(facts)})
+
+    write_folder_whole(folder, write)

@@ -1,0 +1,282 @@
+"""From folders, metadata files or a dataset configuration to image records: which images, which captions, how often.
+
+The conventions are those of kohya's trainers: `<repeats>_<name>` folders, regularisation folders, caption files beside
+the images, `--in_json` metadata and `--dataset_config`; and the `metadata.jsonl` of Hugging Face image folders.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterator, Optional
+
+from images.dataset_settings import SubsetSettings
+
+logger = logging.getLogger(__name__)
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff", ".gif")
+CONVERT_FIRST = (".heic", ".heif", ".jxl", ".psd", ".svg")  # often met, not read by Pillow alone
+CAPTION_EXTENSIONS = (".caption", ".txt")
+REPEAT_FOLDER = re.compile(r"(\d+)(?:_(.*))?")
+
+
+@dataclass
+class ImageRecord:
+    """One image of a subset.
+
+    Attributes:
+        caption: as written; several lines only with `enable_wildcard`, which picks one of them each time.
+        repeats: how often the image comes in one epoch.
+        mask_path: picture whose red channel weighs the loss, or None.
+        size_px: (width, height) with the EXIF orientation applied; (0, 0) until the image has been checked.
+    """
+
+    path: Path
+    caption: str
+    repeats: int
+    subset: SubsetSettings
+    mask_path: Optional[Path] = None
+    size_px: tuple[int, int] = (0, 0)
+
+    @property
+    def is_reg(self) -> bool:
+        return self.subset.is_reg
+
+
+def existing_folder(folder, flag: str) -> Path:
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{flag} {folder} {what}")
+    return path
+
+
+def subsets_of_folder(data_dir, flag: str, common: SubsetSettings, masks_dir: Optional[str]) -> list[SubsetSettings]:
+    """A subset for each `<repeats>_<name>` folder in `data_dir`; the name is the caption of images without one."""
+    root = existing_folder(data_dir, flag)
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    subsets, others = [], []
+    for folder in folders:
+        match = REPEAT_FOLDER.fullmatch(folder.name)
+        if match is None:
+            others.append(folder.name)
+            continue
+        if int(match[1]) < 1:
+            logger.warning("%s: 0 repeats, its images are not used", folder)
+            continue
+        masks = mask_folder(masks_dir, folder.name)
+        named = {"class_tokens": match[2], "num_repeats": int(match[1]), "conditioning_data_dir": masks}
+        subsets.append(replace(common, image_dir=str(folder), **named))
+    if not subsets and (root / "metadata.jsonl").is_file():  # an image folder as `datasets` writes it
+        return [replace(common, image_dir=str(root), conditioning_data_dir=masks_dir)]
+    if not subsets:
+        raise ValueError(no_repeat_folders(root, flag, others))
+    if others:
+        logger.warning("%s: folders without repeats in their names are not used: %s", root, ", ".join(others))
+    loose = sum(1 for _ in image_files(root))
+    if loose:
+        logger.warning("%s: %d images outside the <repeats>_<name> folders are not used", root, loose)
+    return subsets
+
+
+def mask_folder(masks_dir: Optional[str], name: str) -> Optional[str]:
+    """The mask folder with the name of the image folder, or the one folder for all."""
+    if masks_dir is None:
+        return None
+    own = existing_folder(masks_dir, "--conditioning_data_dir") / name
+    return str(own) if own.is_dir() else masks_dir
+
+
+def no_repeat_folders(root: Path, flag: str, others: list[str]) -> str:
+    wanted = f"{flag} {root} must hold folders named <repeats>_<name>, such as 10_{others[0] if others else 'mycat'}"
+    if others:
+        return f'{wanted}: rename "{others[0]}" to "10_{others[0]}" (10 = each image comes 10 times an epoch)'
+    if any(image_files(root)):
+        return f"{wanted}: make that folder and move the images into it (10 = each image comes 10 times an epoch)"
+    return f"{wanted} with the images in it; it is empty"
+
+
+def image_files(folder: Path) -> Iterator[Path]:
+    """Image files directly in a folder, sorted by name; hidden files are left out."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file() and not path.name.startswith("."):
+            yield path
+
+
+def read_records(subset: SubsetSettings) -> list[ImageRecord]:
+    """Records of one subset, in the order of their paths.
+
+    Raises:
+        ValueError: no images, images without masks, unreadable captions or metadata.
+        FileNotFoundError: the folder or the metadata file is missing.
+    """
+    if subset.metadata_file:
+        captions = read_metadata(subset)
+    else:
+        captions = read_folder_captions(subset)
+    problems: list[str] = []
+    masks = find_masks(list(captions), subset, problems)
+    if problems:
+        raise ValueError("\n".join(problems))
+    make = lambda path: ImageRecord(path, captions[path], subset.num_repeats, subset, masks.get(path))  # noqa: E731
+    return [make(path) for path in sorted(captions)]
+
+
+def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
+    """Captions of the images of a folder: caption file, else metadata.jsonl, else the folder's name."""
+    folder = existing_folder(subset.image_dir, "image folder")
+    listed = folder / "metadata.jsonl"
+    metadata = read_image_list(listed, subset) if listed.is_file() else {}
+    paths = sorted(set(image_files(folder)) | set(metadata))
+    convert = Counter(p.suffix.lower() for p in folder.iterdir() if p.suffix.lower() in CONVERT_FIRST)
+    if convert:
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(convert.items()))
+        logger.warning("%s: %s files are not read: convert them with prepare/resize_images.py", folder, shown)
+    if not paths:
+        raise ValueError(f"image folder {folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
+    captions, sources, problems = {}, Counter(), []
+    for path in paths:
+        caption_file = find_caption_file(path, subset.caption_extension)
+        if caption_file:
+            captions[path] = read_caption(caption_file, subset.enable_wildcard, problems)
+            sources[caption_file.suffix] += 1
+        elif path in metadata:
+            captions[path] = metadata[path]
+        else:
+            captions[path] = subset.class_tokens or ""
+            sources["folder name"] += 1
+    if problems:
+        raise ValueError("\n".join(problems))
+    report_caption_sources(folder, subset, sources, captions)
+    return captions
+
+
+def find_caption_file(path: Path, extension: str) -> Optional[Path]:
+    """`cat.txt` or `cat.png.txt` for cat.png; the other usual extension where the one asked for is missing."""
+    for suffix in dict.fromkeys((extension,) + CAPTION_EXTENSIONS):
+        for candidate in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def read_caption(path: Path, all_lines: bool, problems: list[str]) -> str:
+    """First line of a caption file, or all lines that are not empty."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        problems.append(f"caption file {path} is not UTF-8 text: save it as UTF-8")
+        return ""
+    lines = [line.strip() for line in lines if line.strip()] if all_lines else [line.strip() for line in lines[:1]]
+    return "\n".join(lines)
+
+
+def report_caption_sources(folder: Path, subset: SubsetSettings, sources: Counter, captions: dict[Path, str]):
+    """Says what a person may not expect: captions from another extension, from the folder's name, or none."""
+    for suffix in CAPTION_EXTENSIONS:
+        if sources[suffix] and suffix != subset.caption_extension:
+            message = "%s: %d captions come from %s files, as there is no %s file for those images"
+            logger.warning(message, folder, sources[suffix], suffix, subset.caption_extension)
+    if sources["folder name"] and not subset.is_reg:
+        shown = f'the caption "{subset.class_tokens}" of the folder' if subset.class_tokens else "an empty caption"
+        message = "%s: %d of %d images have no caption file (%s) and get %s"
+        logger.warning(message, folder, sources["folder name"], len(captions), subset.caption_extension, shown)
+    empty = sum(not caption for caption in captions.values()) - (0 if subset.class_tokens else sources["folder name"])
+    if empty > 0:
+        logger.warning("%s: %d caption files are empty", folder, empty)
+
+
+def read_metadata(subset: SubsetSettings) -> dict[Path, str]:
+    """Captions of the images that an --in_json file names: `{image: {"caption": ..., "tags": ...}}`, or JSON lines."""
+    path = Path(subset.metadata_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"metadata file {path} does not exist")
+    if path.suffix.lower() == ".jsonl":
+        return read_image_list(path, subset)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"metadata file {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+        raise ValueError(f'metadata file {path} must be an object {{"image": {{"caption": "...", "tags": "..."}}}}')
+    return captions_by_path(path, [(key, entry) for key, entry in content.items()], subset)
+
+
+def read_image_list(path: Path, subset: SubsetSettings) -> dict[Path, str]:
+    """Captions of a metadata.jsonl: one `{"file_name": ..., "text" or "caption": ...}` a line."""
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not valid JSON: {error}") from error
+        name = entry.get("file_name") or entry.get("image_path") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise ValueError(f'{path} line {number} has no "file_name"')
+        entries.append((name, {**entry, "caption": entry.get("caption", entry.get("text"))}))
+    return captions_by_path(path, entries, subset)
+
+
+def captions_by_path(source: Path, entries: list[tuple[str, dict]], subset: SubsetSettings) -> dict[Path, str]:
+    folder = Path(subset.image_dir) if subset.image_dir else source.parent
+    captions, missing = {}, []
+    for key, entry in entries:
+        path = find_image(folder, source.parent, key)
+        if path is None:
+            missing.append(key)
+        else:
+            captions[path] = joined_caption(entry, subset.caption_separator)
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"{source} names {len(missing)} images that are not in {folder}: {shown}")
+    if not captions:
+        raise ValueError(f"{source} names no images")
+    return captions
+
+
+def find_image(folder: Path, beside: Path, key: str) -> Optional[Path]:
+    """The image that a metadata key names: a path, or a file name with or without its extension."""
+    for candidate in (folder / key, beside / key):
+        if candidate.is_file():
+            return candidate
+    for suffix in IMAGE_EXTENSIONS:
+        candidate = folder / (key + suffix)
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def joined_caption(entry: dict, separator: str) -> str:
+    """Caption and tags of a metadata entry as one text."""
+    parts = []
+    for name in ("caption", "tags"):
+        value = entry.get(name)
+        if isinstance(value, list):
+            value = f"{separator} ".join(str(item) for item in value)
+        if value:
+            parts.append(str(value).strip())
+    return f"{separator} ".join(parts)
+
+
+def find_masks(paths: list[Path], subset: SubsetSettings, problems: list[str]) -> dict[Path, Path]:
+    """The mask of each image: the file of the same name, whatever its extension, in `conditioning_data_dir`."""
+    if subset.conditioning_data_dir is None:
+        return {}
+    folder = existing_folder(subset.conditioning_data_dir, "conditioning_data_dir")
+    by_stem = {path.stem: path for path in image_files(folder)}
+    missing = [path.name for path in paths if path.stem not in by_stem]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        problems.append(f"conditioning_data_dir {folder} has no mask of the same name for {len(missing)} images: {shown}")
+    return {path: by_stem[path.stem] for path in paths if path.stem in by_stem}
+
+
+def picture_name(key):
+    """folder/file of an image: the same on every machine."""
+    path = Path(key)
+    return f"{path.parent.name}/{path.name}"

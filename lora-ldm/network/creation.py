@@ -1,0 +1,33 @@
+"""The network that --network_module and its arguments ask for, put into the model."""
+
+from settings.key_values import key_values
+
+
+def network_from_arguments(args, model, make_lora, make_lycoris):
+    """The network of --network_module, put into the model. make_*: functions that create either kind."""
+    train_unet = not args.network_train_text_encoder_only and _rate(args.unet_lr, args.learning_rate) != 0
+    text_rates = args.text_encoder_lr if isinstance(args.text_encoder_lr, list) else [args.text_encoder_lr]
+    train_text = not args.network_train_unet_only and any(_rate(rate, args.learning_rate) for rate in text_rates)
+    if not (train_unet or train_text):
+        raise ValueError("nothing to train: the learning rates of the U-Net and of the text encoder are both 0")
+    common = dict(
+        rank=args.network_dim,
+        alpha=args.network_alpha,
+        dropout=args.network_dropout or 0.0,
+        train_unet=train_unet,
+        train_text_encoder=train_text,
+        weights=args.network_weights,
+    )
+    if args.network_module == "networks.lora":
+        from network.lora import parse_network_args
+
+        extra = parse_network_args(args.network_args)
+        return make_lora(model, **common, **extra, dim_from_weights=args.dim_from_weights), key_values(args.network_args)
+    if args.network_module == "lycoris.kohya":
+        settings = {"network_args": args.network_args, "dim_from_weights": args.dim_from_weights}
+        return make_lycoris(model, **common, **settings), key_values(args.network_args)
+    raise ValueError(f"--network_module {args.network_module} is not supported: networks.lora or lycoris.kohya")
+
+
+def _rate(own, common):
+    return common if own is None else own

@@ -1,0 +1,64 @@
+"""The whole U-Net as what is trained (--train_full_unet): stage one of DreamBooth, before extract_lora.py.
+
+It has the methods of LoraNetwork that a run needs, so that the training loop is the same. There is no update to measure.
+"""
+
+from dataclasses import replace
+
+import quiet_libraries  # noqa: F401  (before diffusers)
+import torch
+from diffusers import UNet2DConditionModel
+
+from es_lora.files import write_folder_whole
+
+
+class FullUnet:
+    """All weights of a U-Net, trained in float32 unless ``to`` says otherwise."""
+
+    components = ["unet"]
+
+    def __init__(self, unet):
+        self.unet = unet.float().requires_grad_(True)
+
+    def train(self, mode=True):
+        """Nothing varies in training: diffusers' U-Nets of Stable Diffusion have no dropout."""
+        return self
+
+    def eval(self):
+        return self
+
+    def to(self, device=None, dtype=None):
+        self.unet.to(device, dtype)
+        return self
+
+    def parameter_groups(self, learning_rate, unet_lr=None, text_encoder_lr=None):
+        rate = learning_rate if unet_lr is None else unet_lr
+        return [{"params": list(self.unet.parameters()), "lr": rate, "name": "unet"}]
+
+    def tensors(self):
+        """{diffusers name: live weight}."""
+        return dict(self.unet.named_parameters())
+
+    def state_for_file(self, dtype=None, tensors=None):
+        """{diffusers name: copy on the CPU} of the live weights, or of these ones."""
+        return {name: value.detach().to("cpu", dtype, copy=True) for name, value in (tensors or self.tensors()).items()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors):
+        """Set the weights from {diffusers name: tensor}. Raises ValueError where they are not this U-Net's."""
+        live = self.tensors()
+        if live.keys() != tensors.keys() or any(live[name].shape != value.shape for name, value in tensors.items()):
+            raise ValueError("the saved U-Net is not the one of this base model: use the base that the run began with")
+        for name, value in tensors.items():
+            live[name].copy_(value)
+
+
+def save_full_model(folder, model, tensors, dtype=None):
+    """Write the base model with these U-Net weights as a folder in diffusers layout, whole or not at all.
+
+    tensors: {diffusers name: tensor on the CPU}. dtype: of the saved U-Net, None keeps theirs. A folder of that name is replaced.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(model.unet.config)
+    unet.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, assign=True)
+    write_folder_whole(folder, replace(model, unet=unet).save_pipeline)

@@ -1,0 +1,396 @@
+"""LoRA layers in a Stable Diffusion model: PEFT's layers, kohya's choice of modules, names and dropouts.
+
+Modules are found as kohya's ``networks.lora`` finds them: every linear layer and 1x1 convolution inside a
+Transformer2DModel of the U-Net, and of the attentions and MLPs of the text encoder; with a convolution rank also every
+layer of the residual, down- and upsampling blocks. Their forward pass is W x + (alpha / r) B A x.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import quiet_libraries  # noqa: F401  (before peft)
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch.nn import functional
+
+from cs_fluctuation import LoraLayer
+from network.lora_file import group_modules, load_lora, rename_text_encoder
+
+ADAPTER = "default"
+UNET_ATTENTION_BLOCKS = ("Transformer2DModel",)
+UNET_CONVOLUTION_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+TEXT_ENCODER_BLOCKS = ("CLIPAttention", "CLIPMLP")
+NETWORK_ARGS = {"conv_dim": int, "conv_alpha": float, "rank_dropout": float, "module_dropout": float}
+
+
+@dataclass
+class LoraModule:
+    """One adapted layer: ``layer`` is PEFT's, around the frozen one."""
+
+    name: str  # in kohya's files, without the part after the dot
+    component: str  # "unet", "te", "te1", "te2"
+    layer: torch.nn.Module
+    rank: int
+    alpha: float
+    adapter: str = ADAPTER  # PEFT's name of this one among the adapters of the layer
+
+    @property
+    def down(self):
+        return self.layer.lora_A[self.adapter].weight  # (r, in) or (r, in, kh, kw)
+
+    @property
+    def up(self):
+        return self.layer.lora_B[self.adapter].weight  # (out, r) or (out, r, 1, 1)
+
+    @property
+    def weight(self):
+        return self.layer.get_base_layer().weight  # (out, in) or (out, in, kh, kw)
+
+
+class LoraNetwork:
+    """The trainable layers of a model. Build it with ``create_network``."""
+
+    def __init__(self, modules, *, dropout=0.0, rank_dropout=0.0, module_dropout=0.0):
+        self.modules = modules
+        self.dropout, self.rank_dropout, self.module_dropout = dropout or 0.0, rank_dropout or 0.0, module_dropout or 0.0
+        self.training = True
+        self._multiplier = 1.0
+        self._layers = None
+        for module in modules:
+            for weight in (module.down, module.up):
+                weight.data = weight.data.float()  # trained in float32 unless .to() says otherwise (full fp16/bf16)
+                weight.requires_grad_(True)
+        if self.dropout or self.rank_dropout:
+            for module in modules:
+                module.layer.lora_A[module.adapter].register_forward_hook(self._drop_ranks)
+        if self.module_dropout:
+            for module in modules:
+                module.layer.lora_B[module.adapter].register_forward_hook(self._drop_module)
+
+    @property
+    def components(self):
+        """The adapted parts in order: "unet", "te" (or "te1", "te2")."""
+        return list(dict.fromkeys(module.component for module in self.modules))
+
+    @property
+    def multiplier(self):
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, value):
+        """Strength of the update in the forward pass; 0 gives the base model's output."""
+        self._multiplier = float(value)
+        for module in self.modules:
+            module.layer.scaling[module.adapter] = self._multiplier * module.alpha / module.rank
+
+    def train(self, mode=True):
+        """Switch the dropouts on (the state after creation) or off. Independent of unet.train() and .eval()."""
+        self.training = mode
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+    def to(self, device=None, dtype=None):
+        """Move or cast the trainable tensors only, in place: references to them stay valid."""
+        for weight in self.tensors().values():
+            weight.data = weight.data.to(device=device, dtype=dtype)
+        return self
+
+    def parameters(self):
+        return list(self.tensors().values())
+
+    def parameter_groups(self, learning_rate, unet_lr=None, text_encoder_lr=None):
+        """Optimizer groups, one a component; ``text_encoder_lr`` may be a list, one rate an encoder.
+
+        A component whose rate is 0 is left out, as kohya leaves it out.
+        """
+        groups = []
+        text_rates = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr] * 2
+        for component in self.components:
+            specific = unet_lr if component == "unet" else text_rates[min(component == "te2", len(text_rates) - 1)]
+            rate = learning_rate if specific is None else specific
+            if rate == 0:
+                continue
+            weights = [weight for m in self.modules if m.component == component for weight in (m.down, m.up)]
+            groups.append({"params": weights, "lr": rate, "name": component})
+        return groups
+
+    def layers(self):
+        """What the CS metric looks at: live tensors, no copies; the same objects every time (they keep ||W||)."""
+        if self._layers is None:
+            self._layers = [LoraLayer(m.name, m.component, m.weight, m.down, m.up) for m in self.modules]
+        return self._layers
+
+    def tensors(self):
+        """{kohya key: live trainable tensor}."""
+        named = {}
+        for module in self.modules:
+            named[f"{module.name}.lora_down.weight"] = module.down
+            named[f"{module.name}.lora_up.weight"] = module.up
+        return named
+
+    def state_for_file(self, dtype=None, tensors=None):
+        """{kohya key: copy on the CPU}, the alphas included; of the live weights or of a snapshot of ``tensors()``."""
+        alphas = {f"{module.name}.alpha": torch.tensor(float(module.alpha)) for module in self.modules}
+        state = {**alphas, **self.tensors(), **(tensors or {})}
+        return {name: value.detach().to("cpu", dtype, copy=True) for name, value in state.items()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors):
+        """Set the weights from {kohya key: tensor}; an ``alpha`` among them is folded in, not trained.
+
+        Modules that the tensors do not name keep their weights. Raises ValueError for modules or shapes that do not fit.
+        """
+        mine = {module.name: module for module in self.modules}
+        given = group_modules(rename_text_encoder(tensors, mine))
+        problems = []
+        for name, parts in given.items():
+            problems += _load_module(mine.get(name), name, parts)
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ValueError(f"the LoRA does not fit this network: {'; '.join(problems[:3])}{more}")
+
+    @torch.no_grad()
+    def scale_weight_norms(self, max_norm):
+        """Shrink updates whose norm ||alpha/r B A|| exceeds ``max_norm``. -> (scaled count, mean norm, largest norm)."""
+        scaled, norms = 0, []
+        for module in self.modules:
+            down, up = module.down.flatten(1).float(), module.up.flatten(1).float()
+            squared = ((down @ down.T) * (up.T @ up)).sum().clamp(min=0)  # ||BA||^2 without forming B A
+            norm = (squared.sqrt() * module.alpha / module.rank).item()
+            if norm > max_norm:
+                factor = (max_norm / norm) ** 0.5
+                module.down.mul_(factor)
+                module.up.mul_(factor)
+                scaled, norm = scaled + 1, max_norm
+            norms.append(norm)
+        return scaled, sum(norms) / len(norms), max(norms)
+
+    def _drop_ranks(self, _layer, _inputs, hidden):
+        """kohya's dropouts act on the r values between down and up: single ones, or whole ranks of a sample."""
+        if not self.training:
+            return hidden
+        hidden = functional.dropout(hidden, self.dropout)
+        if self.rank_dropout:
+            is_image = hidden.dim() == 4  # (B, r, h, w); else (B, ..., r)
+            shape = [hidden.shape[0]] + [1] * (hidden.dim() - 1)
+            shape[1 if is_image else -1] = hidden.shape[1 if is_image else -1]
+            kept = torch.rand(shape, device=hidden.device) >= self.rank_dropout
+            hidden = hidden * kept / (1 - self.rank_dropout)
+        return hidden
+
+    def _drop_module(self, _layer, _inputs, update):
+        if self.training and torch.rand(()).item() < self.module_dropout:
+            return torch.zeros_like(update)
+        return update
+
+
+def create_network(
+    model,
+    *,
+    rank=4,
+    alpha=1.0,
+    conv_rank=None,
+    conv_alpha=None,
+    dropout=0.0,
+    rank_dropout=0.0,
+    module_dropout=0.0,
+    train_unet=True,
+    train_text_encoder=True,
+    weights=None,
+    dim_from_weights=False,
+):
+    """Put LoRA layers into a model, in place.
+
+    Args:
+        model: SDModel (unet, text_encoders, lora_unet_name).
+        rank, alpha: of linear layers and 1x1 convolutions; an alpha of 0 or None means the rank.
+        conv_rank, conv_alpha: of 3x3 convolutions; None leaves the convolution blocks alone.
+        dropout, rank_dropout, module_dropout: chance that a value between down and up, a rank, a whole layer is off.
+        weights: a LoRA file or {kohya key: tensor} to start from.
+        dim_from_weights: take modules, ranks and alphas from ``weights``; rank, alpha and conv_* are then ignored.
+
+    Raises:
+        ValueError: nothing to train, or the weights do not fit.
+    """
+    if dim_from_weights and weights is None:
+        raise ValueError("--dim_from_weights needs --network_weights, the LoRA whose ranks are to be taken")
+    if isinstance(weights, (str, Path)):
+        weights = load_lora(weights)[0]
+    candidates = find_modules(model, train_unet, train_text_encoder, bool(conv_rank), everywhere=dim_from_weights)
+    if not candidates:
+        raise ValueError("no layer to train: the U-Net and the text encoder are both switched off, or have no such layers")
+    if weights is not None:
+        weights = rename_modules(weights, candidates)
+    if dim_from_weights:
+        sizes = sizes_from_weights(weights)
+        unknown = sorted(set(sizes) - {name for _, _, name, _ in candidates})
+        if unknown and train_unet and train_text_encoder:
+            raise ValueError(f"the LoRA has {len(unknown)} modules that this model lacks, the first is {unknown[0]}")
+    else:
+        rank = 4 if rank is None else rank  # kohya's default
+        linear = (rank, float(alpha or rank))
+        convolution = (conv_rank, float(conv_alpha or conv_rank)) if conv_rank else None
+        sizes = {name: linear if _is_pointwise(layer) else convolution for _, _, name, layer in candidates}
+    modules = _inject(model, candidates, {name: size for name, size in sizes.items() if size})
+    network = LoraNetwork(modules, dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
+    if weights is not None:
+        network.load_tensors({key: value for key, value in weights.items() if key.partition(".")[0] in sizes})
+    return network
+
+
+def create_network_beside(model, network, adapter, rank):
+    """A fresh network called ``adapter`` in the layers of ``network``, with its alphas and its dropouts.
+
+    A forward pass goes through ``network`` as before: the new one lies in the layers (PEFT's) for whoever calls it there.
+    """
+    places = {}
+    for component, root in component_roots(model).items():
+        places.update({id(layer): (component, path) for path, layer in root.named_modules()})
+    candidates = [(*places[id(module.layer)], module.name, module.layer) for module in network.modules]
+    sizes = {module.name: (rank, module.alpha) for module in network.modules}
+    trained = [weight for module in network.modules for weight in module.layer.parameters() if weight.requires_grad]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant here
+        modules = _inject(model, candidates, sizes, adapter)
+    for module in modules:
+        module.layer.set_adapter(ADAPTER)
+    for weight in trained:  # PEFT has frozen all but one adapter
+        weight.requires_grad_(True)
+    dropouts = {"dropout": network.dropout, "rank_dropout": network.rank_dropout, "module_dropout": network.module_dropout}
+    return LoraNetwork(modules, **dropouts)
+
+
+def parse_network_args(arguments):
+    """``["conv_dim=4", ...]`` of --network_args -> {"conv_rank": 4, ...}, arguments of ``create_network``.
+
+    Raises ValueError for what networks.lora does not know.
+    """
+    parsed, problems = {}, []
+    for argument in arguments or []:
+        name, separator, text = argument.partition("=")
+        if not separator or name not in NETWORK_ARGS:
+            problems.append(f"{argument!r}")
+            continue
+        try:
+            parsed["conv_rank" if name == "conv_dim" else name] = NETWORK_ARGS[name](text)
+        except ValueError:
+            problems.append(f"{argument!r} (not a number)")
+    if "conv_rank" in parsed:
+        parsed.setdefault("conv_alpha", 1.0)
+    if problems:
+        raise ValueError(
+            f"--network_args: {', '.join(problems)} not understood; networks.lora takes {', '.join(NETWORK_ARGS)} as NAME=VALUE"
+        )
+    return parsed
+
+
+def find_modules(model, train_unet=True, train_text_encoder=True, with_convolutions=False, everywhere=False):
+    """[(component, path in its root, kohya name, frozen layer)] in the order of the file.
+
+    ``everywhere`` finds all linear layers and convolutions: files of other trainers may have any of them.
+    """
+    found = []
+    text_blocks = None if everywhere else TEXT_ENCODER_BLOCKS
+    unet_blocks = UNET_ATTENTION_BLOCKS + (UNET_CONVOLUTION_BLOCKS if with_convolutions else ())
+    if train_text_encoder:
+        several = len(model.text_encoders) > 1
+        for index, text_encoder in enumerate(model.text_encoders):
+            component = f"te{index + 1}" if several else "te"
+            for path, layer in _layers_inside(text_encoder, text_blocks):
+                # transformers 5 has no text_model level in CLIPTextModel; the names in the file keep it.
+                inner = path.startswith(("text_model.", "text_projection"))
+                full_path = path if inner else f"text_model.{path}"
+                found.append((component, path, f"lora_{component}_{full_path}".replace(".", "_"), layer))
+    if train_unet:
+        for path, layer in _layers_inside(model.unet, None if everywhere else unet_blocks):
+            found.append(("unet", path, f"lora_unet_{model.lora_unet_name(path)}".replace(".", "_"), layer))
+    return found
+
+
+def rename_modules(tensors, candidates):
+    """{key of a LoRA file: tensor} under the names that this model's modules have.
+
+    Programs disagree on the first text encoder's prefix, and some name SDXL's U-Net as diffusers does.
+    candidates: what ``find_modules`` gives.
+    """
+    names = {f"lora_{part}_{path}".replace(".", "_"): name for part, path, name, _ in candidates if part == "unet"}
+    renamed = {}
+    for key, value in tensors.items():
+        module, dot, part = key.partition(".")
+        renamed[names.get(module, module) + dot + part] = value
+    return rename_text_encoder(renamed, [name for _, _, name, _ in candidates])
+
+
+def component_roots(model):
+    """{component: the module that its layers' paths start from}."""
+    several = len(model.text_encoders) > 1
+    roots = {f"te{index + 1}" if several else "te": encoder for index, encoder in enumerate(model.text_encoders)}
+    return {**roots, "unet": model.unet}
+
+
+def sizes_from_weights(tensors):
+    """{module: (rank, alpha)} of a LoRA file; without an alpha it is the rank."""
+    sizes = {}
+    for name, parts in group_modules(tensors).items():
+        if "lora_down.weight" in parts:
+            rank = parts["lora_down.weight"].shape[0]
+            sizes[name] = (rank, float(parts.get("alpha", rank)))
+    if not sizes:
+        raise ValueError("the LoRA file holds no lora_down.weight, so that no rank can be taken from it")
+    return sizes
+
+
+def _layers_inside(root, block_names):
+    found = {}
+    for block_path, block in root.named_modules():
+        if block_names is not None and type(block).__name__ not in block_names:
+            continue
+        for path, layer in block.named_modules(prefix=block_path):
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                found[path] = layer
+    return found.items()
+
+
+def _is_pointwise(layer):
+    return isinstance(layer, torch.nn.Linear) or layer.kernel_size == (1, 1)
+
+
+def _inject(model, candidates, sizes, adapter=ADAPTER):
+    modules = []
+    for component, root in component_roots(model).items():
+        chosen = {path: name for part, path, name, _ in candidates if part == component and name in sizes}
+        if not chosen:
+            continue
+        config = LoraConfig(
+            target_modules=list(chosen),
+            rank_pattern={path: sizes[name][0] for path, name in chosen.items()},
+            alpha_pattern={path: sizes[name][1] for path, name in chosen.items()},
+        )
+        inject_adapter_in_model(config, root, adapter)
+        for path, name in chosen.items():
+            modules.append(LoraModule(name, component, root.get_submodule(path), *sizes[name], adapter))
+    return modules
+
+
+def _load_module(module, name, parts):
+    """Copy one module's tensors in; -> the list of what does not fit."""
+    if module is None:
+        return [f"no module {name} is trained here"]
+    unsupported = set(parts) - {"lora_down.weight", "lora_up.weight", "alpha"}
+    if unsupported:
+        return [f"{name} has {', '.join(sorted(unsupported))}, which is not plain LoRA"]
+    problems = []
+    for part, target in (("lora_down.weight", module.down), ("lora_up.weight", module.up)):
+        if part not in parts:
+            continue
+        value = parts[part].to(target.dtype)
+        if value.flatten(1).shape != target.flatten(1).shape:
+            problems.append(f"{name}.{part} is {tuple(value.shape)} instead of {tuple(target.shape)}")
+            continue
+        if part == "lora_up.weight":
+            value = value * (float(parts.get("alpha", module.alpha)) / module.alpha)
+        target.copy_(value.reshape(target.shape))
+    return problems

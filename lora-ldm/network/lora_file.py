@@ -1,0 +1,149 @@
+"""LoRA files in kohya's format: read them (and diffusers' key names), write them, hash them.
+
+One module is three tensors: ``NAME.lora_down.weight`` (r, in, ...), ``NAME.lora_up.weight`` (out, r, ...) and the
+scalar ``NAME.alpha``; the update is ``alpha / r * up @ down``. NAME is ``lora_unet_`` or ``lora_te_`` (``lora_te1_`` and
+``lora_te2_`` where there are two text encoders) and the module's path with underscores.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from base.tensor_files import LEGACY_HASH_LENGTH_BYTES, LEGACY_HASH_OFFSET_BYTES, read_tensors
+from es_lora.files import write_whole
+
+DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DIFFUSERS_KEY = re.compile(
+    r"^(?P<part>unet|text_encoder|text_encoder_2)\.(?P<module>.+?)"
+    r"(?:\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"
+    r"|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<plain>down|up)\.weight"
+    r"|\.(?P<alpha>alpha))$"
+)
+_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+# What diffusers' older attention processors call the four projections, for the text encoder.
+_TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def save_lora(path, tensors, metadata=None, dtype=None):
+    """Write a LoRA, whole or not at all.
+
+    Args:
+        path: ``.safetensors``, or ``.pt`` / ``.ckpt`` (tensors only; those formats carry no metadata).
+        tensors: {kohya key: tensor}, any device; dtype: of the saved tensors, None keeps theirs.
+        metadata: {name: text}; ``sshs_model_hash`` and ``sshs_legacy_hash`` are added.
+    """
+    path = Path(path)
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
+    if path.suffix == ".safetensors":
+        metadata = {name: str(value) for name, value in (metadata or {}).items()}
+        metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = lora_hashes(tensors, metadata)
+        write_whole(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
+    elif path.suffix in (".pt", ".ckpt"):
+        write_whole(path, lambda aside: torch.save(tensors, aside))
+    else:
+        raise ValueError(f"{path} ends in {path.suffix!r}; a LoRA is saved as .safetensors, .pt or .ckpt")
+
+
+def load_lora(path):
+    """Read a LoRA as ({kohya key: tensor}, metadata); diffusers' and PEFT's key names are translated.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: damaged, empty, or no LoRA.
+    """
+    path = Path(path)
+    tensors = read_tensors(path)
+    metadata = {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    if any(_DIFFUSERS_KEY.match(name) for name in tensors):
+        tensors = from_diffusers_names(tensors, metadata)
+    if not any(name.startswith("lora_") for name in tensors):
+        first = next(iter(tensors), "no tensors")
+        raise ValueError(f"{path} is not a LoRA of kohya's or diffusers' naming (its first key: {first})")
+    return tensors, metadata
+
+
+def from_diffusers_names(tensors, metadata=None):
+    """{diffusers or PEFT key: tensor} -> {kohya key: tensor}.
+
+    A file without alphas means alpha = rank, unless its ``lora_adapter_metadata`` gives ``lora_alpha``.
+    Raises ValueError for keys of no known form.
+    """
+    converted, unknown, modules = {}, [], {}
+    for name, value in tensors.items():
+        match = _DIFFUSERS_KEY.match(name)
+        if match is None:
+            unknown.append(name)
+            continue
+        kohya_name = _PREFIXES[match["part"]] + _module_path(match["part"], match["module"]).replace(".", "_")
+        if match["alpha"]:
+            converted[f"{kohya_name}.alpha"] = value
+            continue
+        is_down = match["peft"] == "A" or match["plain"] == "down"
+        converted[f"{kohya_name}.lora_{'down' if is_down else 'up'}.weight"] = value
+        modules[kohya_name] = (match["part"], match["module"])
+    if unknown:
+        raise ValueError(f"{len(unknown)} keys are neither kohya's nor diffusers' LoRA names, the first is {unknown[0]}")
+
+    adapter = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
+    for kohya_name, (part, module) in modules.items():
+        alpha = (adapter.get(f"{part}.alpha_pattern") or {}).get(module, adapter.get(f"{part}.lora_alpha"))
+        if alpha is not None:
+            converted.setdefault(f"{kohya_name}.alpha", torch.tensor(float(alpha)))
+    return converted
+
+
+def group_modules(tensors):
+    """{kohya key: tensor} -> {module name: {"lora_down.weight": ..., "lora_up.weight": ..., "alpha": ...}}."""
+    modules = {}
+    for key, value in tensors.items():
+        name, _, part = key.partition(".")
+        modules.setdefault(name, {})[part] = value
+    return modules
+
+
+def rename_text_encoder(tensors, known_names):
+    """Swap ``lora_te_`` and ``lora_te1_`` where that is how the network names its first text encoder.
+
+    Programs disagree on the prefix of the only text encoder of SD 1.x and 2.x.
+    """
+    known = set(known_names)
+    renamed = {}
+    for key, value in tensors.items():
+        name = key.partition(".")[0]
+        for old, new in (("lora_te_", "lora_te1_"), ("lora_te1_", "lora_te_")):
+            if name not in known and name.startswith(old) and name.replace(old, new, 1) in known:
+                key = key.replace(old, new, 1)
+                break
+        renamed[key] = value
+    return renamed
+
+
+def lora_hashes(tensors, metadata):
+    """(sshs_model_hash, sshs_legacy_hash): how WebUIs recognise a LoRA.
+
+    The first is the SHA-256 of the safetensors file after its header, so that later edits of the metadata keep it; the
+    second the first 8 digits of the SHA-256 of 64 KiB from 1 MiB on, of the file with only its ``ss_`` metadata.
+    """
+    training_facts = {name: value for name, value in metadata.items() if name.startswith("ss_")}
+    content = safetensors.torch.save(tensors, training_facts)
+    header_bytes = int.from_bytes(content[:8], "little")
+    legacy = content[LEGACY_HASH_OFFSET_BYTES : LEGACY_HASH_OFFSET_BYTES + LEGACY_HASH_LENGTH_BYTES]
+    model_hash = hashlib.sha256(memoryview(content)[8 + header_bytes :]).hexdigest()
+    return model_hash, hashlib.sha256(legacy).hexdigest()[:8]
+
+
+def _module_path(part, module):
+    module = module.replace(".processor.", ".")
+    if part == "unet":
+        # Old attention processors say to_out where the module is to_out.0.
+        return re.sub(r"\.to_out$", ".to_out.0", module)
+    head, _, last = module.rpartition(".")
+    module = f"{head}.{_TEXT_PROJECTIONS.get(last, last)}"
+    return module if module.startswith("text_model.") else f"text_model.{module}"

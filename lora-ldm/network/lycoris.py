@@ -1,0 +1,312 @@
+"""LyCORIS networks (``--network_module lycoris.kohya``) with the methods of LoraNetwork.
+
+The layers, their options and the key names in the file are those of the lycoris-lora package. CS can be measured where
+the update is added to the weight and the weight is all there is: lora (locon), loha and lokr.
+"""
+
+import difflib
+from pathlib import Path
+
+import quiet_libraries  # noqa: F401  (before lycoris)
+import torch
+from lycoris.config import PRESET
+from lycoris.kohya import LycorisNetworkKohya, create_network_from_weights
+from lycoris.kohya import create_network as create_lycoris
+
+from cs_fluctuation import BLOCK_VALUES, LoraLayer
+from network.lora_file import load_lora, rename_text_encoder
+
+MEASURABLE = ("LoConModule", "LohaModule", "LokrModule")
+ALGORITHMS = "lora locon loha lokr dylora glora full diag-oft boft ia3 tlora".split()
+SWITCHES = """
+    use_tucker use_scalar train_norm rescaled dora_wd wd_on_output full_matrix bypass_mode rs_lora
+    unbalanced_factorization decompose_both
+""".split()
+OPTIONS = """
+    algo preset conv_dim conv_alpha dropout rank_dropout module_dropout factor block_size constraint
+    loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio
+""".split()
+
+# lycoris-lora 4.1.3 lists the layers of Stable Diffusion's time embedding both by name and by the class around them,
+# and then fails on the duplicate; the names are enough.
+for _preset in PRESET.values():
+    if "time_embedding.linear_1" in _preset.get("unet_target_name", ()):
+        _preset["unet_target_module"] = [name for name in _preset["unet_target_module"] if name != "TimestepEmbedding"]
+
+
+class DenseUpdateLayer(LoraLayer):
+    """A layer whose update has no low-rank form B A, as the CS metric can take it.
+
+    The update D is formed for one layer at a time and dropped at once; W is not copied. Seen as a rank-1 LoRA with
+    A = (1) and B[i] = ||D[i]||, it has the norms of D, and ``project`` gives <W[i], D[i]> / ||D[i]||, so that all
+    products equal those with D itself.
+
+    Args:
+        module: a LyCORIS module around a frozen layer.
+    """
+
+    def __init__(self, name, component, module):
+        self.module = module
+        super().__init__(name, component, self, None, None)
+
+    @property
+    def down(self):
+        return torch.ones(1, 1, device=self._frozen().device)  # A (1, 1)
+
+    @property
+    def up(self):
+        return self._update().norm(dim=1, keepdim=True)  # B (out, 1)
+
+    @down.setter
+    def down(self, _value):
+        """Given by the module."""
+
+    @up.setter
+    def up(self, _value):
+        """Given by the module."""
+
+    def project(self, _down):
+        """<W[i], D[i]> / ||D[i]|| (out, 1), 0 for a row without update."""
+        update, weight = self._update(), self._frozen()
+        rows = max(1, BLOCK_VALUES // update.shape[1])
+        dots = [
+            (weight[start : start + rows].float() * update[start : start + rows]).sum(1, keepdim=True)
+            for start in range(0, update.shape[0], rows)
+        ]
+        return torch.cat(dots) / update.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def row_norms(self):
+        """||W[i]|| (out,)."""
+        return torch.linalg.vector_norm(self._frozen(), dim=1, dtype=torch.float32)
+
+    def _frozen(self):
+        return self.module.org_weight.detach().flatten(1)
+
+    @torch.no_grad()
+    def _update(self):
+        """D (out, in) in float32, without the dropouts of training."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            if type(self.module).__name__ == "LoConModule":
+                update = self.module.get_diff_weight()[0]
+            else:
+                update = self.module.get_weight(self.module.shape) * self.module.scalar
+        finally:
+            self.module.train(was_training)
+        return update.flatten(1).float()
+
+
+class LycorisNetwork:
+    """LyCORIS layers in a model. Build it with ``create_lycoris_network``."""
+
+    def __init__(self, network):
+        self.network = network
+        self.modules = list(network.loras)
+        self._layers = None
+        network.requires_grad_(True)
+        network.train()
+
+    @property
+    def components(self):
+        """The adapted parts in order: "te" (or "te1", "te2"), "unet"."""
+        return list(dict.fromkeys(_component(module) for module in self.modules))
+
+    @property
+    def multiplier(self):
+        return self.network.multiplier
+
+    @multiplier.setter
+    def multiplier(self, value):
+        self.network.multiplier = float(value)
+        for module in self.modules:
+            module.multiplier = float(value)
+
+    def train(self, mode=True):
+        """Switch the dropouts on (the state after creation) or off."""
+        self.network.train(mode)
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+    def to(self, device=None, dtype=None):
+        """Move or cast the trainable tensors in place."""
+        self.network.to(device=device, dtype=dtype)
+        return self
+
+    def parameters(self):
+        return list(self.tensors().values())
+
+    def parameter_groups(self, learning_rate, unet_lr=None, text_encoder_lr=None):
+        """Optimizer groups, one a component (two with LoRA+ ratios); a rate of 0 leaves a component out."""
+        if isinstance(text_encoder_lr, (list, tuple)):
+            if len(set(text_encoder_lr)) > 1:
+                raise ValueError("LyCORIS trains both text encoders at one rate: give --text_encoder_lr one value")
+            text_encoder_lr = text_encoder_lr[0]
+        groups, descriptions = self.network.prepare_optimizer_params(text_encoder_lr, unet_lr, learning_rate)
+        names = [description.replace("textencoder", "te") for description in descriptions]
+        return [{**group, "params": list(group["params"]), "name": name} for group, name in zip(groups, names)]
+
+    def layers(self):
+        """What the CS metric looks at, live.
+
+        Raises ValueError for algorithms whose update is not a weight that is added to W.
+        """
+        if self._layers is None:
+            self._layers = [_layer(module) for module in self.modules if type(module).__name__ != "NormModule"]
+        return self._layers
+
+    def tensors(self):
+        """{key: live trainable tensor}."""
+        return dict(self.network.named_parameters())
+
+    def state_for_file(self, dtype=None, tensors=None):
+        """{LyCORIS key: copy on the CPU}, the alphas included; of the live weights or of a snapshot of ``tensors()``."""
+        if tensors is not None:  # a trained scalar is multiplied into other tensors, so that the layers must do it
+            live = {name: value.detach().clone() for name, value in self.tensors().items()}
+            self.load_tensors(tensors)
+            try:
+                return self.state_for_file(dtype)
+            finally:
+                self.load_tensors(live)
+        return {name: value.detach().to("cpu", dtype, copy=True) for name, value in self.network.state_dict().items()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors):
+        """Set the weights from ``tensors()`` or from a file's tensors. Raises ValueError where they do not fit."""
+        mine = self.tensors()
+        tensors = rename_text_encoder(tensors, [module.lora_name for module in self.modules])
+        alphas = {f"{module.lora_name}.alpha": float(module.alpha) for module in self.modules if hasattr(module, "alpha")}
+        problems = []
+        for name, value in tensors.items():
+            if name in alphas:
+                if abs(float(value) - alphas[name]) > 1e-3 * abs(alphas[name]):  # half precision rounds it
+                    problems.append(f"{name} is {float(value):g} instead of {alphas[name]:g}")
+            elif name not in mine:
+                problems.append(f"{name} is not trained here")
+            elif mine[name].shape != value.shape:
+                problems.append(f"{name} is {tuple(value.shape)} instead of {tuple(mine[name].shape)}")
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ValueError(f"the file does not fit this LyCORIS network: {'; '.join(problems[:3])}{more}")
+        for name, target in mine.items():
+            if name in tensors:
+                target.copy_(tensors[name])
+            elif name.endswith(".scalar"):
+                target.fill_(1.0)  # files have it multiplied in
+
+    def scale_weight_norms(self, max_norm):
+        """Shrink updates whose norm exceeds ``max_norm``. -> (scaled count, mean norm, largest norm)."""
+        device = self.parameters()[0].device
+        count, mean, largest = self.network.apply_max_norm_regularization(max_norm, device)
+        return int(count), float(mean), float(largest)
+
+
+def create_lycoris_network(
+    model,
+    *,
+    rank=4,
+    alpha=1.0,
+    dropout=0.0,
+    network_args=None,
+    train_unet=True,
+    train_text_encoder=True,
+    weights=None,
+    dim_from_weights=False,
+):
+    """Put LyCORIS layers into a model, in place.
+
+    Args:
+        network_args: the texts of --network_args, ``["algo=loha", "conv_dim=4", ...]``.
+        weights: a LyCORIS file or its tensors; dim_from_weights: build the layers after them.
+
+    Raises:
+        ValueError: an unknown option or algorithm, nothing to train, or weights that do not fit.
+    """
+    options = parse_lycoris_args(network_args)
+    if isinstance(weights, (str, Path)):
+        weights = load_lora(weights)[0]
+    text_encoders = model.text_encoders if len(model.text_encoders) > 1 else model.text_encoders[0]
+    text_encoders = text_encoders if train_text_encoder else None
+    if dim_from_weights:
+        network = _network_like(weights, model, text_encoders)
+    else:
+        options = {"dropout": dropout or 0.0, "warn_on_unmatched": False, **options}
+        network = create_lycoris(1.0, rank, alpha, model.vae, text_encoders, model.unet, **options)
+    names = _unet_names(model)
+    for module in network.text_encoder_loras + network.unet_loras:
+        module.lora_name = _file_name(names.get(module.lora_name, module.lora_name))
+    network.apply_to(text_encoders, model.unet, text_encoders is not None, train_unet)
+    if not network.loras:
+        raise ValueError("no layer to train: the U-Net and the text encoder are both switched off, or have no such layers")
+    wrapped = LycorisNetwork(network)
+    if weights is not None and not dim_from_weights:
+        wrapped.load_tensors({_file_name(name): value for name, value in weights.items()})
+    return wrapped
+
+
+def parse_lycoris_args(arguments):
+    """``["algo=loha", "use_tucker=True"]`` -> {"algo": "loha", "use_tucker": True}. Raises ValueError with all problems."""
+    parsed, problems = {}, []
+    for argument in arguments or []:
+        name, separator, text = argument.partition("=")
+        if not separator or name not in OPTIONS + SWITCHES:
+            near = difflib.get_close_matches(name, OPTIONS + SWITCHES, 1)
+            problems.append(f"{argument!r} is unknown" + (f", did you mean {near[0]}=?" if near else ""))
+        elif name == "algo" and text.lower() not in ALGORITHMS:
+            problems.append(f"algo {text!r} is unknown; allowed are {', '.join(ALGORITHMS)}")
+        elif name in SWITCHES and text.lower() not in ("true", "false"):
+            problems.append(f"{argument!r}: only True or False is allowed")
+        else:
+            parsed[name] = text.lower() == "true" if name in SWITCHES else text
+    if problems:
+        raise ValueError(f"--network_args: {'; '.join(problems)}")
+    return parsed
+
+
+def _network_like(weights, model, text_encoders):
+    """Layers with the algorithm, rank and alpha that the tensors of a file have, and their values."""
+    if weights is None:
+        raise ValueError("--dim_from_weights needs --network_weights, the file whose layers are to be taken")
+    own_names, flat = {name: own for own, name in _unet_names(model).items()}, ("lora_te_", "lora_te1_")
+    renamed = {}
+    for key, value in weights.items():
+        module, dot, part = key.partition(".")
+        if module.startswith(flat) and not hasattr(model.text_encoders[0], "text_model"):
+            module = module.replace("_text_model_", "_", 1)
+        renamed[own_names.get(module, module) + dot + part] = value
+    LycorisNetworkKohya.apply_preset(PRESET["full"])
+    network, _ = create_network_from_weights(1.0, "", model.vae, text_encoders, model.unet, weights_sd=renamed)
+    return network
+
+
+def _unet_names(model):
+    """{LyCORIS' name of a U-Net module, which follows diffusers: its name in kohya's files}."""
+    paths = [path for path, _ in model.unet.named_modules()]
+    return {f"lora_unet_{path}".replace(".", "_"): f"lora_unet_{model.lora_unet_name(path)}".replace(".", "_") for path in paths}
+
+
+def _layer(module):
+    kind = type(module).__name__
+    if kind not in MEASURABLE:
+        raise ValueError(
+            f"CS cannot be measured for this LyCORIS algorithm ({kind}): its update is not a weight that is added to the "
+            "frozen one. Use algo=lora, loha or lokr, or train without --calculate_cs and --early_stop"
+        )
+    if kind == "LoConModule" and not module.tucker and not isinstance(module.scalar, torch.nn.Parameter):
+        weights = module.org_weight, module.lora_down.weight, module.lora_up.weight
+        return LoraLayer(module.lora_name, _component(module), *weights)
+    return DenseUpdateLayer(module.lora_name, _component(module), module)
+
+
+def _component(module):
+    return module.lora_name.split("_")[1]  # lora_unet_..., lora_te_..., lora_te1_...
+
+
+def _file_name(name):
+    """transformers 5 has no text_model level in CLIPTextModel; the names in the file keep it."""
+    prefix, part, rest = name.split("_", 2)
+    if part.startswith("te") and not rest.startswith("text_model_"):
+        return f"{prefix}_{part}_text_model_{rest}"
+    return name

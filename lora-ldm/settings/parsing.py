@@ -1,0 +1,112 @@
+"""The command line of the diffusion trainers: kohya's flag names, defaults and meanings, plus early stopping.
+
+A flag that exists there and is not supported here is declared too, and refused by name with the reason
+(see ldm_argument_checks.REJECTED): nothing is accepted and then ignored.
+"""
+
+import argparse
+import difflib
+from pathlib import Path
+
+import toml
+
+from settings.checks import collect_problems, complete
+from settings.flags import build_parser, yes_or_no
+
+NOT_IN_CONFIG_FILE = ("config_file", "output_config", "wandb_api_key", "huggingface_token")
+
+
+def parse_arguments(argv=None, sdxl=False):
+    """The checked settings of a run as an argparse.Namespace.
+
+    argv: list of words, or None for sys.argv. A --config_file supplies values that the command line overrides.
+    sdxl: with the flags of es_lora_sdxl.py.
+    Raises ValueError with one line per problem (unknown flag or key, unsupported flag, contradiction, missing file).
+    With --output_config the settings that differ from the defaults are written to --config_file; SystemExit(0) follows.
+    """
+    parser = build_parser(sdxl)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [_unknown(word, parser) for word in unknown if word.startswith("-")]
+        raise ValueError("\n".join(flags) or f"unexpected words {' '.join(unknown)}: quote values that contain spaces")
+    if args.config_file and args.output_config:
+        write_config(parser, args)
+        raise SystemExit(0)
+    if args.output_config:
+        raise ValueError("--output_config needs --config_file FILE.toml: the file that is to be written")
+    if args.config_file:
+        parser.set_defaults(**read_config(parser, args.config_file))
+        args = parser.parse_args(argv)
+    problems = collect_problems(args, parser)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return complete(args)
+
+
+def read_config(parser, path):
+    """{flag: value} of a TOML file; sections only group flags, as in sd-scripts. Every problem is collected first."""
+    path = Path(path if str(path).endswith(".toml") else f"{path}.toml")
+    if not path.is_file():
+        raise FileNotFoundError(f"--config_file {path} does not exist")
+    try:
+        content = toml.load(path)
+    except toml.TomlDecodeError as error:
+        raise ValueError(f"--config_file {path} is not valid TOML: {error}") from error
+    flat, problems = {}, []
+    for key, value in content.items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in flat.items():
+        try:
+            flat[key] = _value_from_config(actions[key], value) if key in actions else None
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            problems.append(f"{path}: {key} = {value!r} is not accepted: {error}")
+        if key not in actions or key in NOT_IN_CONFIG_FILE:
+            problems.append(f"{path}: unknown key '{key}'{_nearest(key, actions)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return flat
+
+
+def write_config(parser, args):
+    """Write the settings that differ from the defaults to args.config_file, which must not exist yet."""
+    path = Path(args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml")
+    if path.exists():
+        raise ValueError(f"--output_config would overwrite {path}; name a file that does not exist")
+    chosen = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(args).items()
+        if key not in NOT_IN_CONFIG_FILE and value != parser.get_default(key)
+    }
+    path.write_text(toml.dumps(chosen), encoding="utf-8")
+    print(f"settings written to {path}; use them with --config_file {path}")
+
+
+def _value_from_config(action, value):
+    """`value` as the command line would have given it; raises ValueError where the flag would not take it."""
+    many = action.nargs in ("*", "+")
+    values = value if isinstance(value, list) else [value]
+    if isinstance(action, argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            raise ValueError("true or false is expected")
+        return value
+    if not many and isinstance(value, list):
+        raise ValueError("one value is expected, not a list")
+    for item in values:
+        if isinstance(item, bool) and action.type is not yes_or_no:
+            raise ValueError("a value is expected, not true or false")
+    values = [action.type(str(item)) if action.type else str(item) for item in values]
+    for item in values:
+        if action.choices and item not in action.choices:
+            raise ValueError(f"choose from {', '.join(str(choice) for choice in action.choices if choice)}")
+    return values if many else values[0]
+
+
+def _unknown(word, parser):
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    return f"unknown flag {word}{_nearest(word.split('=')[0], flags)}"
+
+
+def _nearest(word, known):
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""

@@ -1,0 +1,1 @@
+"""One training run: set-up, loop, loss, optimizers, state, previews and results."""

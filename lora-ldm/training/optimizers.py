@@ -1,0 +1,102 @@
+"""Optimizers and learning-rate schedulers by the names sd-scripts gives them, each from its own package.
+
+Names are matched without regard to case. Any other class can be named with its package: `torch.optim.Adamax`.
+"""
+
+import difflib
+import importlib
+
+from settings.key_values import key_values
+
+# Name in lower case -> package, class, settings that the name stands for.
+OPTIMIZERS = {
+    "adamw": ("torch.optim", "AdamW", {}),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", {}),
+    "pagedadamw": ("bitsandbytes.optim", "PagedAdamW", {}),
+    "pagedadamw8bit": ("bitsandbytes.optim", "PagedAdamW8bit", {}),
+    "pagedadamw32bit": ("bitsandbytes.optim", "PagedAdamW32bit", {}),
+    "lion": ("lion_pytorch", "Lion", {}),
+    "lion8bit": ("bitsandbytes.optim", "Lion8bit", {}),
+    "pagedlion8bit": ("bitsandbytes.optim", "PagedLion8bit", {}),
+    "sgdnesterov": ("torch.optim", "SGD", {"momentum": 0.9, "nesterov": True}),
+    "sgdnesterov8bit": ("bitsandbytes.optim", "SGD8bit", {"momentum": 0.9, "nesterov": True}),
+    "dadaptation": ("dadaptation.experimental", "DAdaptAdamPreprint", {}),
+    "dadaptadam": ("dadaptation", "DAdaptAdam", {}),
+    "dadaptadampreprint": ("dadaptation.experimental", "DAdaptAdamPreprint", {}),
+    "dadaptadagrad": ("dadaptation", "DAdaptAdaGrad", {}),
+    "dadaptadan": ("dadaptation", "DAdaptAdan", {}),
+    "dadaptadanip": ("dadaptation.experimental", "DAdaptAdanIP", {}),
+    "dadaptlion": ("dadaptation", "DAdaptLion", {}),
+    "dadaptsgd": ("dadaptation", "DAdaptSGD", {}),
+    "prodigy": ("prodigyopt", "Prodigy", {}),
+    "adafactor": ("transformers.optimization", "Adafactor", {}),
+    "adamwschedulefree": ("schedulefree", "AdamWScheduleFree", {}),
+    "radamschedulefree": ("schedulefree", "RAdamScheduleFree", {}),
+    "sgdschedulefree": ("schedulefree", "SGDScheduleFree", {}),
+    "prodigyplusschedulefree": ("prodigyplus", "ProdigyPlusScheduleFree", {}),
+}
+INSTALL = {"lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule-free"}
+ONE_RATE_FOR_ALL = ("dadapt", "prodigy")  # they find the rate themselves and refuse different ones
+
+
+def make_optimizer(args, groups):
+    """The optimizer of --optimizer_type over parameter groups [{"params": [...], "lr": float}, ...].
+
+    Raises ValueError for an unknown name, a missing package, a setting the class does not take, or rates it refuses.
+    """
+    name = args.optimizer_type.lower()
+    if name in OPTIMIZERS:
+        package, class_name, settings = OPTIMIZERS[name]
+    elif "." in args.optimizer_type:
+        package, _, class_name = args.optimizer_type.rpartition(".")
+        settings = {}
+    else:
+        raise ValueError(
+            f"--optimizer_type {args.optimizer_type} is unknown{nearest(name, OPTIMIZERS)}; "
+            "a class of another package is named package.Class"
+        )
+    settings = {"lr": args.learning_rate, **settings, **key_values(args.optimizer_args)}
+    if name == "adafactor":
+        settings, groups = _adafactor_settings(settings, groups)
+    rates = {group["lr"] for group in groups if group.get("lr")}
+    if name.startswith(ONE_RATE_FOR_ALL) and len(rates) > 1:
+        raise ValueError(
+            f"--optimizer_type {args.optimizer_type} finds the rate itself and needs the same --unet_lr and "
+            f"--text_encoder_lr (1.0 is usual), not {sorted(rates)}"
+        )
+    optimizer_class = import_class(package, class_name, "--optimizer_type")
+    try:
+        return optimizer_class(groups, **settings)
+    except TypeError as error:
+        raise ValueError(f"--optimizer_args {' '.join(args.optimizer_args or [])}: {class_name} refuses them: {error}") from error
+
+
+def _adafactor_settings(settings, groups):
+    """Adafactor with relative steps (its default) takes no rate, neither of its own nor of a group."""
+    settings.setdefault("relative_step", True)
+    if not settings["relative_step"]:
+        return settings, groups
+    settings.update(lr=None, warmup_init=settings.get("warmup_init", True))
+    return settings, [{key: value for key, value in group.items() if key != "lr"} for group in groups]
+
+
+def built(name, build):
+    try:
+        return build()
+    except TypeError as error:
+        raise ValueError(f"--lr_scheduler_args: {name} refuses them: {error}") from error
+
+
+def import_class(package, class_name, flag):
+    try:
+        return getattr(importlib.import_module(package), class_name)
+    except ImportError as error:
+        top = package.split(".")[0]
+        raise ValueError(f"{flag} needs the package {top}: pip install {INSTALL.get(top, top)} ({error})") from error
+    except AttributeError as error:
+        raise ValueError(f"{flag}: {package} has no class {class_name}") from error
+
+
+def nearest(name, known):
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""

@@ -1,0 +1,167 @@
+"""Adapter folders that a run (or PEFT) left, and the base they belong to: what merge_adapter and generate_text share."""
+
+import argparse
+import difflib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Optional
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
+
+from base.loading import fit_embeddings, load_base
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+class OneLineParser(HfArgumentParser):
+    """Mistakes on the command line end in one line and exit code 2; an unknown flag suggests the nearest."""
+
+    def parse(self, argv: Optional[Sequence[str]]) -> argparse.Namespace:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        known = sorted(option for option in self._option_string_actions if option.startswith("--"))
+        for word in argv:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in known:
+                nearest = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"{flag} is unknown" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        return self.parse_args(argv)
+
+    def error(self, message: str):
+        self.exit(2, f"{Path(self.prog).stem}: {message}; see --help\n")
+
+
+@dataclass
+class AdapterFolder:
+    """One adapter: where it lies, how much of it is used, PEFT's configuration, and what its training wrote into it."""
+
+    path: Path
+    weight: float
+    config: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def open_adapter(text: str) -> AdapterFolder:
+    """The adapter of `FOLDER` or `FOLDER:WEIGHT`; a run's folder stands for the adapter that the run kept.
+
+    Raises FileNotFoundError where there is none, ValueError where it is damaged or the weight is no number.
+    """
+    folder, weight = _folder_and_weight(text)
+    if not (folder / "adapter_config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
+        folder = folder / "adapter"
+    for name in ("adapter_config.json", WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"--adapter {folder} holds no {name}; give the adapter folder that a run left")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as handle:
+            facts = json.loads((handle.metadata() or {}).get("es_lora", "{}"))
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"--adapter {folder} is damaged ({error}); take another checkpoint of the run") from error
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"--adapter {folder} is of type {config.get('peft_type')}; only LORA is supported")
+    return AdapterFolder(folder, weight, config, facts)
+
+
+def _folder_and_weight(text: str) -> tuple[Path, float]:
+    folder, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return Path(text), 1.0
+    if not math.isfinite(weight) or weight == 0:
+        raise ValueError(f"--adapter {text}: the weight must be a finite number other than 0")
+    return Path(folder), weight
+
+
+def base_of(adapters: Sequence[AdapterFolder], given: Optional[str]) -> str:
+    """Folder or hub name of the base: the one given, else the one all adapters were trained on. Raises ValueError."""
+    if given:
+        return given
+    bases = sorted({str(adapter.config.get("base_model_name_or_path")) for adapter in adapters})
+    if len(bases) != 1 or bases == ["None"]:
+        named = " and ".join(bases) if bases else "none"
+        raise ValueError(f"give the base model with --base; the adapters name {named}")
+    return bases[0]
+
+
+def trained_bits(adapters: Sequence[AdapterFolder]) -> Optional[dict[str, Any]]:
+    """{"bits", "quant_type", "double_quant"} of the base in training, where an adapter tells."""
+    return next((adapter.facts["base"] for adapter in adapters if adapter.facts.get("base")), None)
+
+
+def stored_dtype(base: str) -> torch.dtype:
+    """What the base's weights are stored in; float32 where its configuration does not say. Raises FileNotFoundError."""
+    try:
+        dtype = AutoConfig.from_pretrained(base).dtype
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"the base model {base} cannot be found; put it there again or name another by --base") from error
+    return dtype or torch.float32
+
+
+def load_frozen_base(base: str, bits: Optional[int], adapters: Sequence[AdapterFolder]) -> tuple[Any, int]:
+    """(model, bits): the base in `bits` bits - by default as in training, else as stored - ready for a forward pass.
+
+    Raises FileNotFoundError where it cannot be found, ValueError where it is no causal language model.
+    """
+    dtype, trained = stored_dtype(base), trained_bits(adapters) or {}
+    bits = bits or trained.get("bits") or (32 if dtype == torch.float32 else 16)
+    on_cpu = not torch.accelerator.is_available()
+    training = SimpleNamespace(
+        bits=bits,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        quant_type=trained.get("quant_type", "nf4"),
+        double_quant=trained.get("double_quant", True),
+        use_cpu=on_cpu,
+        device=torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator(),
+        world_size=1,
+        max_memory_MB=10**7,
+        activation_checkpointing=False,
+        activation_checkpointing_kwargs=None,
+        full_finetune=True,  # nothing here is trained through the base's inputs
+        cache_dir=None,
+    )
+    model = SimpleNamespace(model_name_or_path=base, trust_remote_code=False, use_auth_token=False)
+    loaded = load_base(SimpleNamespace(model=model, training=training))
+    if bits in (16, 32) and not on_cpu:
+        loaded.to(training.device)
+    loaded.config.use_cache = True
+    return loaded.eval(), bits
+
+
+def load_tokenizer_of(base: str, adapters: Sequence[AdapterFolder]) -> Any:
+    """The tokenizer that the run saved beside its adapter, else the base's."""
+    beside = [adapter.path for adapter in adapters if (adapter.path / "tokenizer_config.json").is_file()]
+    tokenizer = AutoTokenizer.from_pretrained(str(beside[0]) if beside else base)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def put_adapters_on(base: torch.nn.Module, tokenizer: Any, adapters: Sequence[AdapterFolder]) -> PeftModel:
+    """The base with every adapter loaded as `adapter0`, `adapter1`, ..., the first one active.
+
+    PEFT's names cannot hold the dots and slashes of folders. Raises ValueError where an adapter does not fit the base.
+    """
+    fit_embeddings(base, tokenizer)
+    model = None
+    for number, adapter in enumerate(adapters):
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(base, str(adapter.path), adapter_name="adapter0")
+            else:
+                model.load_adapter(str(adapter.path), f"adapter{number}")
+        except (RuntimeError, ValueError, KeyError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ValueError(f"--adapter {adapter.path} does not fit its base: {first_line}") from error
+    return model.eval()

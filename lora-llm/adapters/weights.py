@@ -1,0 +1,35 @@
+"""A LoRA put over a base, and what of it is trained."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.pytorch_utils import Conv1D
+
+from base.layers import lora_target_names
+
+
+def attach_lora(base: torch.nn.Module, training: Any) -> PeftModel:
+    """The base with a fresh LoRA in the layers of --lora_modules; only it (and --lora_bias) is trained."""
+    targets = lora_target_names(base, training.lora_modules)
+    config = LoraConfig(
+        r=training.lora_r,
+        lora_alpha=training.lora_alpha,
+        target_modules=targets,
+        lora_dropout=training.lora_dropout,
+        bias=training.lora_bias,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=all(isinstance(base.get_submodule(name), Conv1D) for name in targets),
+    )
+    return get_peft_model(base, config)
+
+
+def trainable_parameters(model: torch.nn.Module) -> dict[str, Any]:
+    """{"trainable", "total", "percent"}; a quantised weight counts its unpacked values."""
+    trainable, total = 0, 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return {"trainable": trainable, "total": total, "percent": round(100 * trainable / max(1, total), 3)}

@@ -1,0 +1,140 @@
+"""The frozen base model and its tokenizer in 4, 8, 16 or 32 bits, and the LoRA layers put into it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from base.layers import check_dequantisation
+from es_lora.weights import keep_as_loaded
+
+
+def check_base_path(name: str) -> None:
+    """Raises FileNotFoundError where `name` is meant as a folder and holds no model."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"--model_name_or_path {name}: the folder holds no config.json, so it is no model")
+    looks_like_path = name.startswith((".", "/", "~")) or path.exists() or name.count("/") > 1
+    if looks_like_path and not path.is_dir():
+        raise FileNotFoundError(f"--model_name_or_path {name}: there is no such folder")
+
+
+def compute_dtype(training: Any) -> torch.dtype:
+    """What the base computes in: bf16 or fp16 where asked for, float32 otherwise."""
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
+def _from_hub_or_folder(load: Any, name: str, what: str, **options: Any) -> Any:
+    """`load(name)`, with one message in place of the hub's many where it cannot be had."""
+    try:
+        return load(name, **options)
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"--model_name_or_path {name}: no {what} there ({first_line}); give a folder with a model in Hugging Face format, "
+            "or a hub name where the hub can be reached"
+        ) from error
+
+
+def load_tokenizer(name: str, *, cache_dir: Any = None, trust_remote_code: bool = False, token: bool = False) -> Any:
+    """The base model's tokenizer, padding on the right, with a pad token (its unknown or end token where it has none)."""
+    check_base_path(name)
+    options = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code, "token": token or None}
+    tokenizer = _from_hub_or_folder(AutoTokenizer.from_pretrained, name, "tokenizer", padding_side="right", **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"--model_name_or_path {name}: its tokenizer has no pad, unknown or end token; add a pad_token to it")
+    return tokenizer
+
+
+def _device_map(training: Any) -> dict[str, Any]:
+    """One process keeps the whole model on its own device; a single process on several GPUs spreads it."""
+    if training.use_cpu:
+        return {"device_map": {"": "cpu"}}
+    if training.world_size > 1 or torch.cuda.device_count() == 1:
+        return {"device_map": {"": training.device}}
+    memory = f"{training.max_memory_MB}MB"
+    return {"device_map": "auto", "max_memory": {index: memory for index in range(torch.cuda.device_count())}}
+
+
+def load_base(settings: Any) -> torch.nn.Module:
+    """The base model of --model_name_or_path in --bits bits, ready to be trained on (norms in float32 where quantised).
+
+    Raises FileNotFoundError where it cannot be found, ValueError where it is no causal language model.
+    """
+    model, training = settings.model, settings.training
+    check_base_path(model.model_name_or_path)
+    options = {
+        "cache_dir": training.cache_dir,
+        "trust_remote_code": model.trust_remote_code,
+        "token": model.use_auth_token or None,
+    }
+    config = _from_hub_or_folder(AutoConfig.from_pretrained, model.model_name_or_path, "config.json", **options)
+    if type(config) not in AutoModelForCausalLM._model_mapping and not model.trust_remote_code:
+        raise ValueError(
+            f"--model_name_or_path {model.model_name_or_path}: a {config.model_type} model is no causal language model"
+        )
+    dtype = compute_dtype(training)
+    if training.bits == 16 and dtype == torch.float32:
+        dtype = torch.bfloat16 if training.use_cpu or torch.cuda.is_bf16_supported() else torch.float16
+    quantisation = None
+    if training.bits in (4, 8):
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=training.bits == 4,
+            load_in_8bit=training.bits == 8,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=training.double_quant,
+            bnb_4bit_quant_type=training.quant_type,
+        )
+    if training.bits == 32:
+        dtype = torch.float32
+    if getattr(training, "packed_varlen", False):
+        options["attn_implementation"] = "flash_attention_2"
+    if quantisation is not None or not training.use_cpu:
+        options.update(_device_map(training))
+    base = _from_hub_or_folder(
+        AutoModelForCausalLM.from_pretrained,
+        model.model_name_or_path,
+        "weights",
+        dtype=dtype,
+        quantization_config=quantisation,
+        **options,
+    )
+    base.config.use_cache = False
+    if quantisation is not None:
+        keep_as_loaded(base)
+        check_dequantisation(base)
+        kwargs = training.activation_checkpointing_kwargs
+        return prepare_model_for_kbit_training(base, training.activation_checkpointing, kwargs)
+    if training.bits == 16 and training.bf16 and training.use_cpu and not training.full_finetune:
+        small_parts_in_float32(base)
+    if training.activation_checkpointing and not training.full_finetune:
+        base.enable_input_require_grads()
+    return base
+
+
+def small_parts_in_float32(base: torch.nn.Module) -> None:
+    """Norms, biases and logits of a bf16 base on a CPU in float32: they cost little and round a lot.
+
+    The matrices stay in bf16 and are multiplied in it, by AMX or AVX-512 where the processor has them.
+    """
+    for parameter in base.parameters():
+        if parameter.ndim == 1:
+            parameter.data = parameter.data.float()
+    base.forward = torch.autocast("cpu", torch.bfloat16)(base.forward)  # matrices meet float32 biases and activations
+    base.get_output_embeddings().register_forward_hook(lambda head, inputs, logits: logits.float())
+
+
+def bf16_products() -> str:
+    """What multiplies bf16 matrices on this processor, for the screen; empty where nothing does it fast."""
+    able = torch.cpu.get_capabilities()
+    return " (bf16 by AMX)" if able.get("amx_bf16") else " (bf16 by AVX-512)" if able.get("avx512_bf16") else ""
+
+
+def fit_embeddings(base: torch.nn.Module, tokenizer: Any) -> None:
+    """Grow the embeddings where the tokenizer has more tokens than the model; new rows are the mean of the old."""
+    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=True)

@@ -1,0 +1,1 @@
+"""Which of the adapters that some trainer saved is to be kept."""

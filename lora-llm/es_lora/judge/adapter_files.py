@@ -1,0 +1,106 @@
+"""The LoRA files that trainers write: PEFT, diffusers and kohya names, read as down, up and scale."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from es_lora.judge.base_index import Key
+
+PEFT_NAME, DIFFUSERS_NAME = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+
+
+class LoraModule(NamedTuple):
+    """down A (r, in, ...), up B (out, r, ...), and the factor (alpha / r) of their product."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+
+@dataclass
+class Adapter:
+    modules: Dict[Key, LoraModule]
+    transposed: bool = False  # fan_in_fan_out: the base's weights are stored (in, out)
+
+
+_PEFT_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
+_DIFFUSERS_KEY = re.compile(
+    r"^(?:(?P<part>unet|text_encoder_2|text_encoder|transformer)\.)?(?P<path>.+?)"
+    r"(?:\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<plain>down|up)\.weight|\.alpha)$"
+)
+_KOHYA_KEY = re.compile(r"^lora_(?P<part>unet|te1|te2|te)_(?P<path>[^.]+)\.(?P<rest>.+)$")
+_PARTS = {None: "unet", "unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2", "transformer": "transformer"}
+_KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+
+
+def file_metadata(file: Path) -> Dict[str, str]:
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            return handle.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}  # named when its tensors are read
+
+
+def _split_key(name: str, is_peft: bool) -> Optional[Tuple[Key, str]]:
+    """((component, path), "down" | "up" | "alpha"), None for a tensor beside the LoRA (DoRA magnitudes, trained heads)."""
+    if is_peft:
+        match = _PEFT_KEY.match(name)
+        return (("lm", match["path"]), "down" if match["side"] == "A" else "up") if match else None
+    match = _KOHYA_KEY.match(name)
+    if match:
+        if match["rest"] in _KOHYA_PARTS:
+            return ("te1" if match["part"] == "te" else match["part"], match["path"]), _KOHYA_PARTS[match["rest"]]
+        if match["rest"] == "dora_scale":
+            return None
+        raise ValueError(f"{name} is no part of a plain LoRA (LoHa, LoKr and Tucker convolutions cannot be judged)")
+    match = _DIFFUSERS_KEY.match(name)
+    if match is None:
+        return None
+    side = {"A": "down", "B": "up", None: match["plain"] or "alpha"}[match["peft"]]
+    return (_PARTS[match["part"]], match["path"]), side
+
+
+def _peft_scale(config: Dict[str, Any], path: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    given = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)]
+    alpha = given[0] if given else config.get("lora_alpha") or rank
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def read_adapter(file: Path) -> Adapter:
+    """The LoRA of one file, in PEFT's, kohya's or diffusers' naming. Raises ValueError where it cannot be used."""
+    try:
+        tensors = load_file(str(file))
+        config_file = file.with_name("adapter_config.json")
+        is_peft = file.name == PEFT_NAME
+        config = json.loads(config_file.read_text(encoding="utf-8")) if is_peft else {}
+        diffusers_config = json.loads(file_metadata(file).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"it cannot be read: {error}") from error
+    parts: Dict[Key, Dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        split = _split_key(name, is_peft)
+        if split is not None:
+            parts.setdefault(split[0], {})[split[1]] = tensor
+    if not parts:
+        raise ValueError("it holds no LoRA of PEFT's, kohya's or diffusers' naming")
+    modules = {}
+    for key, sides in parts.items():
+        if "down" not in sides or "up" not in sides:
+            raise ValueError(f"layer {key[1]} has no {'lora_up' if 'down' in sides else 'lora_down'} matrix")
+        down, up, rank = sides["down"], sides["up"], sides["down"].shape[0]
+        if up.flatten(1).shape[1] != rank:
+            raise ValueError(f"layer {key[1]}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} do not fit")
+        # diffusers keeps a PEFT configuration for each part, its names led by the part's.
+        part_names = [name for name, component in _PARTS.items() if name and component == key[0]]
+        own = {name.partition(".")[2]: value for name, value in diffusers_config.items() if name.partition(".")[0] in part_names}
+        scale = float(sides["alpha"]) / rank if "alpha" in sides else _peft_scale(config or own, key[1], rank)
+        modules[key] = LoraModule(down, up, scale)
+    return Adapter(modules, bool(config.get("fan_in_fan_out")))

@@ -1,0 +1,222 @@
+"""The monitor: measures CS, writes the history, keeps snapshots and asks the rule."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cs_fluctuation import FluctuationSeries, LoraLayer, measure_layers
+from es_lora.files import write_text_whole, write_whole
+from es_lora.gradient_evidence import GradientEvidence
+from es_lora.history import HISTORY_FORMAT, HISTORY_NAME
+from es_lora.rules import Decision
+from es_lora.snapshots import SNAPSHOT_FOLDER, SnapshotStore
+
+STATE_NAME = "cs_state.json"
+GRADIENTS_NAME = "cs_gradients.safetensors"
+MEASURED = ("step", "epoch", "cs", "cs_matrix", "cs_row", "delta_norm", "fluctuation", "loss", "lr")  # in every run
+
+
+class EarlyStopMonitor:
+    """Measures CS every cs_interval optimizer steps, writes the history, keeps snapshots and asks the rule.
+
+    folder: where cs_history.jsonl and the snapshots go. rule: an object of es_lora.rules.
+    layers: the LoRA layers, live. tensors: gives {name: live tensor}, what a snapshot holds; None keeps no snapshots.
+    reduction: "matrix" or "row", the cosine that the rule sees as column `cs`. header: further facts for line one.
+    evidence: a GradientEvidence over the trained matrices, for the column grad_evidence; None leaves it null.
+    columns: {name: function} of further columns; each is called at every measurement and gives a float or None.
+    resume_from: a folder that save_state wrote; the history goes on from there.
+    It never exits, prints or kills: `measure` returns the Decision once, and the trainer acts.
+    Raises FileExistsError where the folder holds the history of another run, FileNotFoundError where resume_from holds
+    no state, ValueError for a component that no layer has and for a rule that needs a column that is not recorded.
+    """
+
+    def __init__(
+        self,
+        folder: Union[str, Path],
+        rule: Any,
+        layers: Sequence[LoraLayer],
+        tensors: Optional[Callable[[], Dict[str, torch.Tensor]]],
+        *,
+        cs_interval: int,
+        reduction: str,
+        header: Optional[Dict[str, Any]] = None,
+        snapshot_disk_bytes: float = 20e9,
+        resume_from: Union[str, Path, None] = None,
+        evidence: Optional[GradientEvidence] = None,
+        columns: Optional[Dict[str, Callable[[], Optional[float]]]] = None,
+    ):
+        self.columns, self.evidence = columns if columns is not None else {}, evidence
+        self.folder, self.rule, self.layers, self.tensors = Path(folder), rule, list(layers), tensors
+        self.cs_interval, self.reduction, self.component = cs_interval, reduction, rule.settings.component
+        self.history_path = self.folder / HISTORY_NAME
+        self._check()
+        if resume_from is None and self.history_path.exists():
+            raise FileExistsError(f"{self.history_path} is the history of another run; choose another output folder")
+        self.decision: Optional[Decision] = None
+        self.series = FluctuationSeries(rule.settings.window)
+        self.measurements = 0
+        self._state_folder: Optional[Path] = None  # the newest whole checkpoint
+        self.last_record: Optional[Dict[str, Any]] = None  # the history line written last
+        self.snapshots: Optional[SnapshotStore] = None
+        if tensors is not None:
+            bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors().values())
+            store = self.folder / SNAPSHOT_FOLDER
+            self.snapshots = SnapshotStore(store, rule.lookback() + 1, bytes_each, snapshot_disk_bytes)
+        self.header = {
+            "format": HISTORY_FORMAT,
+            "cs_interval": cs_interval,
+            "reduction": reduction,
+            "decided_on": self.component,
+            "rule": rule.name,
+            "window": rule.settings.window,
+            "steps_per_epoch": rule.settings.steps_per_epoch,
+            "valley": rule.settings.valley,
+            "rule_value": rule.settings.value,
+            **(header or {}),
+        }
+        self._lines: List[Dict[str, Any]] = []
+        if resume_from is not None:
+            self._load_state(Path(resume_from))
+
+    def _check(self) -> None:
+        components = {layer.component for layer in self.layers} | {"all"}
+        if not self.layers:
+            raise ValueError("no LoRA layer to measure; CS needs at least one frozen weight with a LoRA update")
+        if self.component not in components:
+            raise ValueError(f"component {self.component!r} has no LoRA layers; choose one of {sorted(components)}")
+        if self.reduction not in ("matrix", "row"):
+            raise ValueError(f"CS reduction {self.reduction!r} is unknown; use 'matrix' or 'row'")
+        recorded = {*MEASURED, *self.columns, *(["grad_evidence"] if self.evidence is not None else [])}
+        missing = [column for column in self.rule.needs if column not in recorded]
+        if missing:
+            needed = f"the rule {self.rule.name} needs {', '.join(missing)}, which is not recorded here"
+            raise ValueError(f"{needed}: provide it among the columns, or choose another rule")
+
+    def due(self, step: int) -> bool:
+        """Whether `step`, counted in completed optimizer steps, is one to measure at."""
+        return step > 0 and step % self.cs_interval == 0
+
+    def _write(self, line: Dict[str, Any]) -> None:
+        new = [line] if self._lines else [self.header, line]
+        self._lines.append(line)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.history_path, "a", encoding="utf-8") as handle:
+            handle.write("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in new))
+
+    def measure(self, step: int, epoch: float, **columns: Any) -> Optional[Decision]:
+        """Measure after optimizer step `step`; returns the rule's Decision once, None otherwise.
+
+        columns: further columns of the history (loss, lr, heldout_loss, ...); a value that is not finite becomes null.
+        Raises NonFiniteWeightsError, before anything is recorded, where the weights have diverged.
+        """
+        measured = measure_layers(self.layers)
+        record = {"step": step, "epoch": round(epoch, 6), "cs": measured[f"cs_{self.reduction}"], **measured}
+        record["fluctuation"] = self.series.update(record["cs"][self.component]).fluctuation
+        record["grad_evidence"] = self.evidence.value() if self.evidence is not None else None
+        measured_now = {name: function() for name, function in self.columns.items()}
+        for name, value in {**columns, **measured_now}.items():
+            record[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        if self.snapshots is not None:
+            self.snapshots.put(self.measurements, step, self.tensors())
+        self.measurements += 1
+        self.last_record = record
+        self._write(record)
+        decision = self.rule.update(record) if self.decision is None else None
+        if decision is not None:
+            self._decide(decision)
+            return self.decision
+        return None
+
+    def _decide(self, decision: Decision) -> None:
+        if self.snapshots is not None:
+            kept = self.snapshots.nearest_before(decision.keep_step)
+            if kept is None:  # thinned out and just resumed
+                kept, self.snapshots.every = decision.detected_step, 1
+                self.snapshots.put(self.measurements - 1, kept, self.tensors())
+            if kept != decision.keep_step:
+                decision = replace(decision, keep_step=kept, reason=f"{decision.reason} The nearest step still kept is {kept}.")
+            self.snapshots.pin(kept)
+        self.decision = decision
+        facts = {"detected_at": decision.detected_step, "usable": list(decision.usable), "reason": decision.reason}
+        self.note("turning_point", decision.keep_step, **facts)
+
+    def note(self, event: str, step: int, **facts: Any) -> None:
+        """Write an event into the history, such as an evaluation with its heldout_loss."""
+        self._write({"event": event, "step": step, **facts})
+
+    def latest_snapshot_step(self) -> Optional[int]:
+        """The newest step whose weights are kept; they are finite."""
+        return self.snapshots.kept[-1][1] if self.snapshots is not None and self.snapshots.kept else None
+
+    def load_snapshot(self, step: int) -> Dict[str, torch.Tensor]:
+        """{name: tensor} as at that step, on the CPU. Raises FileNotFoundError where it is not kept."""
+        if self.snapshots is None:
+            raise FileNotFoundError("this run keeps no snapshots")
+        return self.snapshots.load(step)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Everything but the snapshots themselves, as plain JSON values."""
+        return {"lines": list(self._lines), "snapshots": list(self.snapshots.kept) if self.snapshots else []}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on from a saved state: series and rule see the recorded measurements again, the history is rewritten."""
+        self._lines = list(state["lines"])
+        for line in self._lines:
+            if line.get("event") == "turning_point":
+                self.decision = Decision(line["step"], line["detected_at"], tuple(line["usable"]), line["reason"])
+            elif "event" not in line:
+                self.series.update(line["cs"][self.component])
+                self.measurements += 1
+                if self.decision is None:
+                    self.rule.update(line)
+        lines = [self.header, *self._lines] if self._lines else []
+        write_text_whole(self.history_path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def save_state(self, folder: Union[str, Path]) -> None:
+        """Put the state and hard links to the snapshots into a checkpoint's folder."""
+        if self.snapshots is not None:
+            self.snapshots.copy_to(Path(folder) / SNAPSHOT_FOLDER)
+        if self.evidence is not None:
+            state = self.evidence.state_tensors()
+            write_whole(Path(folder) / GRADIENTS_NAME, lambda temporary: save_file(state, str(temporary)))
+        write_text_whole(Path(folder) / STATE_NAME, json.dumps(self.state_dict()))
+
+    def state_saved(self, folder: Union[str, Path]) -> None:
+        """Say that the checkpoint in `folder` is whole: the one before it no longer needs its snapshots, and loses them.
+
+        Without that, every checkpoint would hold a window of snapshots on the disk. An older checkpoint can still be resumed;
+        its run then keeps a later step if the turning point lies before the resumption.
+        """
+        if self._state_folder is not None and self._state_folder != Path(folder):
+            shutil.rmtree(self._state_folder / SNAPSHOT_FOLDER, ignore_errors=True)
+        self._state_folder = Path(folder)
+
+    def _load_state(self, folder: Path) -> None:
+        if not (folder / STATE_NAME).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {STATE_NAME}: that run did not measure CS; go on without it (--calculate_cs False) "
+                "or start anew"
+            )
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        if self.snapshots is not None:
+            self.snapshots.copy_from(folder / SNAPSHOT_FOLDER, state["snapshots"])
+        if self.evidence is not None and (folder / GRADIENTS_NAME).is_file():
+            self.evidence.load_state_tensors(load_file(str(folder / GRADIENTS_NAME)))
+        self.load_state_dict(state)
+        self._state_folder = folder
+        if self.snapshots is not None and self.decision is not None:
+            self.snapshots.load(self.decision.keep_step)  # found now rather than missed at the end
+            self.snapshots.pin(self.decision.keep_step)
+
+    def close(self) -> None:
+        """Delete the snapshots and watch no more gradients; the history stays."""
+        if self.evidence is not None:
+            self.evidence.close()
+        if self.snapshots is not None:
+            self.snapshots.delete()

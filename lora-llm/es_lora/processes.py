@@ -1,0 +1,45 @@
+"""Several processes: what the first one says is heard by all, and no rank waits for one that has stopped."""
+
+from typing import Any
+
+import torch
+
+from es_lora.peft_models import trainable_tensors
+
+# What rank 0 tells the others after a measurement.
+GO_ON, STOP, DIVERGED, FAILED = range(4)
+
+
+def _device(args: Any) -> torch.device:
+    return torch.device("cpu") if torch.distributed.get_backend() == "gloo" else args.device
+
+
+_last_broadcast: Any = None
+
+
+def _broadcast(tensor: torch.Tensor) -> None:
+    """Rank 0's values on every rank, in place.
+
+    The finished work is held until the next one. Where gloo's thread were the last to hold it, that thread would need the
+    interpreter to let go of the tensor, and wait for ever if the process is ending just then.
+    """
+    global _last_broadcast
+    work = torch.distributed.broadcast(tensor, 0, async_op=True)
+    work.wait()
+    _last_broadcast = work
+
+
+def heard_by_all(answer: int, args: Any) -> int:
+    """Rank 0's answer, on every rank."""
+    if args.world_size == 1:
+        return answer
+    tensor = torch.tensor([answer], device=_device(args))
+    _broadcast(tensor)
+    return int(tensor.item())
+
+
+def same_on_all(model: torch.nn.Module, args: Any) -> None:
+    """Give every rank the trained weights of rank 0."""
+    if args.world_size > 1:
+        for tensor in trainable_tensors(model).values():
+            _broadcast(tensor.data)

@@ -1,0 +1,262 @@
+"""Jobs of multi_lora.py: what a job is, and the toml, yaml or json file that lists them.
+
+    [defaults]                    # for every job
+    dataset = "notes.jsonl"       # relative to the current folder or, if it is not there, to this file's
+    rank = 8
+
+    [[jobs]]
+    name = "notes"
+
+    [grid]                        # every job once for each combination
+    rank = [8, 32, 128]
+    learning_rate = [1e-4, 3e-4]
+
+A job's own `grid` (`[jobs.grid]`) expands that job alone. The jobs that came of one are a group, of which the best is named.
+"""
+
+import difflib
+import itertools
+import json
+import re
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Optional, Union
+
+import tomllib
+import yaml
+from transformers import SchedulerType
+
+from es_lora.rules import DEFAULT_RULE, RULES
+
+PATH_KEYS = ("dataset", "eval_dataset", "mmlu_dir")
+
+
+@dataclass
+class Job:
+    """One adapter to train: its data, its hyperparameters, and how it is stopped. Names as in es_lora_llm.py, without `lora_`.
+
+    dataset, dataset_format, eval_dataset, train_subject, mmlu_dir: sources and formats of es_lora_llm.py. eval_dataset_size:
+    examples (below 1 a fraction) held out of the training data; 0 for none.
+    max_steps: optimizer steps; it wins over epochs. early_stop False: train to the budget and save the turning point beside.
+    cs_interval, window_size: numbers, or "auto" as in the single trainer. evaluate_epochs: score the held-out examples after
+    every epoch too. priority: the highest waiting job gets a free slot first. group: what it is compared with in the end.
+    """
+
+    name: str
+    dataset: str = ""
+    dataset_format: Optional[str] = None
+    eval_dataset: Optional[str] = None
+    eval_dataset_size: float = 0
+    max_train_samples: Optional[int] = None
+    max_eval_samples: Optional[int] = None
+    train_subject: Optional[str] = None
+    mmlu_dir: str = "data/mmlu"
+    source_max_len: int = 1024
+    target_max_len: int = 256
+    train_on_source: bool = False
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: Union[str, list] = "all"
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "constant"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.3
+    batch_size: int = 1
+    accumulation: int = 16
+    epochs: float = 10
+    max_steps: Optional[int] = None
+    group_by_length: bool = True
+    seed: int = 42
+    early_stop: bool = True
+    stop_rule: str = DEFAULT_RULE
+    valley: int = 2
+    rule_value: Optional[float] = None
+    cs_interval: Union[int, str] = "auto"
+    window_size: Union[int, str] = "auto"
+    cs_reduction: str = "row"
+    snapshot_disk_gb: float = 20.0
+    evaluate_epochs: bool = False
+    priority: int = 0
+    group: Optional[str] = None
+
+    def data_arguments(self, cache_dir: Optional[str] = None) -> SimpleNamespace:
+        """What text.sources.load_splits reads."""
+        return SimpleNamespace(
+            **{name: getattr(self, name) for name in ("dataset", "dataset_format", "eval_dataset", "eval_dataset_size", "seed")},
+            **{name: getattr(self, name) for name in ("max_train_samples", "max_eval_samples", "train_subject", "mmlu_dir")},
+            do_train=True,
+            do_eval=bool(self.eval_dataset or self.eval_dataset_size),
+            test_dataset_size=0,
+            cache_dir=cache_dir,
+        )
+
+    def problems(self) -> list[str]:
+        """What is wrong with its values, a sentence each that says what is allowed."""
+        found = []
+        for name, hint in _HINTS.items():
+            if not _fits(getattr(self, name), hint):
+                found.append(f"{name} = {getattr(self, name)!r}: give {_in_words(hint)}")
+        if found:
+            return found  # the ranges below compare numbers
+        if not re.fullmatch(r"\w[\w.+=-]*", self.name):
+            found.append(f"name = {self.name!r}: it names a folder; use letters, digits and . _ - + = only")
+        if not self.dataset:
+            found.append("dataset is missing: give a json, jsonl, csv or tsv file, mmlu, or a hub name")
+        for allowed, (names, fits) in _RANGES.items():
+            wrong = [(name, getattr(self, name)) for name in names]
+            found += [f"{name} = {value}: must be {allowed}" for name, value in wrong if _is_number(value) and not fits(value)]
+        choices = {"stop_rule": list(RULES), "cs_reduction": ["row", "matrix"], "lr_scheduler_type": SCHEDULES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                found.append(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for name in ("cs_interval", "window_size"):
+            if isinstance(getattr(self, name), str) and getattr(self, name) != "auto":
+                found.append(f'{name} = {getattr(self, name)!r}: give a number of 1 or more, or "auto"')
+        return found
+
+
+_HINTS = typing.get_type_hints(Job)
+_RANGES = {  # what is allowed: (names, whether a value is); NaN is in none of them
+    "at least 1": (
+        ("rank", "batch_size", "accumulation", "max_steps", "max_train_samples", "max_eval_samples", "source_max_len")
+        + ("target_max_len", "valley", "cs_interval", "window_size"),
+        lambda value: value >= 1,
+    ),
+    "above 0": (("alpha", "learning_rate", "epochs", "snapshot_disk_gb", "rule_value"), lambda value: value > 0),
+    "0 or more": (("weight_decay", "max_grad_norm", "eval_dataset_size", "seed"), lambda value: value >= 0),
+    "at least 0 and below 1": (("dropout", "warmup_ratio"), lambda value: 0 <= value < 1),
+}
+# Schedules that need nothing but the number of warm-up and of all steps.
+SCHEDULES = [kind.value for kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.LINEAR)]
+SCHEDULES += [kind.value for kind in (SchedulerType.COSINE, SchedulerType.COSINE_WITH_RESTARTS, SchedulerType.POLYNOMIAL)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    return typing.get_args(hint) or (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kinds = _kinds(hint)
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+
+
+def _in_words(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", list: "a list of texts"}
+    return " or ".join(words[kind] for kind in _kinds(hint) if kind in words)
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def read_jobs(path: Union[str, Path]) -> list[Job]:
+    """The jobs of a toml, yaml or json file, grids expanded, in order.
+
+    Raises FileNotFoundError where it is missing, ValueError, with every problem found, where it is not as it should be. Names
+    that are given twice are left to the caller: they concern one job, not the file.
+    """
+    path = Path(path).expanduser()
+    content = _read(path)
+    problems = _unknown(content, ("defaults", "jobs", "grid"), "the file")
+    defaults, grid = content.get("defaults", {}), content.get("grid", {})
+    entries = content.get("jobs", [])
+    if not isinstance(defaults, dict) or not isinstance(grid, dict) or not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: give a list of [[jobs]], and, if you like, tables [defaults] and [grid]")
+    problems += _unknown(defaults, [name for name in JOB_KEYS if name != "name"], "[defaults]") + _grid_problems(grid, "[grid]")
+    jobs = []
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            problems.append(f'job {number}: give it a name = "..."')
+            continue
+        where = f"job {number} ({entry['name']})"
+        own_grid = entry.get("grid", {})
+        found = _unknown(entry, (*JOB_KEYS, "grid"), where) + _grid_problems(own_grid, f"{where}, grid")
+        problems += found
+        if not found and not problems:
+            jobs += _expanded({**defaults, **entry}, {**grid, **own_grid}, path.parent)
+    problems += [f"job {job.name}: {problem}" for job in jobs for problem in job.problems()]
+    if problems:
+        raise ValueError(f"{path}: " + "; ".join(dict.fromkeys(problems)))
+    return jobs
+
+
+JOB_KEYS = [entry.name for entry in fields(Job)]
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Reads 1e-4 as a number: YAML 1.1 wants 1.0e-4."""
+
+
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    readers = {
+        ".toml": tomllib.loads,
+        ".yaml": lambda text: yaml.load(text, _YamlLoader),
+        ".yml": lambda text: yaml.load(text, _YamlLoader),
+        ".json": json.loads,
+    }
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"--config {path}: unknown kind of file '{path.suffix}'; give {', '.join(readers)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file")
+    try:
+        content = readers[path.suffix.lower()](path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: give a list of [[jobs]], and, if you like, tables [defaults] and [grid]")
+    return content
+
+
+def _unknown(table: dict[str, Any], known: Any, where: str) -> list[str]:
+    problems = []
+    for key in table:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), list(known), n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; known are {', '.join(known)}"
+            problems.append(f"{where}: {key} is unknown{hint}")
+    return problems
+
+
+def _grid_problems(grid: Any, where: str) -> list[str]:
+    if not isinstance(grid, dict):
+        return [f"{where}: give lists of values, such as rank = [8, 32]"]
+    problems = _unknown(grid, [name for name in JOB_KEYS if name not in ("name", "group")], where)
+    empty = [key for key, values in grid.items() if not isinstance(values, list) or not values]
+    return problems + [f"{where}: {key} = {grid[key]!r}: give a list of values" for key in empty]
+
+
+def _expanded(entry: dict[str, Any], grid: dict[str, list], folder: Path) -> list[Job]:
+    """One job a combination of the grid, named after what the grid sets; the job itself without a grid."""
+    values = {key: _found(value, folder) if key in PATH_KEYS else value for key, value in entry.items() if key != "grid"}
+    jobs = []
+    for combination in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, combination))
+        named = "-".join([values["name"], *(f"{key}{_short(value)}" for key, value in chosen.items())])
+        group = {"group": values.get("group") or values["name"]} if grid else {}
+        chosen = {key: _found(value, folder) if key in PATH_KEYS else value for key, value in chosen.items()}
+        jobs.append(Job(**{**values, **chosen, **group, "name": named}))
+    return jobs
+
+
+def _short(value: Any) -> str:
+    text = Path(value).stem if isinstance(value, str) and "/" in value else f"{value:g}" if type(value) is float else str(value)
+    return re.sub(r"[^\w.+=-]", "_", text)
+
+
+def _found(value: Any, folder: Path) -> Any:
+    """A path as given where it leads somewhere; beside the configuration file where that is there."""
+    if isinstance(value, str) and value and not Path(value).expanduser().exists() and (folder / value).exists():
+        return str(folder / value)
+    return value

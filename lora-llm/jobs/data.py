@@ -1,0 +1,103 @@
+"""A job's examples as token ids, and when it is measured: whatever can be wrong about it is found here, before training."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+
+from es_lora.monitor import MEASURED
+from es_lora.settings import MeasurementPlan, plan_measurements
+from jobs.config import Job
+from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
+from text.sources import load_splits
+from training.epoch_order import epoch_order
+
+COMPONENT = "lm"
+# Columns of the history that every job records; held-out examples add `heldout_loss`.
+RECORDED = {*MEASURED, "grad_evidence"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of source and target, and the labels: IGNORE_INDEX where nothing is learned."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are predicted; nothing predicts the first."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+def encode_examples(rows: Any, collator: CausalCollator) -> list[Example]:
+    """Examples of the rows {"input", "output"}, as the collator cuts and masks them."""
+    examples = []
+    for row in rows:
+        source, target = collator.encode(row)
+        labels = source if collator.train_on_source else [IGNORE_INDEX] * len(source)
+        examples.append(Example(source + target, labels + target))
+    return examples
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels, each (rows, longest), padded on the right."""
+    batch = pad_batch([example.ids for example in examples], pad_id)
+    return {**batch, "labels": pad_batch([example.labels for example in examples], IGNORE_INDEX)["input_ids"]}
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of each row (rows,) in float32, from logits (rows, T, vocabulary) and labels (rows, T)."""
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # of the position before
+    learned = targets != IGNORE_INDEX
+    losses = torch.nn.functional.cross_entropy(logits[learned].float(), targets[learned], reduction="none")
+    return losses.new_zeros(len(labels)).index_add(0, learned.nonzero()[:, 0], losses)
+
+
+@dataclass
+class JobData:
+    """A job that can be trained: its examples, its budget in optimizer steps, and when it is measured."""
+
+    job: Job
+    train: list[Example]
+    heldout: Optional[list[Example]]
+    source: str
+    steps_per_epoch: int
+    total_steps: int
+    plan: MeasurementPlan
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training example."""
+        return max(len(example.ids) for example in self.train)
+
+    def micro_batches(self, epoch: int) -> list[list[Example]]:
+        """The micro-batches of an epoch, in order; the last may be smaller."""
+        job, lengths = self.job, [len(example.ids) for example in self.train]
+        order = epoch_order(lengths, job.batch_size * job.accumulation, job.seed, epoch, job.group_by_length)
+        return [[self.train[index] for index in order[at : at + job.batch_size]] for at in range(0, len(order), job.batch_size)]
+
+
+def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> JobData:
+    """Load, encode and plan. Raises ValueError or FileNotFoundError with one message where the job cannot be trained."""
+    problems = job.problems()
+    if problems:
+        raise ValueError("; ".join(problems))
+    splits = load_splits(job.data_arguments(cache_dir))
+    collator = CausalCollator(tokenizer, job.source_max_len, job.target_max_len, job.train_on_source)
+    train = [example for example in encode_examples(splits.train, collator) if example.targets]
+    if not train:
+        raise ValueError(f"{splits.source}: no example has a token to learn after cutting; raise target_max_len")
+    steps_per_epoch = math.ceil(math.ceil(len(train) / job.batch_size) / job.accumulation)
+    total_steps = job.max_steps or math.ceil(job.epochs * steps_per_epoch)
+    interval = None if job.cs_interval == "auto" else job.cs_interval
+    window = None if job.window_size == "auto" else job.window_size
+    plan = plan_measurements(job.stop_rule, COMPONENT, steps_per_epoch, total_steps, interval, window, job.valley, job.rule_value)
+    heldout = encode_examples(splits.evaluation, collator) if splits.evaluation is not None else None
+    data = JobData(job, train, heldout, splits.source, steps_per_epoch, total_steps, plan)
+    missing = [name for name in plan.rule().needs if name not in RECORDED and not (name == "heldout_loss" and heldout)]
+    if missing:
+        raise ValueError(f"stop_rule {job.stop_rule} needs {', '.join(missing)}, which this job does not record; choose another")
+    return data

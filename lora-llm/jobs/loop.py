@@ -1,0 +1,196 @@
+"""The loop of multi_lora.py: rounds of fused passes, jobs that end, and jobs that take their slots."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapters.fused_lora import FusedLora
+from base.layers import linear_layers, linear_shape, lora_target_names
+from es_lora.command_line import NotedSignals
+from jobs.data import Example, JobData, collate, row_losses
+from jobs.processes import Processes
+from jobs.run import STATE_NAME, JobRun
+from jobs.scheduler import LORA_BYTES, JobQueue, Limits, MemoryNeed, split_round, waiting_order
+
+RANDOM_STATE = "random_state.safetensors"
+
+
+def memory_need(base: torch.nn.Module, data: JobData) -> MemoryNeed:
+    """What this job takes while it trains. Raises ValueError for target modules that the base does not have."""
+    layers, targets = linear_layers(base), data.job.target_modules
+    names = lora_target_names(base, targets if isinstance(targets, str) else ",".join(targets))
+    parameters = data.job.rank * sum(sum(linear_shape(layers[name])) for name in names)
+    rows = min(data.job.batch_size, len(data.train))
+    return MemoryNeed(LORA_BYTES * parameters, rows * data.longest)
+
+
+class FusedTraining:
+    """Trains jobs over one base until none is left.
+
+    base: frozen, on its device. facts: {"model", "bits", ...} for headers and results. limits: of rows, jobs and memory.
+    precision: torch.bfloat16 to compute under autocast, None not to. save_minutes: how often all states are saved.
+    say: takes sentences for the person; ended: is given every result.
+    """
+
+    def __init__(
+        self,
+        base: torch.nn.Module,
+        tokenizer: Any,
+        output_dir: Path,
+        processes: Processes,
+        limits: Limits,
+        *,
+        facts: dict[str, Any],
+        precision: Optional[torch.dtype] = None,
+        save_minutes: float = 10.0,
+        say: Callable[[str], None] = print,
+        ended: Callable[[dict[str, Any]], None] = lambda result: None,
+    ):
+        self.base, self.tokenizer, self.output_dir, self.processes, self.limits = base, tokenizer, output_dir, processes, limits
+        self.facts, self.precision, self.save_seconds, self.say, self.ended = facts, precision, 60 * save_minutes, say, ended
+        self.fused = FusedLora(base)
+        self.active: list[tuple[JobRun, MemoryNeed]] = []
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.passes = 0
+
+    def train(self, jobs: Sequence[tuple[JobData, MemoryNeed]], resume: bool = False) -> bool:
+        """Train all; False where Ctrl-C or SIGTERM ended it, with every state saved."""
+        order = waiting_order([data.job.priority for data, _ in jobs])
+        # What had begun before an interruption goes on before anything new, as it would have without one.
+        order.sort(key=lambda index: not (resume and self._has_state(jobs[index][0])))
+        queue = JobQueue(self.limits, [jobs[index] for index in order])
+        if resume:
+            self._restore_random_state()
+        self.base.train()
+        saved_at = time.monotonic()
+        try:
+            with NotedSignals() as signals:
+                while True:
+                    for data, need in queue.admit([need for _, need in self.active]):
+                        self._start(data, need, resume)
+                    if not self.active:
+                        return True
+                    self._round()
+                    self._end_jobs()
+                    stop = self.processes.any(signals.interrupted)
+                    if stop or time.monotonic() - saved_at > self.save_seconds:
+                        self._save_all()
+                        saved_at = time.monotonic()
+                    if stop:
+                        return False
+        finally:
+            self.fused.close()
+
+    # -------------------------------------------------------------------------------------- admission and ends
+
+    def _folder(self, data: JobData) -> Path:
+        return self.output_dir / data.job.name
+
+    def _has_state(self, data: JobData) -> bool:
+        return any(self._folder(data).glob(f"state-*/{STATE_NAME}"))
+
+    def _start(self, data: JobData, need: MemoryNeed, resume: bool) -> None:
+        resumed = resume and self._has_state(data)
+        if resume and not resumed and self.processes.writes:
+            shutil.rmtree(self._folder(data), ignore_errors=True)  # begun, and killed before anything was saved
+        run = JobRun(data, self.fused, self._folder(data), self.processes, self.facts, self.score, resumed)
+        self.active.append((run, need))
+        budget = f"{data.total_steps} steps of {len(data.train)} examples from {data.source}"
+        self.say(f"{data.job.name}: goes on from step {run.step}." if resumed else f"{data.job.name}: starts; budget {budget}.")
+        for notice in data.plan.notices if not resumed else ():
+            self.say(f"{data.job.name}: {notice}")
+        run.score_start()
+
+    def _end_jobs(self) -> None:
+        for entry in [entry for entry in self.active if entry[0].outcome is not None]:
+            self.active.remove(entry)
+            result = entry[0].finish(self.tokenizer.save_pretrained)
+            if result:
+                self.say(f"{result['name']}: {result['verdict']}")
+                self.ended(result)
+
+    # -------------------------------------------------------------------------------------- a round
+
+    def _round(self) -> None:
+        """One micro-batch of every active job, in as few passes as the limits allow."""
+        runs = [run for run, _ in self.active]
+        batches = [run.micro_batch() for run in runs]
+        sizes = [(len(batch), max(len(example.ids) for example in batch)) for batch in batches]
+        max_tokens = self.limits.max_tokens([need for _, need in self.active])
+        for indices in split_round(sizes, self.limits.max_rows, max_tokens, self.limits.pass_tokens):
+            self._pass([runs[index] for index in indices], [batches[index] for index in indices])
+
+    def _pass(self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]]) -> None:
+        """Forward and backward of several jobs' micro-batches at once; then each takes its loss, and its step where due."""
+        started = time.monotonic()
+        weights = [run.loss_weight() for run in runs]
+        losses = self.processes.summed(self._losses(runs, [self.processes.share(batch) for batch in batches], weights))
+        values = losses.tolist()
+        seconds, rows = time.monotonic() - started, sum(map(len, batches))
+        self.passes += 1
+        for run, batch, loss in zip(runs, batches, values):
+            run.take(loss, seconds * len(batch) / rows)
+
+    def _losses(self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]], weights: Sequence[float]) -> torch.Tensor:
+        """The weighted loss of each job (jobs,), detached; gradients are left in the adapters."""
+        examples = [example for batch in batches for example in batch]
+        losses = torch.zeros(len(runs), device=self.processes.device)
+        if not examples:  # this process's share of a micro-batch smaller than the number of processes
+            return losses
+        batch = {name: tensor.to(self.processes.device) for name, tensor in collate(examples, self.pad_id).items()}
+        labels = batch.pop("labels")
+        counts = torch.tensor([len(part) for part in batches], device=losses.device)
+        with self.fused.rows([(run.job.name, len(part)) for run, part in zip(runs, batches)]):
+            with self._autocast():
+                logits = self.base(**batch, use_cache=False).logits  # (rows, T, vocabulary)
+            each = row_losses(logits, labels)  # (rows,)
+            owner = torch.arange(len(runs), device=losses.device).repeat_interleave(counts)
+            losses = losses.index_add(0, owner, each) * torch.tensor(weights, device=losses.device)
+            losses.sum().backward()
+        return losses.detach()
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.processes.device.type, self.precision) if self.precision else nullcontext()
+
+    @torch.no_grad()
+    def score(self, adapter: str, examples: Sequence[Example]) -> float:
+        """Mean loss a target token of an adapter as it is, without a trace in the random state or the base's mode."""
+        ordered = sorted(examples, key=lambda example: len(example.ids))
+        total = 0.0
+        self.base.eval()
+        for start in range(0, len(ordered), self.limits.max_rows):
+            part = ordered[start : start + self.limits.max_rows]
+            batch = {name: tensor.to(self.processes.device) for name, tensor in collate(part, self.pad_id).items()}
+            labels = batch.pop("labels")
+            with self.fused.rows([(adapter, len(part))], counted=False), self._autocast():
+                total += row_losses(self.base(**batch, use_cache=False).logits, labels).sum().item()
+        self.base.train()
+        return total / sum(example.targets for example in examples)
+
+    # -------------------------------------------------------------------------------------- states
+
+    def _random_state_file(self) -> Path:
+        return self.output_dir / (RANDOM_STATE if self.processes.index == 0 else f"{self.processes.index}-{RANDOM_STATE}")
+
+    def _save_all(self) -> None:
+        for run, _ in self.active:
+            run.save()
+        # A base with dropout of its own draws from the global random state.
+        save_file({"cpu": torch.get_rng_state()}, str(self._random_state_file()))
+
+    def _restore_random_state(self) -> None:
+        if self._random_state_file().is_file():
+            torch.set_rng_state(load_file(str(self._random_state_file()))["cpu"])
+
+
+def finished_result(folder: Path) -> Optional[dict[str, Any]]:
+    """The result of a job that ended in an earlier run; None where there is none."""
+    file = folder / "result.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

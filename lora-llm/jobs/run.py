@@ -1,0 +1,314 @@
+"""One job in training: its adapter, its place in its data, its optimizer and schedule, its early stop, and what it leaves.
+
+It takes losses and gradients from the fused pass (loop.py) and does with them what a single run does: the loss of a
+step is the mean over the target tokens of all its micro-batches, gradients are clipped, the schedule moves a step, CS is
+measured, and a decision stops this job alone.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import get_scheduler
+
+from adapters.fused_lora import FusedLora
+from cs_fluctuation import NonFiniteWeightsError
+from es_lora.files import write_text_whole, write_whole
+from es_lora.gradient_evidence import GradientEvidence
+from es_lora.monitor import EarlyStopMonitor
+from es_lora.processes import DIVERGED, GO_ON, STOP
+from jobs.data import COMPONENT, Example, JobData
+from jobs.processes import Processes
+from training.results import verdict_sentence, versions, write_result, write_run_report
+
+STATE_NAME = "job_state.json"  # written last: where it is, the state is whole
+TENSORS_NAME = "job_state.safetensors"
+Score = Callable[[str, Sequence[Example]], float]  # (adapter, held-out examples) -> mean loss a token
+
+
+class JobRun:
+    """A job whose turn it is.
+
+    folder: where it leaves everything. facts: of the whole run (base, bits), for the header and the result.
+    score: gives the held-out loss of the adapter as it is. resumed: go on from the state that save() left in the folder.
+    Raises ValueError for target modules that the base does not have, FileExistsError where the folder holds another run.
+    """
+
+    def __init__(
+        self,
+        data: JobData,
+        fused: FusedLora,
+        folder: Path,
+        processes: Processes,
+        facts: dict[str, Any],
+        score: Score,
+        resumed: bool = False,
+    ):
+        job = data.job
+        self.data, self.job, self.folder, self.fused, self.score = data, job, folder, fused, score
+        self.processes, self.facts = processes, facts
+        self.adapter = fused.add(
+            job.name,
+            rank=job.rank,
+            alpha=job.alpha,
+            target_modules=job.target_modules,
+            dropout=job.dropout,
+            seed=job.seed,
+        )
+        self.parameters = self.adapter.parameters()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=job.learning_rate, weight_decay=job.weight_decay, fused=True)
+        warmup, total = math.ceil(job.warmup_ratio * data.total_steps), data.total_steps
+        self.schedule = get_scheduler(job.lr_scheduler_type, self.optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        self.step, self.epoch, self.micro_step = 0, 0, 0  # completed; the place of the next micro-batch
+        self.seconds, self.outcome, self.diverged, self.diverged_kept = 0.0, None, None, None
+        self.heldout: dict[str, Optional[float]] = {}
+        self._loss, self._measured_step = 0.0, 0
+        state = self._newest_state() if resumed else None
+        self.monitor = self._open_monitor(state) if processes.writes else None
+        if state is not None:
+            self._load(state)
+        self._micro_batches = data.micro_batches(self.epoch)
+
+    def _open_monitor(self, state: Optional[Path]) -> EarlyStopMonitor:
+        job, data = self.job, self.data
+        rule, columns = data.plan.rule(), {}
+        if data.heldout and "heldout_loss" in rule.needs:
+            columns["heldout_loss"] = lambda: self.score(job.name, data.heldout)
+        return EarlyStopMonitor(
+            self.folder,
+            rule,
+            self.adapter.lora_layers(COMPONENT),
+            self.adapter.state_dict,
+            cs_interval=data.plan.cs_interval,
+            reduction=job.cs_reduction,
+            header={
+                **self.facts,
+                "dataset": job.dataset,
+                "lora_r": job.rank,
+                "learning_rate": job.learning_rate,
+                "seed": job.seed,
+            },
+            snapshot_disk_bytes=job.snapshot_disk_gb * 1e9,
+            resume_from=state,
+            evidence=GradientEvidence(self.parameters, len(data.micro_batches(0))),
+            columns=columns,
+        )
+
+    # -------------------------------------------------------------------------------------- a turn
+
+    def micro_batch(self) -> list[Example]:
+        """The examples of its next turn."""
+        return self._micro_batches[self.micro_step]
+
+    def loss_weight(self) -> float:
+        """1 / target tokens of the optimizer step under way: with it the summed losses of its micro-batches are its mean."""
+        first = self.micro_step - self.micro_step % self.job.accumulation
+        batch = self._micro_batches[first : first + self.job.accumulation]
+        return 1 / sum(example.targets for part in batch for example in part)
+
+    def score_start(self) -> None:
+        """The held-out loss before the first step."""
+        if self.data.heldout and self.step == 0 and "before" not in self.heldout:
+            self.heldout["before"] = self.score(self.job.name, self.data.heldout)
+
+    def take(self, loss: float, seconds: float) -> None:
+        """After the backward pass of its micro-batch: the weighted loss, and its part of the pass's time."""
+        self.seconds += seconds
+        if not math.isfinite(loss):
+            self.outcome, self.diverged = "diverged", "the training loss is NaN or infinite"
+            return
+        self._loss += loss
+        self.micro_step += 1
+        last = self.micro_step == len(self._micro_batches)
+        if last or self.micro_step % self.job.accumulation == 0:
+            self._optimizer_step()
+        if last:
+            self.epoch, self.micro_step = self.epoch + 1, 0
+            self._micro_batches = self.data.micro_batches(self.epoch)
+            if self.job.evaluate_epochs and self.data.heldout and self.outcome is None:
+                self._note_heldout(self.score(self.job.name, self.data.heldout))
+
+    def _optimizer_step(self) -> None:
+        self.processes.sum_gradients(self.parameters)
+        if self.job.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.job.max_grad_norm)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.step % self.data.plan.cs_interval == 0:
+            answer = self.processes.heard(self._measure(learning_rate) if self.monitor is not None else None)
+            if answer == DIVERGED:
+                self.outcome, self.diverged = "diverged", self.diverged or "its weights are NaN or infinite"
+            elif answer == STOP:
+                self.outcome = "stopped_early"
+        if self.outcome is None and self.step == self.data.total_steps:
+            decided = self.processes.heard(self.monitor is not None and self.monitor.decision is not None)
+            self.outcome = "budget_reached" if decided else "no_turning_point"
+
+    def _measure(self, learning_rate: float) -> int:
+        loss, self._loss = self._loss / (self.step - self._measured_step), 0.0
+        self._measured_step = self.step
+        try:
+            self.monitor.measure(self.step, self.step / self.data.steps_per_epoch, loss=loss, lr=learning_rate)
+        except NonFiniteWeightsError as error:
+            self.diverged = str(error)
+            return DIVERGED
+        return STOP if self.job.early_stop and self.monitor.decision is not None else GO_ON
+
+    def _note_heldout(self, loss: float, step: Optional[int] = None) -> None:
+        if self.monitor is not None and math.isfinite(loss):
+            self.monitor.note("evaluation", self.step if step is None else step, heldout_loss=loss)
+
+    # -------------------------------------------------------------------------------------- the end
+
+    def finish(self, save_tokenizer: Callable[[str], Any]) -> dict[str, Any]:
+        """Score and save what is kept, write result.json and report.html, free the adapter; the result, where this writes."""
+        decision = self.monitor.decision if self.monitor is not None else None
+        facts = {**self._verdict_facts(decision), "outcome": self.outcome, "base": self.facts}
+        adapters: dict[str, str] = {}
+
+        def save(name: str) -> None:
+            adapters["kept" if name == "adapter" else name.removeprefix("adapter-")] = name
+            if self.processes.writes:
+                self.adapter.save_peft(self.folder / name, facts)
+                save_tokenizer(str(self.folder / name))
+
+        kept_step: Optional[int] = self.step
+        if self.outcome == "diverged":
+            kept_step = self._restore_finite()
+        else:
+            self._score_heldout("last", self.step)
+        decided = self.processes.heard(decision.keep_step if decision is not None else None)
+        if self.outcome == "stopped_early":
+            save("adapter-last")
+            self._back_to(decided)
+            kept_step = decided
+            self._score_heldout("kept", decided)
+        if kept_step is not None:
+            save("adapter")
+        if self.outcome == "budget_reached":
+            self._back_to(decided)
+            self._score_heldout("kept", decided)
+            save("adapter-turning-point")
+        self.fused.remove(self.job.name)
+        return self._report(decision, kept_step, adapters) if self.processes.writes else {}
+
+    def _verdict_facts(self, decision: Any) -> dict[str, Any]:
+        facts: dict[str, Any] = {"stop_rule": self.job.stop_rule, "last_step": self.step}
+        if decision is not None:
+            facts.update(kept_step=decision.keep_step, detected_step=decision.detected_step, reason=decision.reason)
+        return facts
+
+    def _score_heldout(self, name: str, step: int) -> None:
+        if self.data.heldout:
+            self.heldout[name] = self.score(self.job.name, self.data.heldout)
+            self._note_heldout(self.heldout[name], step)
+
+    def _back_to(self, step: int) -> None:
+        """Put the weights of a kept step back, on every process that trains this job."""
+        tensors = self.monitor.load_snapshot(step) if self.monitor is not None else None
+        self.adapter.load_state_dict(self.processes.heard(tensors))
+
+    def _restore_finite(self) -> Optional[int]:
+        """After a divergence: the newest finite weights back; their step, or None where there are none."""
+        if all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            self.diverged_kept = "The weights of that moment are finite and kept."
+            return self.step
+        step = self.processes.heard(self.monitor.latest_snapshot_step() if self.monitor is not None else None)
+        self.diverged_kept = "No finite weights had been measured, so no adapter is kept."
+        if step is not None:
+            self._back_to(step)
+            self.diverged_kept = f"The weights of step {step}, the last finite ones measured, are kept."
+        return step
+
+    def _report(self, decision: Any, kept_step: Optional[int], adapters: dict[str, str]) -> dict[str, Any]:
+        facts = {"last_step": self.step, "budget_steps": self.data.total_steps, "heldout": self.heldout}
+        facts.update(diverged=self.diverged, diverged_kept=self.diverged_kept)
+        turning = decision.keep_step if decision is not None else None
+        result = {
+            "name": self.job.name,
+            "group": self.job.group,
+            "outcome": self.outcome,
+            "verdict": verdict_sentence(self.outcome, facts, decision, self.data.steps_per_epoch),
+            "kept_step": kept_step,
+            "turning_step": turning,
+            "detection_step": decision.detected_step if decision is not None else None,
+            "last_step": self.step,
+            "budget_steps": self.data.total_steps,
+            "reason": decision.reason if decision is not None else None,
+            "adapters": adapters,
+            "heldout": self.heldout,
+            "mmlu": [],
+            "seconds": round(self.seconds, 2),
+            "seed": self.job.seed,
+            "settings": {**asdict(self.job), **self.facts},
+            "versions": versions(),
+        }
+        write_result(self.folder, result)
+        self.monitor.close()
+        write_run_report(self.folder, result, decision)
+        for state in self._states():
+            shutil.rmtree(state)
+        return result
+
+    # -------------------------------------------------------------------------------------- interrupted and resumed
+
+    def _states(self) -> list[Path]:
+        """Folders of saved states, whole or not, oldest first."""
+        return sorted(self.folder.glob("state-*"), key=lambda path: int(path.name.split("-")[1]))
+
+    def _newest_state(self) -> Optional[Path]:
+        whole = [path for path in self._states() if (path / STATE_NAME).is_file()]
+        return whole[-1] if whole else None
+
+    def save(self) -> None:
+        """Everything that a resumed run needs, in a folder of its own; the older ones go when it is whole."""
+        if self.monitor is None:
+            return
+        older = self._states()
+        number = int(older[-1].name.split("-")[1]) + 1 if older else 1
+        folder = self.folder / f"state-{number}"
+        self.monitor.save_state(folder)
+        tensors = {f"weight.{name}": tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
+        for index, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                tensors[f"grad.{index}"] = parameter.grad
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{index}.{name}"] = value
+        write_whole(folder / TENSORS_NAME, lambda temporary: save_file(tensors, str(temporary)))
+        numbers = {name: getattr(self, name) for name in self._NUMBERS}
+        state = {**numbers, "passes": self.adapter.passes, "schedule": self.schedule.state_dict()}
+        state["schedule"].pop("lr_lambdas", None)
+        write_text_whole(folder / STATE_NAME, json.dumps(state))
+        self.monitor.state_saved(folder)
+        for path in older:
+            shutil.rmtree(path)
+
+    _NUMBERS = ("step", "epoch", "micro_step", "seconds", "heldout", "_loss", "_measured_step")
+
+    def _load(self, folder: Path) -> None:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+        tensors = load_file(str(folder / TENSORS_NAME))
+        for name in self._NUMBERS:
+            setattr(self, name, state[name])
+        self.adapter.passes = state["passes"]
+        weights = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name.startswith("weight.")}
+        self.adapter.load_state_dict(weights)
+        for index, parameter in enumerate(self.parameters):
+            if f"grad.{index}" in tensors:
+                parameter.grad = tensors[f"grad.{index}"].to(parameter.device)
+            prefix = f"optimizer.{index}."
+            moments = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            if moments:
+                self.optimizer.state[parameter] = {name: tensor.to(parameter.device) for name, tensor in moments.items()}
+        self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr()):
+            group["lr"] = rate

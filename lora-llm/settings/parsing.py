@@ -1,0 +1,170 @@
+"""The command line: qlora's argument groups with their names and defaults, the Hugging Face training arguments,
+flag names that transformers has since renamed or dropped, and the early-stop flags. One validation pass collects
+every problem.
+
+Source of the names: the published interface of qlora.py (golden list qlora_flags_7f4e95a.txt), the Hugging Face
+TrainingArguments, and section 6 of the design.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Optional, Union
+
+from transformers import HfArgumentParser
+
+from es_lora.shadows import DEFAULT_SHADOWS
+from settings.checks import AT_LEAST, collect_problems, rule_needs_shadows
+from settings.flags import (
+    PRESETS,
+    DataArguments,
+    EarlyStopArguments,
+    GenerationArguments,
+    ModelArguments,
+    PresetArguments,
+    Settings,
+    TrainingArguments,
+)
+
+# Flags of older transformers releases that have no counterpart here: rejected by name, never accepted and ignored.
+REJECTED = {
+    "fp16_opt_level": "apex is not supported; use --fp16",
+    "fp16_backend": "there is one backend; use --fp16 or --bf16",
+    "half_precision_backend": "there is one backend; use --fp16 or --bf16",
+    "past_index": "transformers has dropped it",
+    "sharded_ddp": "transformers has dropped it",
+    "fsdp_min_num_params": "use --fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": "use --fsdp_config",
+    "xpu_backend": "use --ddp_backend",
+    "include_inputs_for_metrics": "use --include_for_metrics",
+    "include_tokens_per_second": "use --include_num_input_tokens_seen",
+    "dispatch_batches": "use --accelerator_config",
+    "split_batches": "use --accelerator_config",
+    "tpu_num_cores": "TPUs are not supported",
+    "tpu_metrics_debug": "TPUs are not supported",
+    "use_ipex": "transformers has dropped it",
+    "use_mps_device": "devices are found automatically",
+    "jit_mode_eval": "transformers has dropped it",
+    "mp_parameters": "SageMaker is not supported",
+    "ray_scope": "hyperparameter search is not supported",
+    "torchdynamo": "use --torch_compile",
+    "push_to_hub_model_id": "use --hub_model_id",
+    "push_to_hub_organization": "use --hub_model_id ORGANISATION/NAME",
+    "push_to_hub_token": "use --hub_token",
+}
+AT_LEAST.update(dict.fromkeys(("max_train_samples", "max_eval_samples", "max_mmlu_samples", "max_new_tokens", "num_beams"), 1))
+AT_LEAST.update(max_forgetting_samples=1, seq_length=2)
+AT_LEAST.update(source_max_len=1, target_max_len=1, mmlu_source_max_len=1, valley=1, weight_decay=0, max_grad_norm=0)
+AT_LEAST.update(shadows=0, shadow_rank=1)
+
+
+class Parser(HfArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"es_lora_llm: {message}; see --help\n")
+
+
+def build_parser() -> HfArgumentParser:
+    groups = (ModelArguments, DataArguments, TrainingArguments, GenerationArguments, EarlyStopArguments, PresetArguments)
+    description = "LoRA fine-tuning of a language model that stops at its turning point."
+    return Parser(groups, allow_abbrev=False, description=description)
+
+
+def _given_flags(argv: Sequence[str]) -> set[str]:
+    return {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+
+
+def _check_names(parser: HfArgumentParser, given: set[str]) -> None:
+    """Raises ValueError that names every unknown or unsupported flag and its nearest known one."""
+    known = {option.lstrip("-").replace("-", "_") for option in parser._option_string_actions}
+    problems = []
+    for name in sorted(given - known):
+        if name in REJECTED:
+            problems.append(f"--{name} is not supported: {REJECTED[name]}")
+        else:
+            nearest = difflib.get_close_matches(name, sorted(known), n=1)
+            problems.append(f"--{name} is unknown" + (f"; did you mean --{nearest[0]}?" if nearest else ""))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _count_or_auto(name: str, text: str, problems: list[str]) -> Optional[int]:
+    if text == "auto":
+        return None
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    problems.append(f"--{name} {text}: give a number of 1 or more, or auto")
+    return None
+
+
+def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
+    """Parse and validate. Raises ValueError with every problem found; argparse's own errors exit with code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, given = build_parser(), _given_flags(argv)
+    if "help" not in given:
+        _check_names(parser, given)
+    notices = []
+    argv = _with_preset(argv, given)
+    given = _given_flags(argv)
+    if "num_train_epochs" in given and "max_steps" not in given:
+        argv += ["--max_steps", "-1"]
+    unsorted = given & {"train_sampling_strategy", "packing", "streaming"}  # with these there are no lengths to group by
+    if unsorted and "group_by_length" not in given:
+        argv += ["--group_by_length", "False"]
+    try:
+        model, data, training, generation, early_stop, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:  # transformers' own checks, some of several lines
+        raise ValueError(" ".join(str(error).split())) from error
+    generation_use_cache = training.use_cache if "use_cache" in given else True
+    training.use_cache = False  # while training; the golden default of True is generation's
+    problems: list[str] = []
+    if training.full_finetune and not early_stop.early_stop and "calculate_cs" not in given:
+        early_stop.calculate_cs = False
+        notices.append("CS is not measured: --full_finetune trains no LoRA.")
+    early_stop.calculate_cs = early_stop.calculate_cs or early_stop.early_stop
+    if early_stop.shadows is None:
+        needed = early_stop.calculate_cs and rule_needs_shadows(early_stop.stop_rule)
+        early_stop.shadows = DEFAULT_SHADOWS if needed else 0
+    settings = Settings(
+        model=model,
+        data=data,
+        training=training,
+        generation=generation,
+        early_stop=early_stop,
+        generation_use_cache=generation_use_cache,
+        cs_interval=_count_or_auto("cs_interval", early_stop.cs_interval, problems),
+        window_size=_count_or_auto("window_size", early_stop.window_size, problems),
+        shadow_interval=_count_or_auto("shadow_interval", early_stop.shadow_interval, problems),
+        resume=_resume(training.resume_from_checkpoint),
+        notices=notices,
+    )
+    problems += collect_problems(settings)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return settings
+
+
+def _with_preset(argv: list[str], given: set[str]) -> list[str]:
+    """The words of --preset before the given ones, which win. Raises ValueError on an unknown preset."""
+    if "preset" not in given:
+        return argv
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    name = parser.parse_known_args(argv)[0].preset
+    if name not in PRESETS:
+        raise ValueError(f"--preset {name}: choose of {', '.join(PRESETS)}")
+    also_known_as = {"use_cpu": {"no_cuda"}, "eval_strategy": {"evaluation_strategy"}, "num_train_epochs": {"max_steps"}}
+    also_known_as.update(eval_dataset_size={"eval_dataset"}, warmup_steps={"warmup_ratio"}, optim={"adam8bit", "adafactor"})
+    also_known_as.update(bf16={"fp16"}, per_device_train_batch_size={"per_gpu_train_batch_size"})
+    words = []
+    for flag, value in PRESETS[name].items():
+        if not given & {flag, *also_known_as.get(flag, ())}:
+            words += [f"--{flag}", value]
+    return words + argv
+
+
+def _resume(text: Optional[str]) -> Union[str, bool, None]:
+    """--resume_from_checkpoint: a path, True for the newest checkpoint in the output folder, or None."""
+    if text is None or str(text).lower() in ("false", "none", ""):
+        return None
+    return True if str(text).lower() == "true" else str(text)

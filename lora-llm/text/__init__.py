@@ -1,0 +1,1 @@
+"""Training text: where it comes from, its formats, and how it becomes token batches."""

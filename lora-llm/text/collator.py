@@ -1,0 +1,91 @@
+"""From {"input", "output"} pairs to padded batches for a causal language model.
+
+Source = bos + input, target = output + eos, each cut to its own limit (the interface of qlora): a target that is cut
+loses its eos, so the model is not taught to stop in the middle of a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+IGNORE_INDEX = -100  # what torch's cross entropy, and so every Hugging Face model, skips
+
+
+def encode_source(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a source text, uncut: bos where the tokenizer has one, no eos."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@dataclass
+class CausalCollator:
+    """Tokenizes, masks the source, pads.
+
+    Called with a list of N rows {"input", "output"} it returns tensors of shape (N, T), T the longest row in tokens:
+    `input_ids`, `attention_mask` (0 on padding) and `labels` (-100 on padding and, unless `train_on_source`, on the
+    source). Padding stands on the right. With `predict_with_generate` only the source is given, without labels and
+    padded on the left, because generation continues at the right edge.
+
+    Limits in tokens, at least 1, bos and eos included. Raises ValueError on a limit below 1 or a tokenizer without eos.
+    """
+
+    tokenizer: Any
+    source_max_len: int
+    target_max_len: int
+    train_on_source: bool = False
+    predict_with_generate: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"--{name} is {getattr(self, name)}: at least 1 token is needed"
+            for name in ("source_max_len", "target_max_len")
+            if getattr(self, name) < 1
+        ]
+        if self.tokenizer.eos_token_id is None:
+            problems.append("the tokenizer has no eos token, so a model could not learn where an answer ends: set one")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def encode(self, row: Mapping[str, str]) -> tuple[list[int], list[int]]:
+        """Token ids of one row's source and target, each cut to its limit."""
+        source = encode_source(self.tokenizer, row["input"])
+        target = self.tokenizer(row["output"], add_special_tokens=False, verbose=False)["input_ids"]
+        return source[: self.source_max_len], (target + [self.tokenizer.eos_token_id])[: self.target_max_len]
+
+    def __call__(self, rows: Sequence[Mapping[str, str]]) -> dict[str, torch.Tensor]:
+        pairs = [self.encode(row) for row in rows]
+        if self.predict_with_generate:
+            return pad_batch([source for source, _ in pairs], self._pad_id, side="left")
+        batch = pad_batch([source + target for source, target in pairs], self._pad_id)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)  # (N, T)
+        if not self.train_on_source:
+            for labels, (source, _) in zip(batch["labels"], pairs):
+                labels[: len(source)] = IGNORE_INDEX
+        return batch
+
+    def lengths(self, dataset: Iterable[Mapping[str, str]]) -> list[int]:
+        """Tokens of every row (source + target, after the cut), in order: what grouping by length sorts by."""
+        return [sum(map(len, self.encode(row))) for row in tqdm(dataset, desc="Lengths", leave=False)]
+
+    @property
+    def _pad_id(self) -> int:
+        # Padding is told by the mask, never by its id, so eos serves where a tokenizer has no pad token.
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+
+def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right", length: int = 0) -> dict[str, torch.Tensor]:
+    """N lists of token ids as `input_ids` and `attention_mask`, both (N, the longest list or else `length`)."""
+    longest = max(length, *map(len, sequences))
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)  # (N, T)
+    attention_mask = torch.zeros_like(input_ids)  # (N, T)
+    for index, sequence in enumerate(sequences):
+        place = slice(len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
+        input_ids[index, place] = torch.tensor(sequence, dtype=torch.long)
+        attention_mask[index, place] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -1,0 +1,36 @@
+"""Data sets of a hub, or of the folders and files that the hub's library reads."""
+
+from __future__ import annotations
+
+import logging
+
+from datasets import DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
+
+
+def hub_dataset(request: dict[str, str], cache_dir: str | None = None) -> DatasetDict:
+    """All splits of a hub data set; FileNotFoundError that says what to do offline where the hub does not answer."""
+    hub_logger = logging.getLogger("huggingface_hub")
+    level = hub_logger.level
+    hub_logger.setLevel(logging.ERROR)  # five retry warnings would bury the one message below
+    try:
+        return _load_tables(request, cache_dir)
+    except (OSError, ValueError, DatasetsError) as error:  # no network, no such repository, no table in it
+        raise FileNotFoundError(
+            f"cannot load '{request['path']}' from the Hugging Face hub ({type(error).__name__}: {error}). Offline: "
+            "download it on a machine with a network, as json, jsonl, csv or tsv, and give the file: "
+            "--dataset my_data.jsonl --dataset_format NAME"
+        ) from error
+    finally:
+        hub_logger.setLevel(level)
+
+
+def _load_tables(request: dict[str, str], cache_dir: str | None) -> DatasetDict:
+    try:
+        return load_dataset(**request, cache_dir=cache_dir)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+    # The hub keeps tables of old repositories that are a script, in a branch with one folder a configuration.
+    folder = {"data_dir": request["name"]} if "name" in request else {}
+    return load_dataset(request["path"], **folder, revision="refs/convert/parquet", cache_dir=cache_dir)

@@ -1,0 +1,122 @@
+"""What a LoRA has cost elsewhere: the base's loss on general text before training, at the turning point and at the end.
+
+The text is one that nobody trains on (the tiny base ships `general_text.jsonl`, a held-out part of what it has read).
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from text.collator import IGNORE_INDEX, encode_source, pad_batch
+
+MAX_PASSAGE_TOKENS = 128  # of every passage; many short ones tell more than a few long ones
+FORGOTTEN_FROM = 1.10  # ratio of perplexities from which a LoRA is said to have forgotten
+NAMES = {"before": "before training", "kept": "turning point", "last": "last step"}
+
+
+def read_general_text(path: str, most: int) -> list[str]:
+    """At most `most` passages of a file, evenly over it: jsonl with a `text` column, or plain text with blank lines between.
+
+    Raises FileNotFoundError where the file is missing, ValueError where it holds no text.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--forgetting_data {path}: there is no such file; give a jsonl file with text, or a txt file")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--forgetting_data {path} is not UTF-8 text (byte {error.start})") from error
+    if file.suffix in (".jsonl", ".json"):
+        passages = [_text_of(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    else:
+        passages = content.split("\n\n")
+    passages = [passage.strip() for passage in passages if passage.strip()]
+    if not passages:
+        raise ValueError(f"--forgetting_data {path} holds no text")
+    return passages[:: math.ceil(len(passages) / most)]
+
+
+def _text_of(path: str, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--forgetting_data {path}, line {number} is no JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f'--forgetting_data {path}, line {number} needs a text column: {{"text": "..."}}')
+    return row["text"]
+
+
+class GeneralText:
+    """Passages as token ids, and the loss (mean nats a token) of a model on them.
+
+    `losses` collects {"before" | "kept" | "last": loss} as the run goes on; `tokens` is how many are predicted.
+    """
+
+    def __init__(self, path: str, tokenizer: Any, most: int, batch_size: int):
+        self.path, self.tokenizer, self.batch_size = path, tokenizer, batch_size
+        encoded = [encode_source(tokenizer, text)[:MAX_PASSAGE_TOKENS] for text in read_general_text(path, most)]
+        self.passages = sorted((ids for ids in encoded if len(ids) > 1), key=len)  # alike in length, little padding
+        if not self.passages:
+            raise ValueError(f"--forgetting_data {path}: no passage is longer than one token")
+        self.tokens = sum(len(ids) - 1 for ids in self.passages)
+        self.losses: dict[str, float] = {}
+
+    @torch.no_grad()
+    def loss(self, model: torch.nn.Module) -> float:
+        """Mean loss in nats a token of the model as it is; it leaves neither its mode nor the random state changed."""
+        was_training, total = model.training, 0.0
+        model.eval()
+        for start in range(0, len(self.passages), self.batch_size):
+            batch = pad_batch(self.passages[start : start + self.batch_size], self.tokenizer.eos_token_id)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}  # (N, T)
+            targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)[:, 1:]  # (N, T-1)
+            logits = model(**batch).logits[:, :-1].float()  # (N, T-1, vocabulary)
+            total += cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum").item()
+        model.train(was_training)
+        return total / self.tokens
+
+    def summary(self) -> dict[str, Any]:
+        """What result.json says of it."""
+        ratios = {name: perplexity_ratio(self.losses, name) for name in ("kept", "last")}
+        return {
+            "file": self.path,
+            "passages": len(self.passages),
+            "tokens": self.tokens,
+            "loss": dict(self.losses),
+            "perplexity_ratio": {name: ratio for name, ratio in ratios.items() if ratio is not None},
+            "sentence": forgetting_sentence(self.losses),
+        }
+
+
+def perplexity_ratio(losses: dict[str, float], name: str) -> Optional[float]:
+    """Perplexity of the weights `name` over that before training; None where one of them is not known."""
+    if name not in losses or "before" not in losses:
+        return None
+    return math.exp(min(losses[name] - losses["before"], 50))
+
+
+def forgetting_sentence(losses: dict[str, float]) -> str:
+    """Whether the LoRA has forgotten, in plain words; empty where nothing was scored after training."""
+    clauses = []
+    for name, where in (("kept", "the turning point"), ("last", "the last step")):
+        ratio = perplexity_ratio(losses, name)
+        if ratio is not None:
+            judged = "has forgotten" if ratio >= FORGOTTEN_FROM else "has not forgotten"
+            clauses.append(f"the LoRA of {where} {judged}: perplexity {ratio:.2f} times that of the base")
+    return f"General text: {'; '.join(clauses)}." if clauses else ""
+
+
+def forgetting_table(losses: dict[str, float]) -> tuple[str, Sequence[str], Sequence[Sequence[str]]]:
+    """(title, head, rows) for the report."""
+    rows = []
+    for name in NAMES:
+        if name in losses:
+            ratio = perplexity_ratio(losses, name)
+            times = "" if ratio is None else f"{ratio:.2f}"
+            rows.append([NAMES[name], f"{losses[name]:.4f}", f"{math.exp(min(losses[name], 50)):.2f}", times])
+    return "General text: what the LoRA has forgotten", ["weights", "loss", "perplexity", "times the base's"], rows

@@ -1,0 +1,188 @@
+"""Shadow adapters of a language model: small LoRAs beside the main one; see es_lora/shadows.py.
+
+Every micro-batch goes through the frozen base a second time, its rows repeated for the shadows that train on them: one pass
+for all shadows, each row through its own (fused_lora). The main adapter is off meanwhile, and its training is untouched.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import TrainerCallback
+
+from adapters.fused_lora import FusedLora
+from es_lora.files import write_whole
+from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
+from text.collator import IGNORE_INDEX, CausalCollator
+
+EXAMPLE = "shadow_example"  # the column that names a row's example
+STATE_NAME = "shadows.safetensors"
+
+
+def with_examples(rows: Dataset, settings: Any) -> Dataset:
+    """The same with a column that numbers the examples; rows of the same text are one example, so that none leaks.
+
+    Raises ValueError where there are too few for the shadows of the settings: before a base has been loaded.
+    """
+    first: dict[tuple[str, str], int] = {}
+    numbers = [first.setdefault(pair, number) for number, pair in enumerate(zip(rows["input"], rows["output"]))]
+    make_folds(numbers, settings.early_stop.shadows, settings.training.seed)
+    return rows.add_column(EXAMPLE, numbers)
+
+
+class ExampleCollator:
+    """A collator that passes the column on: the batch's EXAMPLE is (N,) int64 where the rows have one."""
+
+    def __init__(self, collator: CausalCollator):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        batch = self.collator(rows)
+        if EXAMPLE in rows[0]:
+            batch[EXAMPLE] = torch.tensor([row[EXAMPLE] for row in rows])
+        return batch
+
+
+class ShadowAdapters(TrainerCallback):
+    """K shadows of a PeftModel: trained by `backward` after each micro-batch of the main adapter, scored by `score`.
+
+    settings: the trainer's, with early_stop.shadows, early_stop.shadow_rank and shadow_interval. rows: the training examples with
+    their column EXAMPLE. autocast: makes the context that the main adapter's loss is computed in. resume: a checkpoint's
+    folder to go on from. As a callback it takes the optimizer steps and writes into the checkpoints; let it stand before the
+    callback whose file marks a checkpoint as whole.
+    Raises ValueError where the checkpoint's shadows are others or none.
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        model: Any,
+        rows: Dataset,
+        collator: CausalCollator,
+        autocast: Callable[[], AbstractContextManager],
+        resume: Optional[str] = None,
+    ):
+        stop, training = settings.early_stop, settings.training
+        self.model, self.autocast = model, autocast
+        folds = make_folds(rows[EXAMPLE], stop.shadows, training.seed)
+        self.names = [f"shadow_{number}" for number in range(stop.shadows)]
+        self.fused = FusedLora(model)
+        self.adapters = [
+            self.fused.add(
+                name,
+                rank=stop.shadow_rank,
+                alpha=training.lora_alpha,  # learns as fast as the main adapter: see es_lora/shadows.py
+                target_modules=training.lora_modules,
+                dropout=training.lora_dropout,
+                seed=seed_of(training.seed, name) % 2**31,
+            )
+            for name in self.names
+        ]
+        self.training = ShadowTraining(
+            folds,
+            [[{"params": adapter.parameters()}] for adapter in self.adapters],
+            max_norm=training.max_grad_norm,
+            interval=settings.shadow_interval,
+            seed=f"{training.seed}/{training.process_index}",
+            sum_over_processes=_sum_over_processes if training.world_size > 1 else None,
+        )
+        self._rows = len(rows)
+        self._rows_a_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        self._fold_batches = _fold_batches(folds, rows, collator, training.per_device_eval_batch_size)
+        if resume is not None:
+            self._resume(Path(resume))
+
+    def _resume(self, checkpoint: Path) -> None:
+        if not (checkpoint / STATE_NAME).is_file():
+            raise ValueError(f"{checkpoint} holds no {STATE_NAME}: that run had no shadows; go on without, or start anew")
+        self.training.load_state_tensors(load_file(str(checkpoint / STATE_NAME)))
+
+    @contextmanager
+    def _passing(self, rows_of_each: Sequence[int]):
+        """For one pass and its gradients: so many rows through each shadow in turn, the main adapter off."""
+        with self.training.apart(), self.model.disable_adapter():
+            for adapter in self.adapters:
+                adapter.passes = self.training.pass_seed()
+            with self.fused.rows([(name, count) for name, count in zip(self.names, rows_of_each) if count]):
+                yield
+
+    def _losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and number of predicted tokens of each row, (N,) both."""
+        with self.autocast():
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (N, T, V)
+        targets = batch["labels"][:, 1:]  # (N, T - 1)
+        losses = functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        return losses.sum(1), (targets != IGNORE_INDEX).sum(1)
+
+    def backward(self, batch: dict[str, torch.Tensor], examples: torch.Tensor) -> None:
+        """Add each shadow's gradients of a micro-batch: (N, T) `input_ids`, `attention_mask`, `labels`; (N,) examples."""
+        rows = self.training.trained_rows(examples.tolist())
+        every = [row for own in rows for row in own]
+        if not every:
+            return
+        chosen = {name: batch[name][every] for name in ("input_ids", "attention_mask", "labels")}
+        with self._passing([len(own) for own in rows]):
+            losses, tokens = self._losses(chosen)
+            counts = [int(part.sum()) for part in tokens.split([len(own) for own in rows])]
+            self.training.backward(losses.sum(), counts)
+
+    @torch.no_grad()
+    def score(self, cs_interval: int) -> Optional[float]:
+        """The column shadow_loss: the mean over the shadows of their folds' loss a token; None where it is not due.
+
+        cs_interval: optimizer steps between two measurements, from which an automatic shadow_interval follows.
+        """
+        if self.training.interval is None:
+            fold = sum(shadow == 0 for shadow in self.training.folds.values())
+            self.training.interval = auto_interval(fold, self._rows_a_step * cs_interval, self._rows)
+        if not self.training.score_is_due():
+            return None
+        sums = torch.zeros(self.training.count, 2, dtype=torch.float64)  # (K, loss and tokens)
+        was_training = self.model.training
+        self.model.eval()
+        for batch, rows_of_each in self._fold_batches:
+            with self._passing(rows_of_each):
+                on_device = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+                facts = torch.stack(self._losses(on_device), 1).double().cpu()  # (N, 2)
+            sums += torch.stack([part.sum(0) for part in facts.split(rows_of_each)])
+        self.model.train(was_training)
+        return (sums[:, 0] / sums[:, 1]).mean().item()
+
+    # -------------------------------------------------------------------------------------- as a callback
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self.training.step(optimizer)
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_NAME
+            write_whole(path, lambda temporary: save_file(self.training.state_tensors(), str(temporary)))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.fused.close()
+
+
+def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def _fold_batches(folds, rows, collator, batch_size) -> list[tuple[dict[str, torch.Tensor], list[int]]]:
+    """The examples of all folds as batches of like length: (batch, rows of each shadow), the rows in the shadows' order."""
+    shadows = max(folds.values()) + 1
+    indices = [index for index, example in enumerate(rows[EXAMPLE]) if example in folds and example == index]
+    lengths = dict(zip(indices, collator.lengths(rows.select(indices))))
+    indices.sort(key=lambda index: lengths[index])
+    batches = []
+    for start in range(0, len(indices), batch_size):
+        part = sorted(indices[start : start + batch_size], key=folds.get)
+        members = [folds[index] for index in part]
+        batches.append((collator([rows[index] for index in part]), [members.count(shadow) for shadow in range(shadows)]))
+    return batches

@@ -1,0 +1,96 @@
+"""The Hugging Face Trainer of a LoRA, and the callbacks that end its training."""
+
+from typing import Any, Optional
+
+import torch
+from early_stop_callback import EarlyStopCallback
+from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from es_lora.command_line import NotedSignals
+from training.epoch_order import EpochSeededLengthSampler
+from training.shadows import EXAMPLE, ShadowAdapters
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is NaN or infinite."""
+
+
+class LoraTrainer(Seq2SeqTrainer):
+    """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any process."""
+
+    early_stop: Optional[EarlyStopCallback] = None
+    shadows: Optional[ShadowAdapters] = None
+
+    def _get_train_sampler(self, *args, **kwargs) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if type(sampler) is not LengthGroupedSampler:
+            return sampler  # accelerate seeds the others by epoch
+        seeded = EpochSeededLengthSampler(sampler.batch_size, lengths=sampler.lengths)
+        seeded.seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        seeded.set_epoch(0)
+        return seeded
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The same, without a trace in the random state: a run with evaluations trains as one without."""
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Speeds of evaluations are noise between the losses; those of training are kept."""
+        speeds = ("_runtime", "_per_second", "_model_preparation_time")
+        super().log({k: v for k, v in logs.items() if k.startswith("train") or not k.endswith(speeds)}, *args, **kwargs)
+
+    def log_scalar(self, name: str, value: float, step: int) -> None:
+        """A scalar under exactly this name, in the logs of --report_to: TensorBoard, wandb, trackio."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_scalar(name, value, step)
+            board = getattr(callback, "_wandb", None) or getattr(callback, "_trackio", None)
+            if board is not None and callback._initialized:
+                board.log({name: value, "train/global_step": step})  # the step axis of transformers' own scalars
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        examples = inputs.pop(EXAMPLE, None)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        finite = torch.isfinite(loss).all()
+        if self.args.world_size > 1:
+            finite = self.accelerator.reduce(finite.float(), "sum") == self.args.world_size
+        if not finite:
+            raise TrainingDiverged("the training loss is NaN or infinite")
+        if self.early_stop is not None:
+            self.early_stop.observe_loss(loss)
+        if self.shadows is not None:
+            self.shadows.backward(self._prepare_inputs(inputs), examples)
+        return loss
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C or SIGTERM ends the training after the step under way, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.signals = NotedSignals()
+        self.interrupted = False  # on any process
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.signals.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.interrupted = self.signals.interrupted
+        if args.world_size > 1:  # whoever hears the signal, all stop at the same step
+            flag = torch.tensor([float(self.interrupted)], device=args.device)
+            torch.distributed.all_reduce(flag)
+            self.interrupted = bool(flag.item())
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.signals.__exit__()
+
+
+class EndOfStreamCallback(TrainerCallback):
+    """The end of a stream ends the training; the Trainer would start it again."""
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = True

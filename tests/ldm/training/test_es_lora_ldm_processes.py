@@ -1,0 +1,120 @@
+"""Runs in processes of their own: interruption, a kill at any time, and two processes that stop together."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ldm_runs import TREE, command, history_of, make_base, make_pictures, result_of, run, words
+
+from network.lora_file import load_lora
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("images"))
+
+
+SETTINGS = dict(calculate_cs=True, cs_interval=1, network_dropout=0.1)
+
+
+def start(arguments, log):
+    return subprocess.Popen(arguments, stdout=open(log, "w"), stderr=subprocess.STDOUT)
+
+
+def wait_for(condition, process, seconds=240):
+    """Wait until condition() holds, as long as the process lives."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < end, "the run did not get that far"
+        time.sleep(0.05)
+
+
+def same_weights(one, other):
+    one, other = load_lora(one)[0], load_lora(other)[0]
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_interrupted_run_saves_its_state_and_says_how_to_go_on(base, images, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = start(command(base, images, out, **SETTINGS, max_train_steps=5000), log)
+    wait_for(lambda: (out / "cs_history.jsonl").exists() and len(history_of(out)) >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=240) == 130
+    text = log.read_text()
+    assert "the state is saved" in text and "Carry on with:" in text
+    (state,) = out.glob("lora-step*-state")
+    assert f"--resume {state}" in text or state.name in text
+    result = result_of(out)
+    assert result["outcome"] == "interrupted" and result["exit_code"] == 130
+    steps = result["last_step"] + 2
+    assert run(base, images, tmp_path / "whole", **SETTINGS, max_train_steps=steps) == 0
+    assert run(base, images, out, **SETTINGS, max_train_steps=steps, resume=str(state)) == 0
+    assert same_weights(out / "lora.safetensors", tmp_path / "whole/lora.safetensors")
+    assert history_of(out) == history_of(tmp_path / "whole")
+
+
+def test_killed_run_goes_on_from_its_last_state(base, images, tmp_path):
+    out = tmp_path / "out"
+    settings = {**SETTINGS, "save_every_n_steps": 3, "save_state": True}
+    process = start(command(base, images, out, **settings, max_train_steps=5000), tmp_path / "log")
+    wait_for(lambda: len(list(out.glob("lora-step*-state"))) >= 2, process)
+    process.kill()
+    process.wait()
+    state = sorted(out.glob("lora-step*-state"))[-1]
+    steps = int(state.name.removeprefix("lora-step").removesuffix("-state")) + 2
+    assert run(base, images, out, **settings, max_train_steps=steps, resume=str(state)) == 0
+    assert run(base, images, tmp_path / "whole", **settings, max_train_steps=steps) == 0
+    assert same_weights(out / "lora.safetensors", tmp_path / "whole/lora.safetensors")
+    assert history_of(out) == history_of(tmp_path / "whole")
+
+
+RANKS = """
+import sys
+sys.path.insert(0, {tree!r})
+import torch
+from training.loop import NetworkTrainer
+from settings.parsing import parse_arguments
+trainer = NetworkTrainer(parse_arguments(sys.argv[2:]))
+trainer.set_up()
+trainer.train()
+weights = torch.cat([weight.detach().flatten() for weight in trainer.network.parameters()])
+rank = trainer.accelerator.process_index
+shadows = {{name: value for name, value in trainer.shadows.training.state_tensors().items() if name != "measurements"}}
+facts = {{"step": trainer.progress.step, "outcome": trainer.outcome_name, "weights": weights, "shadows": shadows}}
+torch.save(facts, f"{{sys.argv[1]}}/{{rank}}.pt")
+trainer.finish()
+"""
+
+
+def test_two_processes_share_gradients_and_stop_together(base, images, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tree=str(TREE)))
+    flags = words(
+        base, images, tmp_path / "out", early_stop=True, window_size=3, cs_interval=1, max_train_steps=40, train_batch_size=1,
+        shadows=1,
+    )  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    finished = subprocess.run([*launch, str(script), str(tmp_path), *flags], timeout=400, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[:3000]
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["outcome"] == two["outcome"] == "stopped_early" and one["step"] == two["step"] < 40
+    assert torch.equal(one["weights"], two["weights"])
+    assert all(torch.equal(one["shadows"][name], two["shadows"][name]) for name in two["shadows"])
+    result = result_of(tmp_path / "out")
+    assert result["last_step"] == one["step"] and Path(tmp_path / "out/lora.safetensors").exists()
+    header = (tmp_path / "out/cs_history.jsonl").read_text().splitlines()[0]
+    assert '"steps_per_epoch": 3' in header  # six pictures, two processes
