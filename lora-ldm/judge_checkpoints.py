@@ -6,7 +6,7 @@ FOLDER holds the adapters of one run: PEFT's `checkpoint-500/adapter_model.safet
 `checkpoint-500/pytorch_lora_weights.safetensors`, or kohya's `name-000003.safetensors` (epochs),
 `name-step00000500.safetensors` (steps) and `name.safetensors` (the last). BASE is a Hugging Face folder, a diffusers
 folder, or a Stable Diffusion checkpoint in one .safetensors file. The base is read tensor by tensor, in blocks of rows.
-The file stands in both trees, beside cs_fluctuation.py, stop_rules.py and cs_replay.py; Python 3.8, torch 1.13.
+The parts are in es_lora/judge/. Python 3.8, torch 1.13.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Say which of a folder's saved LoRAs to keep.", allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="the folder with the saved adapters of one run")
     parser.add_argument("--base", type=Path, required=True, help="the model they were trained on: a folder or a file")
-    rules = [*RULES, "recorded"]
-    parser.add_argument("--rule", choices=rules, help="default: the project's default rule, or one that weights can answer")
+    rules = f"{', '.join(RULES)}, or recorded (default: the project's default, or one that weights can answer)"
+    parser.add_argument("--rule", help=rules)
     parser.add_argument("--steps_per_epoch", type=_positive, help="optimizer steps an epoch, where the files do not tell")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", type=Path, help="write the report page to this file")

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Optional, Sequence, Union
 
 from es_lora.files import write_whole
-from es_lora.history import HISTORY_NAME, read_history, redecide, replay, settings_for
+from es_lora.history import HISTORY_NAME, read_history, redecide, replay, rule_for
 from es_lora.report import draw, write_report
-from es_lora.rules import DEFAULT_RULE, RULES, make_rule
-
-# ------------------------------------------------------------------------------------------------ command line
+from es_lora.rules import DEFAULT_RULE, RULES, value_of_valley
 
 
 def _window(text: str) -> Union[int, str]:
@@ -29,11 +27,11 @@ def _window(text: str) -> Union[int, str]:
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Re-decide a recorded run under any rule and window.", allow_abbrev=False)
     parser.add_argument("history", help=f"a {HISTORY_NAME} or the folder of a run")
-    names = [*RULES, "recorded"]
-    parser.add_argument("--rule", default=DEFAULT_RULE, choices=names, help="default: %(default)s; recorded: the run's own")
+    rules = f"{', '.join(RULES)}, or recorded: the run's own (default: %(default)s)"
+    parser.add_argument("--rule", default=DEFAULT_RULE, help=rules)
     parser.add_argument("--window", type=_window, help="M in measurements, or auto: about one epoch (default: the run's)")
-    parser.add_argument("--valley", type=int, help="N of the rule nth-valley")
-    parser.add_argument("--value", type=float, help="the number of the other rules: epochs, a patience, a threshold")
+    parser.add_argument("--valley", type=int, help="N of the rule nth-valley: another name of its --value")
+    parser.add_argument("--value", type=float, help="the rule's number: epochs, a patience, valleys")
     parser.add_argument("--component", help="whose CS decides (default: the run's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, help="draw the run into this PNG file")
@@ -45,12 +43,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = parse_arguments(argv)
     try:
         history = read_history(arguments.history)
-        choice = (arguments.rule, arguments.window, arguments.valley, arguments.component, arguments.value)
-        verdict = redecide(history, *choice)
-        name, settings = settings_for(history, *choice)
-        decision = replay(make_rule(name, settings), history.records)
+        value = arguments.value
+        if arguments.valley is not None and value is None:
+            value = value_of_valley(arguments.rule, arguments.valley)
+        choices = {"window": arguments.window, "component": arguments.component, "value": value}
+        verdict = redecide(history, arguments.rule, **choices)
+        rule = rule_for(history, arguments.rule, **choices)
+        decision = replay(rule, history.records)
         if arguments.plot:
-            figure = draw(history, decision, settings.window, settings.component)
+            figure = draw(history, decision, rule.settings.window, rule.settings.component)
             write_whole(arguments.plot, lambda temporary: figure.savefig(temporary, format="png", dpi=140))
         if arguments.html:
             write_report(arguments.html, arguments.history, verdict=verdict["reason"], decision=decision)

@@ -38,7 +38,7 @@ from es_lora.peft_models import (
 from es_lora.processes import DIVERGED, FAILED, GO_ON, STOP, heard_by_all, same_on_all
 from es_lora.report import write_report
 from es_lora.rules import DEFAULT_RULE, Decision
-from es_lora.settings import MeasurementPlan, plan_measurements
+from es_lora.settings import MeasurementPlan, StopSettings, read_stop_settings
 from es_lora.weights import keep_as_loaded
 
 
@@ -105,16 +105,11 @@ class EarlyStopCallback(TrainerCallback):
                 raise ValueError("the training data has no length, so give cs_interval and window_size") from None
             steps_per_epoch = self.cs_interval * self.window_size
             self._batches_per_epoch = steps_per_epoch * args.gradient_accumulation_steps
-        self.plan = plan_measurements(
-            self.stop_rule,
-            self.cs_component,
-            steps_per_epoch,
-            state.max_steps,
-            self.cs_interval,
-            self.window_size,
-            self.valley,
-            self.rule_value,
-        )
+        flags = ("early_stop", "stop_rule", "rule_value", "valley", "cs_reduction", "cs_component", "snapshot_disk_gb")
+        given = {name: getattr(self, name) for name in flags}
+        counts = {"cs_interval": self.cs_interval, "window_size": self.window_size}
+        stop = read_stop_settings({**given, **counts}, StopSettings())
+        self.plan = stop.plan([self.cs_component], steps_per_epoch, state.max_steps)
         self._loss_from_step, self._ended = state.global_step, False
         measured = state.global_step - state.global_step % self.plan.cs_interval  # the last measurement of a resumed run
         logged = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] >= measured]
@@ -132,20 +127,17 @@ class EarlyStopCallback(TrainerCallback):
         matrices = [matrix for layer in layers for matrix in (layer.down, layer.up)]
         self.monitor = EarlyStopMonitor(
             args.output_dir,
-            self.plan.rule(),
+            self.plan,
             layers,
             lambda: trainable_tensors(model),
-            cs_interval=self.plan.cs_interval,
-            reduction=self.cs_reduction,
             header=self.header,
-            snapshot_disk_bytes=self.snapshot_disk_gb * 1e9,
             resume_from=self._resumed_checkpoint(args, state),
             evidence=GradientEvidence(matrices, self._batches_per_epoch),
             columns=self.columns,
         )
         self.say(
             f"CS is measured every {self.plan.cs_interval} steps, window M = {self.plan.window} measurements (an epoch has "
-            f"{self.plan.settings.steps_per_epoch} optimizer steps; rule {self.stop_rule})."
+            f"{self.plan.steps_per_epoch} optimizer steps; rule {self.stop_rule})."
         )
         every = self.monitor.snapshots.every
         if every > 1:

@@ -19,8 +19,8 @@ from es_lora.gradient_evidence import GradientEvidence
 from es_lora.history import HISTORY_NAME
 from es_lora.monitor import MEASURED, EarlyStopMonitor
 from es_lora.report import write_report
-from es_lora.rules import DEFAULT_RULE, RULES, check_rule
-from es_lora.settings import plan_measurements
+from es_lora.rules import DEFAULT_RULE, RULES, check_rule, value_of_valley
+from es_lora.settings import StopSettings
 
 # The columns of the history that a rule can have here.
 RECORDED = {*MEASURED, "grad_evidence"}
@@ -132,7 +132,8 @@ def read_settings(args: Any, reduction: str) -> Optional[Settings]:
     if problems:
         raise ValueError("; ".join(problems))
     disk_bytes = args.snapshot_disk_gb * 1e9
-    rest = (args.valley, args.rule_value, chosen, args.cs_component, disk_bytes)
+    number = value_of_valley(args.stop_rule, args.valley)
+    rest = (args.valley, args.rule_value if number is None else number, chosen, args.cs_component, disk_bytes)
     return Settings(early_stop, interval, window, args.stop_rule, *rest)
 
 
@@ -176,16 +177,18 @@ class EarlyStopRun:
         component = settings.component or ("unet" if "unet" in components else alone)
         if component not in (*components, "all"):
             raise ValueError(f"--cs_component is {component!r}; trained are {', '.join(components)} (or all)")
-        self.plan = plan_measurements(
-            settings.rule,
-            component,
-            steps_per_epoch,
-            self.step + more_steps,
+        stop = StopSettings(
+            True,
+            settings.early_stop,
             settings.cs_interval,
             settings.window,
-            settings.valley,
+            settings.rule,
             settings.value,
+            settings.reduction,
+            component,
+            snapshot_disk_gb=settings.disk_bytes / 1e9,
         )
+        self.plan = stop.plan(components, steps_per_epoch, self.step + more_steps)
         self.monitor: Optional[EarlyStopMonitor] = None
         if not is_main:
             return
@@ -193,13 +196,10 @@ class EarlyStopRun:
             _put_aside(folder / HISTORY_NAME)
         self.monitor = EarlyStopMonitor(
             folder,
-            self.plan.rule(),
+            self.plan,
             layers,
             tensors,
-            cs_interval=self.plan.cs_interval,
-            reduction=settings.reduction,
             header=header,
-            snapshot_disk_bytes=settings.disk_bytes,
             resume_from=resume_from,
             evidence=GradientEvidence(tensors().values(), batches_per_epoch),
         )

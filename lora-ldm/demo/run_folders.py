@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from es_lora.history import HISTORY_NAME, read_history, replay, settings_for
-from es_lora.rules import Decision, make_rule
+from es_lora.history import HISTORY_NAME, read_history, replay, rule_for
+from es_lora.rules import Decision
 from training.results import Outcome
 
 TREE = Path(__file__).resolve().parents[1]
@@ -118,7 +118,7 @@ class Run:
 
 def decision_of(history):
     """The Decision of the rule that the run was recorded with, None where it has not decided."""
-    return replay(make_rule(*settings_for(history, "recorded")), history.records)
+    return replay(rule_for(history, "recorded"), history.records)
 
 
 def _moment(match):

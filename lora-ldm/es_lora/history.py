@@ -54,27 +54,49 @@ def read_history(path: Union[str, Path]) -> History:
     return History(parsed[0], [r for r in body if "event" not in r], [r for r in body if "event" in r])
 
 
-def settings_for(history: History, rule: str, window=None, valley=None, component=None, value=None):
-    """(rule name, RuleSettings) for a replay; what is not given is the header's, valley and value where the rule is, too."""
+def rule_for(
+    history: History,
+    rule: str = DEFAULT_RULE,
+    *,
+    window: Union[int, str, None] = None,
+    component: Optional[str] = None,
+    value: Optional[float] = None,
+) -> StopRule:
+    """A fresh rule for a replay. What is not given is the header's; its number too, where the rule is the run's own.
+
+    rule: a name, or "recorded". window: M in measurements, or "auto". Raises ValueError for an unknown rule.
+    """
     header = history.header
-    recorded = rule in ("recorded", header.get("rule"))
     name = header["rule"] if rule == "recorded" else rule
     interval, per_epoch = header["cs_interval"], header["steps_per_epoch"]
-    m = header["window"] if window is None else auto_window(per_epoch, interval) if window == "auto" else int(window)
-    n = valley or (header.get("valley", 2) if recorded else 2)
-    number = header.get("rule_value") if value is None and recorded else value
-    return name, RuleSettings(m, component or header["decided_on"], per_epoch, interval, n, number)
+    if window is None:
+        window = header["window"]
+    m = auto_window(per_epoch, interval) if window == "auto" else int(window)
+    if value is None and name == header.get("rule"):
+        value = _recorded_value(header)
+    return make_rule(name, RuleSettings(m, component or header["decided_on"], per_epoch, interval, value))
 
 
-def redecide(history: History, rule: str = DEFAULT_RULE, window=None, valley=None, component=None, value=None) -> Dict[str, Any]:
-    """The verdict as one dictionary: rule, window, stopped, stop_step (detection), turning_step (kept), reason."""
-    name, settings = settings_for(history, rule, window, valley, component, value)
-    decision = replay(make_rule(name, settings), history.records)
-    verdict = {"rule": name, "window": settings.window, "stopped": decision is not None}
+def _recorded_value(header: Dict[str, Any]) -> Optional[float]:
+    """The number of the run's rule. Earlier versions wrote that of nth-valley as `valley`."""
+    if header.get("rule_value") is None and header["rule"] == "nth-valley":
+        return header.get("valley")
+    return header.get("rule_value")
+
+
+def redecide(history: History, rule: str = DEFAULT_RULE, **choices: Any) -> Dict[str, Any]:
+    """The verdict as one dictionary: rule, window, stopped, stop_step (detection), turning_step (kept), reason.
+
+    choices: as rule_for takes them.
+    """
+    deciding = rule_for(history, rule, **choices)
+    decision = replay(deciding, history.records)
+    verdict = {"rule": deciding.name, "window": deciding.settings.window, "stopped": decision is not None}
     if decision is None:
         reason = f"No evidence of overfitting in {len(history.records)} measurements up to step {history.last_step()}."
         return {**verdict, "stop_step": None, "turning_step": None, "reason": reason}
-    return {**verdict, "stop_step": decision.detected_step, "turning_step": decision.keep_step, "reason": decision.reason}
+    steps = {"stop_step": decision.detected_step, "turning_step": decision.keep_step}
+    return {**verdict, **steps, "reason": decision.reason}
 
 
 def replay(rule: StopRule, records: Sequence[Dict[str, Any]]) -> Optional[Decision]:

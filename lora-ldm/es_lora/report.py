@@ -8,8 +8,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from cs_fluctuation import FluctuationSeries
 from es_lora.files import write_text_whole
-from es_lora.history import History, read_history, redecide, settings_for
-from es_lora.rules import RULES, Decision, make_rule
+from es_lora.history import History, read_history, redecide, rule_for
+from es_lora.rules import RULES, Decision
 
 COLOURS = {"train": "#8a8f98", "heldout": "#c8553d", "kept": "#2a7f62", "detected": "#b58a00", "lines": "#2f5d8a"}
 
@@ -84,7 +84,7 @@ def draw(history: History, decision: Optional[Decision], window: int, component:
 
 def _draw_evidence(axis, history: History, evidence: Sequence[Tuple[int, float]]) -> None:
     """Gradient evidence, and the bound under which the rule gradient-agreement stops."""
-    rule = make_rule(*settings_for(history, "gradient-agreement"))
+    rule = rule_for(history, "gradient-agreement")
     axis.plot(*zip(*evidence), color=COLOURS["lines"], label="gradient evidence")
     bound = [(record["step"], rule.bound(record)) for record in history.records]
     axis.plot(*zip(*bound), color="black", linewidth=1, label="what memorising alone leaves")
@@ -135,7 +135,7 @@ def _redecided_rows(history: History) -> List[List[Any]]:
             if missing:
                 rows.append([name, "", f"needs {', '.join(missing)}", ""])
                 continue
-            verdict = redecide(history, name, window)
+            verdict = redecide(history, name, window=window)
             kept = "does not stop" if not verdict["stopped"] else f"keeps step {verdict['turning_step']}"
             rows.append([name, window if rule.uses_window else "", kept, verdict["stop_step"] or ""])
     return rows

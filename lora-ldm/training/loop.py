@@ -204,7 +204,7 @@ class NetworkTrainer:
         if self.is_main:
             header = {"trainer": self.program, "seed": self.seed, "total_steps": self.total_steps}
             batches = len(self.batches) / self.accelerator.num_processes
-            self.monitor = make_monitor(args, rule, chosen.cs_interval, self.network, header, batches, self.columns)
+            self.monitor = make_monitor(args, chosen, self.network, header, batches, self.columns)
             self.say(f"CS every {chosen.cs_interval} steps, window {chosen.window}, rule {rule.name}", *chosen.notices)
             if self.monitor.snapshots is not None and self.monitor.snapshots.every > 1:
                 self.say(f"snapshots of every {self.monitor.snapshots.every}th measurement fit into --snapshot_disk_gb")

@@ -3,28 +3,16 @@
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.history import read_history, redecide
 from es_lora.monitor import EarlyStopMonitor
-from es_lora.rules import DEFAULT_RULE
-from es_lora.settings import plan_measurements
+from es_lora.settings import StopSettings, read_stop_settings
 from training.validation import validation_loss
 
+USUAL = StopSettings(calculate_cs=False, cs_reduction="matrix")
 PROBE_BATCHES = 2  # micro-batches whose loss the column probe_loss follows
 
 
 def plan(args, components, steps_per_epoch, total_steps):
     """The MeasurementPlan of the command line. components: the trained parts, "unet" and/or "te"."""
-    component = args.cs_component or ("unet" if "unet" in components else components[0])
-    if component != "all" and component not in components:
-        raise ValueError(f"--cs_component {component}: trained are {', '.join(components)}")
-    return plan_measurements(
-        args.stop_rule or DEFAULT_RULE,
-        component,
-        steps_per_epoch,
-        total_steps,
-        None if args.cs_interval == "auto" else args.cs_interval,
-        None if args.window_size == "auto" else args.window_size,
-        args.valley,
-        args.rule_value,
-    )
+    return read_stop_settings(vars(args), USUAL).plan(components, steps_per_epoch, total_steps)
 
 
 def columns_of_rule(trainer, rule):
@@ -42,20 +30,17 @@ def columns_of_rule(trainer, rule):
     return columns
 
 
-def make_monitor(args, rule, cs_interval, network, header, batches_per_epoch, columns):
+def make_monitor(args, plan, network, header, batches_per_epoch, columns):
     """The EarlyStopMonitor over the network's live layers, its history in --output_dir.
 
     batches_per_epoch: backward passes of this process in an epoch. columns: {name: function} of further columns.
     """
     return EarlyStopMonitor(
         args.output_dir,
-        rule,
+        plan,
         network.layers(),
         network.tensors,
-        cs_interval=cs_interval,
-        reduction=args.cs_reduction,
         header=header,
-        snapshot_disk_bytes=args.snapshot_disk_gb * 1e9,
         resume_from=args.resume,
         evidence=GradientEvidence(network.tensors().values(), batches_per_epoch),
         columns=columns,

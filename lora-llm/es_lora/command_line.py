@@ -1,9 +1,65 @@
-"""What the command lines share."""
+"""What the command lines share: how values are read, the nearest word, Ctrl-C noted, a command to go on with."""
 
+import difflib
+import os
+import shlex
 import signal
-from typing import Any, Dict
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def truth(value: Any) -> bool:
+    """True or False from a value or its text. Raises ValueError for anything else."""
+    text = str(value).lower()
+    if text not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError("give True or False")
+    return text in ("true", "1", "yes")
+
+
+def number_or_auto(value: Any) -> Optional[int]:
+    """A whole number of 1 or more, or None for `auto`. Raises ValueError for anything else."""
+    if value == "auto":
+        return None
+    if isinstance(value, bool) or not str(value).isdigit() or int(value) < 1:
+        raise ValueError("give a number of 1 or more, or auto")
+    return int(value)
+
+
+def auto_word(value: Optional[int]) -> Union[int, str]:
+    """What number_or_auto reads, written down again."""
+    return "auto" if value is None else value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the known word that is nearest; empty where none is near."""
+    found = difflib.get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def shown_path(path: Union[str, Path]) -> str:
+    """A path as a person at this place would type it."""
+    relative = os.path.relpath(str(path))
+    return str(path) if relative.startswith(os.path.join("..", "..")) else relative
+
+
+def command_line(python: str, script: Union[str, Path], words: Sequence[Any]) -> str:
+    """A command as it is typed."""
+    return shlex.join([shown_path(python), shown_path(script), *map(str, words)])
+
+
+def without_flag(words: Sequence[str], flag: str) -> List[str]:
+    """The words of a command without a flag and its value."""
+    kept, skip = [], False
+    for word in words:
+        if skip and not word.startswith("--"):
+            skip = False
+            continue
+        skip = word == flag
+        if not skip and not word.startswith(f"{flag}="):
+            kept.append(word)
+    return kept
 
 
 class NotedSignals:

@@ -15,19 +15,33 @@ from es_lora.files import write_text_whole, write_whole
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.history import HISTORY_FORMAT, HISTORY_NAME
 from es_lora.rules import Decision
+from es_lora.settings import MeasurementPlan
 from es_lora.snapshots import SNAPSHOT_FOLDER, SnapshotStore
 
 STATE_NAME = "cs_state.json"
 GRADIENTS_NAME = "cs_gradients.safetensors"
+FLUCTUATION_SCALAR = "cs_fluctuation/step"
 MEASURED = ("step", "epoch", "cs", "cs_matrix", "cs_row", "delta_norm", "fluctuation", "loss", "lr")  # in every run
 
 
-class EarlyStopMonitor:
-    """Measures CS every cs_interval optimizer steps, writes the history, keeps snapshots and asks the rule.
+def scalars(record: Dict[str, Any]) -> Dict[str, float]:
+    """{published name: value} of a measurement, for TensorBoard and the like."""
+    cs = record["cs"]
+    values = {f"{part}_cs/step": value for part, value in cs.items() if part != "all"}
+    values["total_cs/step"] = cs["all"]
+    if "lm" in cs:
+        values = {"cs/steps": cs["lm"]}
+    if record["fluctuation"] is not None:
+        values[FLUCTUATION_SCALAR] = record["fluctuation"]
+    return values
 
-    folder: where cs_history.jsonl and the snapshots go. rule: an object of es_lora.rules.
+
+class EarlyStopMonitor:
+    """Measures CS as its plan says, writes the history, keeps snapshots and asks the rule.
+
+    folder: where cs_history.jsonl and the snapshots go. plan: of es_lora.settings.
     layers: the LoRA layers, live. tensors: gives {name: live tensor}, what a snapshot holds; None keeps no snapshots.
-    reduction: "matrix" or "row", the cosine that the rule sees as column `cs`. header: further facts for line one.
+    header: further facts for the first line of the history.
     evidence: a GradientEvidence over the trained matrices, for the column grad_evidence; None leaves it null.
     columns: {name: function} of further columns; each is called at every measurement and gives a float or None.
     resume_from: a folder that save_state wrote; the history goes on from there.
@@ -39,47 +53,33 @@ class EarlyStopMonitor:
     def __init__(
         self,
         folder: Union[str, Path],
-        rule: Any,
+        plan: MeasurementPlan,
         layers: Sequence[LoraLayer],
         tensors: Optional[Callable[[], Dict[str, torch.Tensor]]],
         *,
-        cs_interval: int,
-        reduction: str,
         header: Optional[Dict[str, Any]] = None,
-        snapshot_disk_bytes: float = 20e9,
         resume_from: Union[str, Path, None] = None,
         evidence: Optional[GradientEvidence] = None,
         columns: Optional[Dict[str, Callable[[], Optional[float]]]] = None,
     ):
         self.columns, self.evidence = columns if columns is not None else {}, evidence
-        self.folder, self.rule, self.layers, self.tensors = Path(folder), rule, list(layers), tensors
-        self.cs_interval, self.reduction, self.component = cs_interval, reduction, rule.settings.component
+        self.folder, self.layers, self.tensors = Path(folder), list(layers), tensors
+        self.plan, self.rule, self.reduction = plan, plan.rule(), plan.stop.cs_reduction
         self.history_path = self.folder / HISTORY_NAME
         self._check()
         if resume_from is None and self.history_path.exists():
             raise FileExistsError(f"{self.history_path} is the history of another run; choose another output folder")
         self.decision: Optional[Decision] = None
-        self.series = FluctuationSeries(rule.settings.window)
+        self.series = FluctuationSeries(plan.window)
         self.measurements = 0
         self._state_folder: Optional[Path] = None  # the newest whole checkpoint
         self.last_record: Optional[Dict[str, Any]] = None  # the history line written last
         self.snapshots: Optional[SnapshotStore] = None
         if tensors is not None:
             bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors().values())
-            store = self.folder / SNAPSHOT_FOLDER
-            self.snapshots = SnapshotStore(store, rule.lookback() + 1, bytes_each, snapshot_disk_bytes)
-        self.header = {
-            "format": HISTORY_FORMAT,
-            "cs_interval": cs_interval,
-            "reduction": reduction,
-            "decided_on": self.component,
-            "rule": rule.name,
-            "window": rule.settings.window,
-            "steps_per_epoch": rule.settings.steps_per_epoch,
-            "valley": rule.settings.valley,
-            "rule_value": rule.settings.value,
-            **(header or {}),
-        }
+            disk_bytes = plan.stop.snapshot_disk_gb * 1e9
+            self.snapshots = SnapshotStore(self.folder / SNAPSHOT_FOLDER, self.rule.lookback() + 1, bytes_each, disk_bytes)
+        self.header = {"format": HISTORY_FORMAT, **plan.header(), **(header or {})}
         self._lines: List[Dict[str, Any]] = []
         if resume_from is not None:
             self._load_state(Path(resume_from))
@@ -88,8 +88,8 @@ class EarlyStopMonitor:
         components = {layer.component for layer in self.layers} | {"all"}
         if not self.layers:
             raise ValueError("no LoRA layer to measure; CS needs at least one frozen weight with a LoRA update")
-        if self.component not in components:
-            raise ValueError(f"component {self.component!r} has no LoRA layers; choose one of {sorted(components)}")
+        if self.plan.component not in components:
+            raise ValueError(f"component {self.plan.component!r} has no LoRA layers; choose one of {sorted(components)}")
         if self.reduction not in ("matrix", "row"):
             raise ValueError(f"CS reduction {self.reduction!r} is unknown; use 'matrix' or 'row'")
         recorded = {*MEASURED, *self.columns, *(["grad_evidence"] if self.evidence is not None else [])}
@@ -97,10 +97,6 @@ class EarlyStopMonitor:
         if missing:
             needed = f"the rule {self.rule.name} needs {', '.join(missing)}, which is not recorded here"
             raise ValueError(f"{needed}: provide it among the columns, or choose another rule")
-
-    def due(self, step: int) -> bool:
-        """Whether `step`, counted in completed optimizer steps, is one to measure at."""
-        return step > 0 and step % self.cs_interval == 0
 
     def _write(self, line: Dict[str, Any]) -> None:
         new = [line] if self._lines else [self.header, line]
@@ -117,7 +113,7 @@ class EarlyStopMonitor:
         """
         measured = measure_layers(self.layers)
         record = {"step": step, "epoch": round(epoch, 6), "cs": measured[f"cs_{self.reduction}"], **measured}
-        record["fluctuation"] = self.series.update(record["cs"][self.component]).fluctuation
+        record["fluctuation"] = self.series.update(record["cs"][self.plan.component]).fluctuation
         record["grad_evidence"] = self.evidence.value() if self.evidence is not None else None
         measured_now = {name: function() for name, function in self.columns.items()}
         for name, value in {**columns, **measured_now}.items():
@@ -171,7 +167,7 @@ class EarlyStopMonitor:
             if line.get("event") == "turning_point":
                 self.decision = Decision(line["step"], line["detected_at"], tuple(line["usable"]), line["reason"])
             elif "event" not in line:
-                self.series.update(line["cs"][self.component])
+                self.series.update(line["cs"][self.plan.component])
                 self.measurements += 1
                 if self.decision is None:
                     self.rule.update(line)

@@ -29,6 +29,7 @@ import yaml
 from transformers import SchedulerType
 
 from es_lora.rules import DEFAULT_RULE, RULES
+from es_lora.settings import StopSettings, read_stop_settings
 
 PATH_KEYS = ("dataset", "eval_dataset", "mmlu_dir")
 
@@ -93,6 +94,10 @@ class Job:
             test_dataset_size=0,
             cache_dir=cache_dir,
         )
+
+    def stop_settings(self) -> StopSettings:
+        """Its settings of early stopping."""
+        return read_stop_settings(vars(self), StopSettings())
 
     def problems(self) -> list[str]:
         """What is wrong with its values, a sentence each that says what is allowed."""

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 
 from es_lora.monitor import MEASURED
-from es_lora.settings import MeasurementPlan, plan_measurements
+from es_lora.settings import MeasurementPlan
 from jobs.config import Job
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
 from text.sources import load_splits
@@ -92,9 +92,7 @@ def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> Jo
         raise ValueError(f"{splits.source}: no example has a token to learn after cutting; raise target_max_len")
     steps_per_epoch = math.ceil(math.ceil(len(train) / job.batch_size) / job.accumulation)
     total_steps = job.max_steps or math.ceil(job.epochs * steps_per_epoch)
-    interval = None if job.cs_interval == "auto" else job.cs_interval
-    window = None if job.window_size == "auto" else job.window_size
-    plan = plan_measurements(job.stop_rule, COMPONENT, steps_per_epoch, total_steps, interval, window, job.valley, job.rule_value)
+    plan = job.stop_settings().plan([COMPONENT], steps_per_epoch, total_steps)
     heldout = encode_examples(splits.evaluation, collator) if splits.evaluation is not None else None
     data = JobData(job, train, heldout, splits.source, steps_per_epoch, total_steps, plan)
     missing = [name for name in plan.rule().needs if name not in RECORDED and not (name == "heldout_loss" and heldout)]

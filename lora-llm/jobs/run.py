@@ -82,11 +82,9 @@ class JobRun:
             columns["heldout_loss"] = lambda: self.score(job.name, data.heldout)
         return EarlyStopMonitor(
             self.folder,
-            rule,
+            data.plan,
             self.adapter.lora_layers(COMPONENT),
             self.adapter.state_dict,
-            cs_interval=data.plan.cs_interval,
-            reduction=job.cs_reduction,
             header={
                 **self.facts,
                 "dataset": job.dataset,
@@ -94,7 +92,6 @@ class JobRun:
                 "learning_rate": job.learning_rate,
                 "seed": job.seed,
             },
-            snapshot_disk_bytes=job.snapshot_disk_gb * 1e9,
             resume_from=state,
             evidence=GradientEvidence(self.parameters, len(data.micro_batches(0))),
             columns=columns,

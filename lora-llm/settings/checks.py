@@ -6,7 +6,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from es_lora.history import HISTORY_NAME
-from es_lora.rules import RULES, check_rule
+from es_lora.rules import RULES, check_rule, value_of_valley
 from es_lora.shadows import rate_is_adams
 from settings.flags import EarlyStopArguments, Settings
 from text.packing import PACKINGS
@@ -103,7 +103,8 @@ def _data_problems(settings: Settings) -> list[str]:
 def _rule_problems(stop: EarlyStopArguments) -> list[str]:
     """What the rule itself says to its name and numbers."""
     try:
-        check_rule(stop.stop_rule, max(1, stop.valley), stop.rule_value)
+        number = value_of_valley(stop.stop_rule, stop.valley)
+        check_rule(stop.stop_rule, stop.rule_value if number is None else number)
     except ValueError as error:
         return [f"--stop_rule {stop.stop_rule}: {error}"]
     return []

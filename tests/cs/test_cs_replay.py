@@ -38,8 +38,8 @@ def test_the_default_rule_applies_whatever_the_header_says(history):
     assert redecide(run)["rule"] == "gradient-agreement"
     assert (redecide(run)["turning_step"], redecide(run)["stop_step"]) == (84, 84)  # the first with an evidence below 1
     assert redecide(run, "recorded")["rule"] == "nth-valley"
-    assert redecide(run, "recorded") == redecide(run, "nth-valley", 5, 3)
-    assert redecide(run, "nth-valley", valley=1)["stop_step"] < redecide(run, "recorded")["stop_step"]
+    assert redecide(run, "recorded") == redecide(run, "nth-valley", window=5, value=3)
+    assert redecide(run, "nth-valley", value=1)["stop_step"] < redecide(run, "recorded")["stop_step"]
     assert redecide(run, window="auto")["window"] == 8
     assert redecide(run, "second-valley", component="te") != redecide(run, "second-valley")
 
@@ -73,7 +73,8 @@ def test_a_torn_last_line_is_passed_over_and_a_damaged_middle_is_not(history):
         (["nowhere.jsonl"], "no history at nowhere.jsonl"),
         (["{history}", "--component", "te2"], "'te2' is not recorded"),
         (["{history}", "--window", "0"], "nor auto"),
-        (["{history}", "--rule", "third-valley"], "invalid choice"),
+        (["{history}", "--rule", "third-valley"], "is unknown; choose one of second-valley"),
+        (["{history}", "--rule", "cs-fall"], "is a baseline of tests/benchmarks/stop_quality now"),
         (["{history}", "--rule", "second-valley", "--valley", "3"], "use the rule nth-valley"),
         (["{other}"], "no header"),
     ],

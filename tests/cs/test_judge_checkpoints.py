@@ -16,7 +16,7 @@ from es_lora.history import read_history, redecide
 from es_lora.judge.adapter_files import read_adapter
 from es_lora.judge.base_index import Base, BlockBuffer, FileWeight, unet_layer_name
 from es_lora.monitor import EarlyStopMonitor
-from es_lora.rules import RuleSettings, make_rule
+from es_lora.settings import StopSettings
 
 JUDGE = Path(__file__).resolve().parents[2] / "lora-llm" / "judge_checkpoints.py"
 RANK, STEPS, STEPS_PER_EPOCH = 2, 60, 10
@@ -60,12 +60,15 @@ def record_history(folder, names, components, weights, walk, reduction, interval
     live = [(down.clone(), up.clone()) for down, up in walk[0]]
     layers = [LoraLayer(*row, *pair) for *row, pair in zip(names, components, weights, live)]
     decided_on = components[0]
-    rule = make_rule("second-valley", RuleSettings(10, decided_on, STEPS_PER_EPOCH, interval))
-    monitor = EarlyStopMonitor(folder, rule, layers, None, cs_interval=interval, reduction=reduction)
+    stop = StopSettings(
+        stop_rule="second-valley", window_size=10, cs_interval=interval, cs_component=decided_on, cs_reduction=reduction
+    )
+    plan = stop.plan(sorted({layer.component for layer in layers}), STEPS_PER_EPOCH, 1000)
+    monitor = EarlyStopMonitor(folder, plan, layers, None)
     for step, pairs in enumerate(walk, start=1):
         for (down, up), (new_down, new_up) in zip(live, pairs):
             down.copy_(new_down), up.copy_(new_up)
-        if monitor.due(step):
+        if plan.due(step):
             monitor.measure(step, step / STEPS_PER_EPOCH)
     return monitor.history_path
 
@@ -248,8 +251,8 @@ def test_one_checkpoint_an_epoch_is_too_sparse_for_a_rule_with_a_window(tmp_path
 
 
 def test_a_rule_without_a_window_that_is_asked_for_judges_one_checkpoint_an_epoch(tmp_path, capsys):
-    verdict = judged(language_run(tmp_path, every=STEPS_PER_EPOCH), capsys, "--rule", "update-norm-plateau")
-    assert verdict["rule"] == "update-norm-plateau" and verdict["certainty"] != "too sparse"
+    verdict = judged(language_run(tmp_path, every=STEPS_PER_EPOCH), capsys, "--rule", "fixed-epochs")
+    assert verdict["rule"] == "fixed-epochs" and verdict["certainty"] != "too sparse"
 
 
 def test_a_spacing_in_between_is_judged_and_called_approximate(tmp_path, capsys):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cs_fluctuation import LoraLayer, NonFiniteWeightsError
 from es_lora.history import read_history
 from es_lora.monitor import EarlyStopMonitor
-from es_lora.rules import RuleSettings, make_rule
+from es_lora.settings import StopSettings
 
 WINDOW = 3
 
@@ -45,11 +45,14 @@ class ToyTraining:
             self.tensors[name].copy_(tensor)
 
 
+def plan_of(rule="second-valley", components=("lm",), **stop):
+    settings = StopSettings(stop_rule=rule, window_size=WINDOW, cs_interval=1, cs_reduction="matrix", **stop)
+    return settings.plan(components, 10, 1000)
+
+
 def monitor_of(folder, training, rule="second-valley", **options):
-    made = make_rule(rule, RuleSettings(WINDOW, "lm", 10, 1))
-    return EarlyStopMonitor(
-        folder, made, training.layers(), lambda: training.tensors, cs_interval=1, reduction="matrix", **options
-    )
+    stop = {"snapshot_disk_gb": options.pop("snapshot_disk_bytes") / 1e9} if "snapshot_disk_bytes" in options else {}
+    return EarlyStopMonitor(folder, plan_of(rule, **stop), training.layers(), lambda: training.tensors, **options)
 
 
 def run(folder, steps=80, **options):
@@ -244,11 +247,11 @@ def test_a_checkpoint_without_monitor_is_refused(tmp_path):
 
 def test_an_unknown_component_and_no_layers_are_refused(tmp_path):
     training = ToyTraining()
-    rule = make_rule("second-valley", RuleSettings(WINDOW, "unet", 10, 1))
+    plan = plan_of(components=("unet",))
     with pytest.raises(ValueError, match="'unet' has no LoRA layers"):
-        EarlyStopMonitor(tmp_path, rule, training.layers(), None, cs_interval=1, reduction="matrix")
+        EarlyStopMonitor(tmp_path, plan, training.layers(), None)
     with pytest.raises(ValueError, match="no LoRA layer"):
-        EarlyStopMonitor(tmp_path, rule, [], None, cs_interval=1, reduction="matrix")
+        EarlyStopMonitor(tmp_path, plan, [], None)
 
 
 KILLED_WRITER = """

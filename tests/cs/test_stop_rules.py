@@ -8,17 +8,18 @@ import pytest
 
 from cs_fluctuation import FluctuationSeries
 from es_lora.history import replay
-from es_lora.rules import RuleSettings, make_rule
-from es_lora.settings import plan_measurements
+from es_lora.rules import RuleSettings, make_rule, value_of_valley
+from es_lora.settings import StopSettings
 
 GOLDEN_TRACES = range(21)
+PUBLISHED = StopSettings(stop_rule="second-valley")
 
 
 def records(cs, component="lm"):
     return [{"step": index, "cs": {component: value}} for index, value in enumerate(cs)]
 
 
-def decide(name, cs, window, valley=2):
+def decide(name, cs, window, valley=None):
     return replay(make_rule(name, RuleSettings(window, "lm", 10, 1, valley)), records(cs))
 
 
@@ -117,7 +118,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="second-valley, nth-valley"):
         make_rule("third-valley", RuleSettings(5, "lm", 10, 1))
     with pytest.raises(ValueError, match="use the rule nth-valley"):
-        make_rule("second-valley", RuleSettings(5, "lm", 10, 1, valley=3))
+        value_of_valley("second-valley", 3)
     with pytest.raises(ValueError, match="at least 1"):
         FluctuationSeries(0)
     with pytest.raises(ValueError, match="needs the column 'cs'"):
@@ -131,12 +132,12 @@ def test_mistakes_are_named():
     [(1, 1, 5), (5, 1, 5), (8, 1, 8), (20, 2, 10), (25, 2, 12), (150, 15, 10), (1000, 100, 10)],
 )
 def test_automatic_interval_and_window(steps_per_epoch, interval, window):
-    plan = plan_measurements("second-valley", "lm", steps_per_epoch, 100 * steps_per_epoch + 100)
+    plan = PUBLISHED.plan(["lm"], steps_per_epoch, 100 * steps_per_epoch + 100)
     assert (plan.cs_interval, plan.window) == (interval, window)
     assert bool(plan.notices) == (interval * window > steps_per_epoch * 1.05)
 
 
 def test_a_budget_too_short_to_decide_is_said_before_the_run():
     needed = 3 * 10 + 2
-    assert "too short" in plan_measurements("second-valley", "lm", 10, needed - 1).notices[0]
-    assert plan_measurements("second-valley", "lm", 10, needed).notices == ()
+    assert "too short" in PUBLISHED.plan(["lm"], 10, needed - 1).notices[0]
+    assert PUBLISHED.plan(["lm"], 10, needed).notices == ()

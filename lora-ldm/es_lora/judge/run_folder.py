@@ -42,17 +42,20 @@ def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Checkpoi
         checkpoint = Checkpoint(name, file, int(number[1]) if number else None, None, metadata)
         if checkpoint.step is None:
             facts = json.loads(metadata.get("es_lora", "{}"))
-            checkpoint.step = _kept_step(place, facts) if facts else _state(place).get("global_step")
+            checkpoint.step = _step_of(place, facts) if facts else _state(place).get("global_step")
         found.append(checkpoint)
     return found
 
 
-def _kept_step(place: Path, facts: Dict[str, Any]) -> Optional[int]:
-    """The step of an adapter of es_lora_llm.py or its callback, None where it could be of the kept or of the last step.
+def _step_of(place: Path, facts: Dict[str, Any]) -> Optional[int]:
+    """The step of an adapter of es_lora_llm.py or its callback: what its metadata says.
 
-    A run that stopped early has `adapter-last` beside the kept `adapter`; one that went on has `adapter-turning-point`
-    beside the last.
+    An adapter of an earlier version says only the kept and the last step. There, a run that stopped early has
+    `adapter-last` beside the kept `adapter`; one that went on has `adapter-turning-point` beside the last. None where
+    it could be of either.
     """
+    if "step" in facts:
+        return facts["step"]
     kept, last = facts.get("kept_step"), facts.get("last_step")
     if place.name.endswith("-last") or kept is None or place.with_name(f"{place.name}-turning-point").is_dir():
         return last
@@ -80,7 +83,9 @@ def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Checkpoint
     for file, match in named.items():
         metadata = file_metadata(file)
         step, epoch = _number(match[2]), _number(match[3])
-        if step is None and (epoch is not None or file.stem == last or last is None):
+        if step is None and "es_lora_step" in metadata:
+            step = _number(metadata["es_lora_step"])
+        elif step is None and (epoch is not None or file.stem == last or last is None):
             step = _number(metadata.get("ss_steps", metadata.get("ss_max_train_steps") if epoch is None else None))
         if step is None and epoch is None:
             problems[file.name] = "neither its name nor its metadata tells at which step it was saved"

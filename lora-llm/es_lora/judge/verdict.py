@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from cs_fluctuation import FluctuationSeries, NonFiniteWeightsError
-from es_lora.history import HISTORY_FORMAT, HISTORY_NAME, History, redecide, replay, settings_for
+from es_lora.history import HISTORY_FORMAT, HISTORY_NAME, History, redecide, replay, rule_for
 from es_lora.judge.adapter_files import read_adapter
 from es_lora.judge.base_index import Base
 from es_lora.judge.measuring import Measurer
 from es_lora.judge.run_folder import Checkpoint, Run
 from es_lora.report import write_report
-from es_lora.rules import DEFAULT_RULE, RULES, Decision, make_rule
+from es_lora.rules import DEFAULT_RULE, RULES, Decision
 from es_lora.settings import auto_window
 
 # Where only weights are at hand. By the figures of tests/benchmarks/stop_quality no rule on weights that does without a window,
@@ -123,17 +123,19 @@ def choose_rule(history: History, rule: Optional[str]) -> str:
     """
     columns = WEIGHT_COLUMNS | {name for record in history.records for name, value in record.items() if value is not None}
     if rule is not None:
-        name = settings_for(history, rule)[0]
-        lacking = [column for column in make_rule(*settings_for(history, rule)).needs if column not in columns]
+        asked = rule_for(history, rule)
+        lacking = [column for column in asked.needs if column not in columns]
         if lacking:
-            raise ValueError(f"rule {name} needs {', '.join(lacking)}, which saved weights do not tell; choose another rule")
+            raise ValueError(
+                f"rule {asked.name} needs {', '.join(lacking)}, which saved weights do not tell; choose another rule"
+            )
         return rule
     return DEFAULT_RULE if columns.issuperset(RULES[DEFAULT_RULE].needs) else RULE_BY_WEIGHTS
 
 
 def _nearby_windows(history: History, rule: str, window: int) -> List[Optional[int]]:
     """The kept steps with the windows M-1, M and M+1: how much hangs on the choice."""
-    return [redecide(history, rule, m)["turning_step"] for m in (max(1, window - 1), window, window + 1)]
+    return [redecide(history, rule, window=m)["turning_step"] for m in (max(1, window - 1), window, window + 1)]
 
 
 def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History, Optional[Decision]]:
@@ -141,8 +143,8 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
     spacing = find_spacing(run)
     history = build_history(run, spacing)
     chosen = choose_rule(history, rule)
-    name, settings = settings_for(history, chosen)
-    first_answer = make_rule(name, settings).first_answer()
+    deciding = rule_for(history, chosen)
+    first_answer = deciding.first_answer()
     verdict = {
         **redecide(history, chosen),
         "keep": None,
@@ -150,7 +152,7 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
         "certainty": "exact" if spacing.interval == spacing.planned and not spacing.missing else "approximate",
     }
     decision = None
-    if spacing.sparse and RULES[name].uses_window:
+    if spacing.sparse and deciding.uses_window:
         need = max(spacing.planned, run.steps_per_epoch // MEASUREMENTS_PER_EPOCH)
         verdict.update(stopped=False, stop_step=None, turning_step=None, certainty="too sparse")
         wanted = f"every {need} steps" if need > 1 else "every step"
@@ -158,17 +160,17 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
         if run.counts_epochs:
             wanted, measured = f"{MEASUREMENTS_PER_EPOCH} times an epoch", "10 times an epoch"
         verdict["reason"] = (
-            f"Too sparse to say: {spacing.sparse}. The rule {name} needs one at least {wanted}, from the start on; a run "
-            f"with early stopping measures {measured}."
+            f"Too sparse to say: {spacing.sparse}. The rule {deciding.name} needs one at least {wanted}, from the "
+            f"start on; a run with early stopping measures {measured}."
         )
     elif len(history.records) < first_answer:
         verdict["certainty"] = "too few"
         verdict["reason"] = (
-            f"Too early to say: the rule {name} answers after {first_answer} measurements at the earliest "
+            f"Too early to say: the rule {deciding.name} answers after {first_answer} measurements at the earliest "
             f"(step {first_answer * spacing.interval}), and there are {len(history.records)}."
         )
     else:
-        decision = replay(make_rule(name, settings), history.records)
+        decision = replay(deciding, history.records)
         _name_checkpoints(verdict, run, history, decision)
         nearby = _nearby_windows(history, chosen, spacing.window)
         verdict["turning_steps_of_nearby_windows"] = nearby

@@ -6,6 +6,7 @@ A contestant takes a trace and a random generator and gives a Kept. Numbers that
 from dataclasses import dataclass
 from typing import Callable
 
+import baselines  # noqa: F401  (registers the rules that lose)
 import numpy as np
 from scores import Kept, decide
 

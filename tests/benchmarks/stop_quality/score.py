@@ -108,7 +108,7 @@ def alarm_table(traces, tuned):
 
 def sensitivity_rows(traces):
     """second-valley under other N, windows, intervals, reductions and components: [(name, Outcomes)]."""
-    rows = [(f"N = {n}", {"rule": "nth-valley", "valley": n}) for n in (1, 2, 3, 4, 5)]
+    rows = [(f"N = {n}", {"rule": "nth-valley", "value": n}) for n in (1, 2, 3, 4, 5)]
     for factor in (0.25, 0.5, 1, 2, 4):
         rows.append((f"M = {factor:g} epochs", {"rule": "second-valley", "window": lambda m, f=factor: round(f * m)}))
     rows += [(f"every {n}. measurement", {"rule": "second-valley", "interval": n}) for n in (1, 2, 4)]

@@ -20,12 +20,12 @@ class Kept:
     stopped: bool
 
 
-def settings_of(trace, window=None, component=None, valley=2, value=None, interval=1):
+def settings_of(trace, window=None, component=None, value=None, interval=1):
     """RuleSettings for a trace. window: measurements, or a function of the automatic one. interval: take every n-th."""
     cs_interval = trace.header["cs_interval"] * interval
     automatic = auto_window(trace.per_epoch, cs_interval)
     m = automatic if window is None else max(1, window(automatic)) if callable(window) else window
-    return RuleSettings(m, component or trace.header["decided_on"], trace.per_epoch, cs_interval, valley, value)
+    return RuleSettings(m, component or trace.header["decided_on"], trace.per_epoch, cs_interval, value)
 
 
 def decide(trace, rule, records=None, at_detection=False, **settings):
