@@ -8,8 +8,6 @@ Python 3.8, torch 1.13.
 
 import json
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
@@ -17,9 +15,12 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 from transformers import TrainerCallback
 
-from es_lora.files import write_text_whole
-from es_lora_layers import all_tensors, copies, network_layers, peft_layers, put_in, trained_tensors
-from es_lora_run import STEP_NAME, EarlyStopRun, Settings, add_arguments, read_settings, say, training_argument
+from es_lora.files import write_folder_whole, write_text_whole
+from es_lora.monitor import scalars
+from es_lora.peft_models import trainable_tensors
+from es_lora.settings import StopSettings
+from es_lora_layers import all_tensors, copies, network_layers, peft_layers, put_in
+from es_lora_run import STEP_NAME, EarlyStopRun, add_arguments, read_settings, say, training_argument
 
 __all__ = ["add_arguments", "start", "training_argument", "add_callback"]
 
@@ -56,7 +57,7 @@ class NetworkEarlyStop:
     """The early stop of one run of train_network.py or of a trainer built on it."""
 
     def __init__(
-        self, args: Any, settings: Settings, accelerator: Any, network: Any, optimizer: Any, train_dataloader: Any
+        self, args: Any, settings: StopSettings, accelerator: Any, network: Any, optimizer: Any, train_dataloader: Any
     ):
         self.args, self.network = args, accelerator.unwrap_model(network)
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
@@ -113,11 +114,7 @@ class NetworkEarlyStop:
         if self.run.after_step(loss, self._learning_rate, accelerator.device):
             record = self.run.monitor.last_record if self.run.monitor is not None else None
             if record and accelerator.trackers:
-                names = {"all": "total"}
-                scalars = {f"{names.get(part, part)}_cs/step": value for part, value in record["cs"].items()}
-                if record["fluctuation"] is not None:
-                    scalars["cs_fluctuation/step"] = record["fluctuation"]
-                accelerator.log(scalars, step=global_step)
+                accelerator.log(scalars(record), step=global_step)
         self._learning_rate = self.optimizer.param_groups[-1]["lr"]  # of the next step
 
     def before_last_save(
@@ -128,24 +125,28 @@ class NetworkEarlyStop:
         On a stop the last weights are saved as NAME-last, and the turning point's stand in the network when the trainer
         saves it as NAME. Without --early_stop the turning point is saved as NAME-turning-point, and NAME is the end.
         """
-        run, kept = self.run, self.run.kept_step()
-        metadata["es_lora"] = json.dumps(run.verdict())
+        run, kept, last = self.run, self.run.kept_step(), self.run.step
+        outcome = run.outcome()
         if kept is None:
-            files = {"the end of the training": self._file()}
+            outcome.saved("kept", f"../{self._file()}", last)
         elif run.settings.early_stop:
-            save_model(self._file("-last"), network, run.step, run.epoch_of(run.step))
+            outcome.saved("kept", f"../{self._file()}", kept)
+            outcome.saved("last", f"../{self._file('-last')}", last)
+            metadata.update(outcome.metadata("last"))
+            save_model(self._file("-last"), network, last, run.epoch_of(last))
             put_in(all_tensors(network), run.monitor.load_snapshot(kept))
             step, epoch = kept, run.epoch_of(kept)
-            files = {f"the result, step {kept}": self._file(), "the end of the training": self._file("-last")}
         else:
+            outcome.saved("kept", f"../{self._file()}", last)
+            outcome.saved("turning_point", f"../{self._file('-turning-point')}", kept)
+            metadata.update(outcome.metadata("turning_point"))
             live, turning_point = all_tensors(network), run.monitor.load_snapshot(kept)
             end = copies(live)
             put_in(live, turning_point)
             save_model(self._file("-turning-point"), network, kept, run.epoch_of(kept))
             put_in(live, end)
-            turning_point_file = self._file("-turning-point")
-            files = {"the end of the training": self._file(), f"the turning point, step {kept}": turning_point_file}
-        run.finish({what: str(Path(self.args.output_dir) / name) for what, name in files.items()})
+        metadata.update(outcome.metadata("kept"))
+        run.finish(outcome)
         return step, epoch
 
     def _file(self, kind: str = "") -> str:
@@ -201,7 +202,7 @@ class QloraEarlyStop(TrainerCallback):
     turning point when the Trainer returns, so that evaluation and prediction are of it.
     """
 
-    def __init__(self, settings: Settings, checkpoint_dir: Optional[str]):
+    def __init__(self, settings: StopSettings, checkpoint_dir: Optional[str]):
         self.settings, self.checkpoint = settings, Path(checkpoint_dir) if checkpoint_dir else None
         self.run: Optional[EarlyStopRun] = None
         self._loss: Optional[torch.Tensor] = None
@@ -215,7 +216,7 @@ class QloraEarlyStop(TrainerCallback):
             self.settings,
             Path(args.output_dir),
             peft_layers(model),
-            lambda: trained_tensors(model),
+            lambda: trainable_tensors(model),
             max(1, len(train_dataloader) // args.gradient_accumulation_steps),
             state.max_steps,
             len(train_dataloader),
@@ -246,24 +247,25 @@ class QloraEarlyStop(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         if self.run.monitor is None:
             return
-        live, kept, output_dir = trained_tensors(model), self.run.kept_step(), Path(args.output_dir)
-        files = {"the end of the training": str(output_dir / f"checkpoint-{state.global_step}" / "adapter_model")}
+        live, kept, output_dir = trainable_tensors(model), self.run.kept_step(), Path(args.output_dir)
+        outcome = self.run.outcome()
+        outcome.saved("last", f"checkpoint-{state.global_step}", state.global_step)
         if kept is not None:
+            outcome.saved("kept" if self.settings.early_stop else "turning_point", "turning-point", kept)
             end = copies(live)
             put_in(live, self.run.monitor.load_snapshot(kept))
-            folder = output_dir / "turning-point"
-            _save_adapter(model, folder, self.run.verdict())
-            files[f"the turning point, step {kept}"] = str(folder / "adapter_model")
+            facts = outcome.facts("kept" if self.settings.early_stop else "turning_point")
+            _save_adapter(model, output_dir / "turning-point", facts)
             if not self.settings.early_stop:
                 put_in(live, end)
-        self.run.finish(files)
+        self.run.finish(outcome)
 
 
-def _save_adapter(model: Any, folder: Path, verdict: Dict[str, Any]) -> None:
-    """qlora's checkpoint layout (FOLDER/adapter_model), with the verdict beside it; the folder appears whole."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(str(temporary / "adapter_model"))
-    write_text_whole(temporary / "es_lora.json", json.dumps(verdict, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+def _save_adapter(model: Any, folder: Path, facts: Dict[str, Any]) -> None:
+    """qlora's checkpoint layout (FOLDER/adapter_model), step and verdict beside it; the folder appears whole."""
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(str(aside / "adapter_model"))
+        write_text_whole(aside / "es_lora.json", json.dumps(facts, indent=1) + "\n")
+
+    write_folder_whole(folder, write)

@@ -8,76 +8,11 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from cs_fluctuation import BLOCK_VALUES, DenseWeight, LoraLayer
+from cs_fluctuation import LoraLayer
+from es_lora.peft_models import peft_lora_layers
+from es_lora.weights import DenseUpdateLayer, dense_weight, keep_as_loaded, without_dropout
 
 # ------------------------------------------------------------------------------------------------ kohya and LyCORIS
-
-
-class Float8Weight(DenseWeight):
-    """A base model in float8 (--fp8_base): widened for one use. Every float8 value is exact in bfloat16."""
-
-    def dense(self) -> torch.Tensor:
-        return self.weight.to(torch.bfloat16)
-
-
-class DenseUpdateLayer:
-    """A layer whose update D has no down and up (LoHa, LoKr, ...), in the shape of cs_fluctuation.LoraLayer.
-
-    Seen as rank 1 it is A = (1) and B[i] = ||D[i]||, and `project` gives <W[i], D[i]> / ||D[i]||: all products are
-    those of D itself. D is made for one layer at a time, by the module's own get_diff_weight, and dropped.
-    """
-
-    def __init__(self, name: str, component: str, weight: torch.Tensor, module: torch.nn.Module):
-        self.name, self.component, self.weight = name, component, self
-        self.frozen, self.module = as_weight(weight), module
-        self._update_norms: Optional[torch.Tensor] = None
-        self._weight_norms: Optional[torch.Tensor] = None
-
-    @property
-    def down(self) -> torch.Tensor:
-        return torch.ones(1, 1, device=self.frozen.dense().device)  # A (1, 1)
-
-    @property
-    def up(self) -> torch.Tensor:
-        if self._update_norms is None:
-            self.project(None)
-        norms, self._update_norms = self._update_norms, None  # of one measurement
-        return norms  # B (out, 1)
-
-    def project(self, _down: Any) -> torch.Tensor:
-        """<W[i], D[i]> / ||D[i]|| (out, 1), and 0 for a row without update."""
-        weight = self.frozen.dense().detach().flatten(1)  # (out, in)
-        update = self._update().to(weight.device)  # (out, in)
-        norms = update.norm(dim=1, keepdim=True)
-        rows = max(1, BLOCK_VALUES // update.shape[1])
-        starts = range(0, update.shape[0], rows)
-        dots = [(weight[i : i + rows].float() * update[i : i + rows]).sum(1, keepdim=True) for i in starts]
-        self._update_norms = norms
-        return torch.cat(dots) / torch.where(norms > 0, norms, torch.ones_like(norms))
-
-    def weight_norms(self) -> torch.Tensor:
-        """||W[i]|| (out,), computed once: the weight is frozen."""
-        if self._weight_norms is None:
-            self._weight_norms = self.frozen.row_norms()
-        return self._weight_norms
-
-    @torch.no_grad()
-    def _update(self) -> torch.Tensor:
-        """D (out, in) in float32, without the dropouts of training."""
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            update = self.module.get_diff_weight()
-        finally:
-            self.module.train(was_training)
-        update = update[0] if isinstance(update, tuple) else update
-        if type(self.module).__name__ in ("LohaModule", "LokrModule"):
-            update = update * getattr(self.module, "scalar", 1)  # trained where use_scalar is on
-        return update.flatten(1).float()
-
-
-def as_weight(weight: torch.Tensor) -> DenseWeight:
-    return Float8Weight(weight) if "float8" in str(weight.dtype) else DenseWeight(weight)
 
 
 def _frozen_module(module: torch.nn.Module) -> Optional[torch.nn.Module]:
@@ -102,15 +37,26 @@ def _layers_of_module(module: torch.nn.Module, component: str) -> List[Any]:
         layers, start = [], 0
         for number, (part_down, part_up) in enumerate(zip(down, up)):
             rows = weight[start : start + part_up.weight.shape[0]]
-            layers.append(LoraLayer(f"{name}.{number}", component, as_weight(rows), part_down.weight, part_up.weight))
+            layers.append(
+                LoraLayer(f"{name}.{number}", component, dense_weight(rows), part_down.weight, part_up.weight)
+            )
             start += part_up.weight.shape[0]
         return layers
     if down is not None and up is not None and plain:
         fits = down.weight[0].numel() == weight[0].numel() and up.weight.shape[0] == weight.shape[0]
-        return [LoraLayer(name, component, as_weight(weight), down.weight, up.weight)] if fits else []
+        return [LoraLayer(name, component, dense_weight(weight), down.weight, up.weight)] if fits else []
     if hasattr(module, "get_diff_weight"):
-        return [DenseUpdateLayer(name, component, weight, module)]
+        return [DenseUpdateLayer(name, component, weight, lambda: without_dropout(module, lambda: _update_of(module)))]
     return []
+
+
+def _update_of(module: torch.nn.Module) -> Any:
+    """D of a LyCORIS module, with its scalar, which is trained where use_scalar is on."""
+    update = module.get_diff_weight()
+    if type(module).__name__ not in ("LohaModule", "LokrModule"):
+        return update
+    update = update[0] if isinstance(update, tuple) else update
+    return update * getattr(module, "scalar", 1)
 
 
 def network_layers(network: torch.nn.Module) -> Tuple[List[Any], int]:
@@ -139,64 +85,15 @@ def network_layers(network: torch.nn.Module) -> Tuple[List[Any], int]:
 # ------------------------------------------------------------------------------------------------ PEFT
 
 
-class QuantisedWeight(DenseWeight):
-    """The weight of a bitsandbytes 4-bit or 8-bit layer: dequantised for one use, one layer at a time."""
-
-    def dense(self) -> torch.Tensor:
-        layer = self.weight  # here `weight` is the whole layer
-        try:
-            from peft.utils.integrations import dequantize_module_weight
-        except ImportError:  # PEFT before 0.12
-            return _dequantised(layer)
-        return dequantize_module_weight(layer)
-
-
-def _dequantised(layer: torch.nn.Module) -> torch.Tensor:
-    if getattr(layer.weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    # 8 bit: rows of integers and their scales, in the layer's state once it has been used, in the weight before.
-    held = [
-        holder for holder in (getattr(layer, "state", None), layer.weight) if getattr(holder, "SCB", None) is not None
-    ]
-    integers = held[0].CB if getattr(held[0], "CB", None) is not None else layer.weight.data
-    return integers.float() * held[0].SCB.float().unsqueeze(1) / 127
-
-
-def _peft_weight(module: torch.nn.Module) -> DenseWeight:
-    """The frozen weight of a PEFT LoRA layer: of its base layer, or its own where PEFT is older than 0.6."""
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    if getattr(base, "support_avx512bf16_for_cpu", False):
-        # The first evaluation would rewrite it, and bitsandbytes 0.50 then neither reads it nor trains through it.
-        base.support_avx512bf16_for_cpu = False
-    if getattr(base.weight, "quant_state", None) is not None or type(base.weight).__name__ == "Int8Params":
-        return QuantisedWeight(base)
-    return DenseWeight(base.weight.T if getattr(module, "fan_in_fan_out", False) else base.weight)
-
-
-def peft_layers(model: torch.nn.Module, component: str = "lm") -> List[LoraLayer]:
+def peft_layers(model: torch.nn.Module) -> List[LoraLayer]:
     """The LoRA layers of a PEFT model's active adapters. Raises ValueError where it has none."""
-    layers = []
-    for name, module in model.named_modules():
-        downs, ups = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if isinstance(downs, torch.nn.ModuleDict) and isinstance(ups, torch.nn.ModuleDict):
-            active = getattr(module, "active_adapters", None) or getattr(module, "active_adapter", None)
-            for adapter in [active] if isinstance(active, str) else list(active or ()):
-                if adapter in downs:
-                    layers.append(
-                        LoraLayer(name, component, _peft_weight(module), downs[adapter].weight, ups[adapter].weight)
-                    )
+    keep_as_loaded(model)
+    layers = peft_lora_layers(model)
     if not layers:
         raise ValueError(
             "the model has no LoRA layer to measure (--full_finetune?); train without --calculate_cs and --early_stop"
         )
     return layers
-
-
-def trained_tensors(model: torch.nn.Module) -> Dict[str, torch.Tensor]:
-    """{name: live tensor} of everything in a model that is trained."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def all_tensors(network: torch.nn.Module) -> Dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The frozen weights of bitsandbytes layers: made dense for one use, and kept as they were loaded.
+"""Frozen weights and updates in other forms than dense matrices and B A: 4-bit, 8-bit, float8, LoHa, LoKr.
 
 On a processor with AVX512-BF16, bitsandbytes (0.50) rewrites a 4-bit weight for a faster kernel in the first forward pass in
 evaluation mode. That rounds its scales to bf16, and the kernel has no backward pass: training that goes on after an
@@ -6,11 +6,11 @@ evaluation would send no gradient through the layer, without an error. `keep_as_
 """
 
 import copy
-from typing import Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 
-from cs_fluctuation import DenseWeight
+from cs_fluctuation import BLOCK_VALUES, DenseWeight
 
 
 def _is_repacked(weight: torch.Tensor) -> bool:
@@ -48,9 +48,11 @@ def dequantised(layer: torch.nn.Module) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(*_unpacked(weight))
-    # After the first forward pass the scales of an 8-bit weight lie in the layer's state. (out,)
-    scales = layer.state.SCB if layer.state.SCB is not None else weight.SCB
-    return weight.data * (scales.to(weight.device).float() / 127).unsqueeze(1)
+    # Rows of integers and their scales (out,): in the layer's state once it has been used, in the weight before.
+    holders = (getattr(layer, "state", None), weight)
+    held = next(holder for holder in holders if getattr(holder, "SCB", None) is not None)
+    integers = held.CB if getattr(held, "CB", None) is not None else weight.data
+    return integers * (held.SCB.to(integers.device).float() / 127).unsqueeze(1)
 
 
 class QuantisedWeight(DenseWeight):
@@ -65,3 +67,71 @@ def frozen_weight(layer: torch.nn.Module) -> DenseWeight:
     if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):
         return QuantisedWeight(layer)
     return DenseWeight(layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight)  # GPT-2 holds (in, out)
+
+
+class Float8Weight(DenseWeight):
+    """A frozen weight in float8: widened for one use. Every float8 value is exact in bfloat16."""
+
+    def dense(self) -> torch.Tensor:
+        return self.weight.to(torch.bfloat16)
+
+
+def dense_weight(weight: torch.Tensor) -> DenseWeight:
+    """A frozen weight that is stored as a tensor, of any floating type."""
+    return Float8Weight(weight) if "float8" in str(weight.dtype) else DenseWeight(weight)
+
+
+class DenseUpdateLayer:
+    """A layer whose update D has no down and up (LoHa, LoKr, ...), in the shape of cs_fluctuation.LoraLayer.
+
+    update: makes D (out, in) in float32. Seen as rank 1 it is A = (1) and B[i] = ||D[i]||, and `project` gives
+    <W[i], D[i]> / ||D[i]||: all products are those of D itself. D is made for one layer at a time, and dropped.
+    """
+
+    def __init__(self, name: str, component: str, weight: torch.Tensor, update: Callable[[], torch.Tensor]):
+        self.name, self.component, self.weight = name, component, self
+        self._frozen, self._update = dense_weight(weight), update
+        self._update_norms: Optional[torch.Tensor] = None
+        self._weight_norms: Optional[torch.Tensor] = None
+
+    @property
+    def down(self) -> torch.Tensor:
+        return torch.ones(1, 1, device=self._frozen.dense().device)  # A (1, 1)
+
+    @property
+    def up(self) -> torch.Tensor:
+        if self._update_norms is None:
+            self.project(None)
+        norms, self._update_norms = self._update_norms, None  # of one measurement
+        return norms  # B (out, 1)
+
+    @torch.no_grad()
+    def project(self, _down: Any) -> torch.Tensor:
+        """<W[i], D[i]> / ||D[i]|| (out, 1), and 0 for a row without update."""
+        weight = self._frozen.dense().detach().flatten(1)  # (out, in)
+        update = self._update().to(weight.device)  # (out, in)
+        norms = update.norm(dim=1, keepdim=True)
+        rows = max(1, BLOCK_VALUES // update.shape[1])
+        starts = range(0, update.shape[0], rows)
+        dots = [(weight[i : i + rows].float() * update[i : i + rows]).sum(1, keepdim=True) for i in starts]
+        self._update_norms = norms
+        return torch.cat(dots) / torch.where(norms > 0, norms, torch.ones_like(norms))
+
+    def weight_norms(self) -> torch.Tensor:
+        """||W[i]|| (out,), computed once: the weight is frozen."""
+        if self._weight_norms is None:
+            self._weight_norms = self._frozen.row_norms()
+        return self._weight_norms
+
+
+@torch.no_grad()
+def without_dropout(module: torch.nn.Module, update: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """An update D as (out, in) in float32, made while the module's dropouts are off."""
+    was_training = module.training
+    module.eval()
+    try:
+        made = update()
+    finally:
+        module.train(was_training)
+    made = made[0] if isinstance(made, tuple) else made
+    return made.flatten(1).float()

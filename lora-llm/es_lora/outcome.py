@@ -92,8 +92,12 @@ class Outcome:
         return self.decision is not None and self.decision.keep_step == self.last_step
 
     def saved(self, what: str, path: Union[str, Path], step: Optional[int] = None, averaged: bool = False) -> None:
-        """Note a file: "kept" lies under the normal name, "last", "turning_point" and "state" beside it."""
-        self.files[what] = SavedWeights(Path(path).name, step, averaged)
+        """Note a file: "kept" lies under the normal name, "last", "turning_point" and "state" beside it.
+
+        path: relative to the output folder, or anywhere in it.
+        """
+        place = Path(path).name if Path(path).is_absolute() else str(path)
+        self.files[what] = SavedWeights(place, step, averaged)
 
     # -------------------------------------------------------------------------------------- in words
 
@@ -165,6 +169,11 @@ class Outcome:
         weights = self.files[what]
         known = {"outcome": self.name, "step": weights.step, "averaged": weights.averaged, "last_step": self.last_step}
         return {**known, **self._decided()}
+
+    def metadata(self, what: str) -> Dict[str, str]:
+        """The same for a file whose metadata holds text alone: {"es_lora_step": "12", ...}."""
+        known = {name: value for name, value in self.facts(what).items() if value is not None}
+        return {f"es_lora_{name}": str(value) for name, value in known.items()}
 
     def _decided(self) -> Dict[str, Any]:
         if self.plan is None:

@@ -212,14 +212,14 @@ def compare(trainer, plain, stopped, base, offset=0, end_of=None):
     """
     result = json.loads((trainer.history_folder(stopped) / "result.json").read_text())
     assert result["outcome"] == "stopped_early", result
-    kept, last = result["kept_step"], result["last_step"]
+    kept, last = result["keep_step"], result["last_step"]
     assert same(trainer.saved(stopped), trainer.saved(plain(kept), kept - offset * (kept > offset))), "the turning point differs"
     if trainer.upstream == "sd-scripts":
         last_saved = trainer.saved(end_of(last)) if end_of else trainer.saved(plain(last), last - offset)
         assert same(trainer.saved(stopped, kind="-last"), last_saved), "the last weights differ"
         with safe_open(stopped / "lora.safetensors", "pt") as handle:
             metadata = handle.metadata()
-        assert metadata["ss_steps"] == str(kept) and json.loads(metadata["es_lora"])["kept_step"] == kept, metadata
+        assert metadata["ss_steps"] == str(kept) and metadata["es_lora_step"] == str(kept), metadata
     worst, records = cs_differences(trainer, plain, stopped, base, offset)
     if end_of is None:  # the files of a schedule-free optimizer hold averaged weights; CS is of the training weights
         assert worst < 1e-6, f"CS differs by {worst}"

@@ -1,6 +1,7 @@
 """The hook on toy networks: which layers it sees, what CS they have, which flags it takes."""
 
 import argparse
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 from cs_fluctuation import layer_cosine, mean_cosine
+from es_lora.rules import DEFAULT_RULE
+from es_lora.settings import StopSettings
+from es_lora.weights import dequantised
 
 
 class LoraModule(torch.nn.Module):
@@ -175,7 +179,7 @@ def test_eight_bit_weight_before_and_after_its_first_use(used):
     integers, scales = torch.randint(-127, 128, (3, 4), dtype=torch.int8), torch.rand(3) + 0.5
     weight = SimpleNamespace(data=integers, CB=None if used else integers, SCB=None if used else scales)
     state = SimpleNamespace(CB=integers if used else None, SCB=scales if used else None)
-    dense = es_lora_layers._dequantised(SimpleNamespace(weight=weight, state=state))
+    dense = dequantised(SimpleNamespace(weight=weight, state=state))
     assert torch.allclose(dense, integers.float() * scales[:, None] / 127)
 
 
@@ -210,10 +214,10 @@ def test_off_by_default_and_published_names():
     assert es_lora_run.read_settings(parsed(), "matrix") is None
     assert es_lora_run.read_settings(parsed("--calculate_cs", "False"), "matrix") is None
     measured = es_lora_run.read_settings(parsed("--calculate_cs", "--cs_steps", "5", "--window_size", "7"), "matrix")
-    assert (measured.early_stop, measured.cs_interval, measured.window) == (False, 5, 7)
+    assert (measured.early_stop, measured.cs_interval, measured.window_size) == (False, 5, 7)
     stopping = es_lora_run.read_settings(parsed("--early_stop"), "matrix")
-    assert (stopping.early_stop, stopping.cs_interval, stopping.window) == (True, None, None)
-    assert (stopping.rule, stopping.reduction) == (es_lora_run.DEFAULT_RULE, "matrix")
+    assert (stopping.early_stop, stopping.cs_interval, stopping.window_size) == (True, None, None)
+    assert (stopping.stop_rule, stopping.cs_reduction) == (DEFAULT_RULE, "matrix")
 
 
 def test_values_of_a_toml_file_are_checked_all_at_once():
@@ -224,12 +228,12 @@ def test_values_of_a_toml_file_are_checked_all_at_once():
     with pytest.raises(ValueError) as error:
         es_lora_run.read_settings(args, "matrix")
     for part in (
-        "--early_stop: 'on?' is neither",
-        "--cs_interval is 0",
-        "--window_size is 'many'",
-        "--stop_rule is 'best'",
-        "is 'sum'",
-        "--valley is 0",
+        "--early_stop on?: give True or False",
+        "--cs_interval 0: give a number of 1 or more, or auto",
+        "--window_size many: give a number of 1 or more, or auto",
+        "--stop_rule best: stop rule 'best' is unknown",
+        "--cs_reduction sum: choose row or matrix",
+        "--valley 0: must be at least 1",
     ):
         assert part in str(error.value)
 
@@ -240,19 +244,23 @@ def test_rule_that_needs_what_is_not_recorded_is_refused():
 
 
 def test_the_number_of_a_rule_is_checked_against_the_rule():
-    assert es_lora_run.read_settings(parsed("--early_stop", "--stop_rule", "fixed-epochs", "--rule_value", "3"), "row").value == 3
-    with pytest.raises(ValueError, match="--rule_value: the rule second-valley has no number to set"):
+    assert (
+        es_lora_run.read_settings(parsed("--early_stop", "--stop_rule", "fixed-epochs", "--rule_value", "3"), "row").rule_value
+        == 3
+    )
+    with pytest.raises(ValueError, match="--stop_rule second-valley: the rule second-valley has no number to set"):
         es_lora_run.read_settings(parsed("--early_stop", "--stop_rule", "second-valley", "--rule_value", "3"), "row")
 
 
 def test_truth_values():
-    with pytest.raises(SystemExit):
-        parsed("--early_stop", "perhaps")
-    assert parsed("--early_stop", "true").early_stop is True
+    with pytest.raises(ValueError, match="--early_stop perhaps: give True or False"):
+        es_lora_run.read_settings(parsed("--early_stop", "perhaps"), "matrix")
+    assert es_lora_run.read_settings(parsed("--early_stop", "true"), "matrix").early_stop is True
 
 
 def test_qlora_fields_are_the_same_flags():
-    assert set(es_lora_run.FLAGS) == {name for name, _ in __import__("insertion_points").QLORA_FIELDS}
+    known = {entry.name for entry in dataclasses.fields(StopSettings)} - set(es_lora_run.LEFT_OUT)
+    assert known | {"valley"} == {name for name, _ in __import__("insertion_points").QLORA_FIELDS}
     made = es_lora_hook.training_argument("cs_interval")
     assert made.default == "auto" and made.metadata["aliases"] == ["--cs_steps"] and made.metadata["help"]
 
@@ -287,9 +295,11 @@ def test_divergence_stops_and_keeps_the_last_finite_weights(tmp_path):
     with torch.no_grad():
         module.lora_up.weight[0] = float("nan")
     run.after_step(torch.tensor(1.0), 0.1, "cpu")
-    assert run.stopped and run.verdict()["outcome"] == "diverged" and run.kept_step() == 1
-    run.finish({})
-    assert json.loads((tmp_path / "result.json").read_text())["kept_step"] == 1
+    assert run.stopped and run.outcome().name == "diverged" and run.kept_step() == 1
+    outcome = run.outcome()
+    outcome.saved("kept", "lora.safetensors", run.kept_step())
+    run.finish(outcome)
+    assert json.loads((tmp_path / "result.json").read_text())["files"]["kept"]["step"] == 1
 
 
 @pytest.mark.parametrize("heard, stops", [(es_lora_run.GO_ON, False), (es_lora_run.STOP, True), (es_lora_run.FAILED, None)])
@@ -318,7 +328,7 @@ def test_other_processes_do_what_the_main_one_says(heard, stops, tmp_path, monke
 
 def test_unknown_component_is_a_message(tmp_path):
     frozen = torch.nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="--cs_component is 'te'; trained are unet"):
+    with pytest.raises(ValueError, match="--cs_component te: trained are unet"):
         make_run(tmp_path, frozen, LoraModule("lora_unet_x", frozen, 1), cs_component="te")
 
 

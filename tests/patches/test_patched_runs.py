@@ -75,7 +75,7 @@ def test_stop_leaves_both_loops_and_keeps_the_weights_of_the_turning_point(check
     done = train(checkouts["sd-scripts", "patched"], "--output_dir", tmp_path, *STOP)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "lora-es-lora" / "result.json").read_text())
-    kept, last = result["kept_step"], result["last_step"]
+    kept, last = result["keep_step"], result["last_step"]
     assert result["outcome"] == "stopped_early" and kept < last < 40
     assert losses(done) == losses(plain)[:last]
     assert "the end" in done.stdout and f"end of epoch {-(-last // 8)}" in done.stdout
@@ -85,7 +85,10 @@ def test_stop_leaves_both_loops_and_keeps_the_weights_of_the_turning_point(check
     with safe_open(tmp_path / "lora.safetensors", "pt") as handle:
         metadata = handle.metadata()
     assert metadata["ss_steps"] == str(kept) and metadata["ss_epoch"] == str(-(-kept // 8))
-    assert json.loads(metadata["es_lora"])["detected_step"] == last
+    assert metadata["es_lora_step"] == metadata["es_lora_keep_step"] == str(kept)
+    assert metadata["es_lora_detected_step"] == str(last)
+    with safe_open(tmp_path / "lora-last.safetensors", "pt") as handle:
+        assert handle.metadata()["es_lora_step"] == handle.metadata()["ss_steps"] == str(last)
     history = [json.loads(line) for line in (tmp_path / "lora-es-lora" / "cs_history.jsonl").read_text().split("\n")[:-1]]
     assert [line["step"] for line in history[1:-1]] == list(range(1, last + 1))
     assert set(history[1]["cs"]) == {"te", "unet", "all"} and history[0]["decided_on"] == "unet"
@@ -100,7 +103,7 @@ def test_a_process_of_its_own_finds_everything_beside_the_trainer(checkouts, tmp
     command = [sys.executable, "train_network.py", "--output_dir", str(tmp_path), *STOP]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     done = subprocess.run(command, cwd=patched, env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "ES-LoRA: stopped early" in done.stdout, done.stderr
+    assert done.returncode == 0 and "ES-LoRA: Stopped early at step" in done.stdout, done.stderr
 
 
 def test_off_is_the_unpatched_training(checkouts, full, tmp_path):
@@ -115,7 +118,7 @@ def test_measuring_alone_trains_to_the_end_and_saves_the_turning_point_beside_it
     plain_folder, plain = full
     done = train(checkouts["sd-scripts", "patched"], "--output_dir", tmp_path, "--calculate_cs", *STOP[1:])
     assert losses(done) == losses(plain)
-    kept = json.loads((tmp_path / "lora-es-lora" / "result.json").read_text())["kept_step"]
+    kept = json.loads((tmp_path / "lora-es-lora" / "result.json").read_text())["keep_step"]
     assert same(load_file(tmp_path / "lora.safetensors"), load_file(plain_folder / "lora.safetensors"))
     assert same(load_file(tmp_path / "lora-turning-point.safetensors"), step_file(plain_folder, kept))
 
@@ -150,7 +153,7 @@ def test_state_without_cs_and_wrong_flags_end_with_one_line_and_code_2(checkouts
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did not measure CS" in done.stderr
     done = train(patched, "--output_dir", tmp_path, "--early_stop", "--stop_rule", "best", "--cs_interval", "0")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "--stop_rule is 'best'" in done.stderr and "--cs_interval is '0'" in done.stderr
+    assert "--stop_rule best: stop rule 'best' is unknown" in done.stderr and "--cs_interval 0: give" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ qlora
@@ -173,11 +176,11 @@ def test_qlora_stops_and_leaves_the_turning_point_as_it_saves_adapters(checkouts
     first = next(line for line in done.stdout.split("\n") if line.startswith("ES-LoRA"))
     assert first == "ES-LoRA: early stopping is on."
     result = json.loads((tmp_path / "stopped" / "result.json").read_text())
-    kept, last = result["kept_step"], result["last_step"]
+    kept, last = result["keep_step"], result["last_step"]
     assert result["outcome"] == "stopped_early" and last < 30
     assert same(adapter(tmp_path / "stopped" / "turning-point"), adapter(tmp_path / "plain" / f"checkpoint-{kept}"))
     assert same(adapter(tmp_path / "stopped" / f"checkpoint-{last}"), adapter(tmp_path / "plain" / f"checkpoint-{last}"))
-    assert json.loads((tmp_path / "stopped" / "turning-point" / "es_lora.json").read_text())["kept_step"] == kept
+    assert json.loads((tmp_path / "stopped" / "turning-point" / "es_lora.json").read_text())["keep_step"] == kept
     total = sum(float(tensor.double().sum()) for tensor in adapter(tmp_path / "stopped" / "turning-point").values())
     after = next(line for line in done.stdout.split("\n") if line.startswith("after training"))
     assert float.fromhex(after.split()[-1]) == pytest.approx(total, abs=1e-9)  # the model holds the turning point again
