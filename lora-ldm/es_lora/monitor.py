@@ -63,7 +63,7 @@ class EarlyStopMonitor:
         columns: Optional[Dict[str, Callable[[], Optional[float]]]] = None,
     ):
         self.columns, self.evidence = columns if columns is not None else {}, evidence
-        self.folder, self.layers, self.tensors = Path(folder), list(layers), tensors
+        self.folder, self.layers, self.tensors = Path(folder), list(layers), tensors or dict
         self.plan, self.rule, self.reduction = plan, plan.rule(), plan.stop.cs_reduction
         self.history_path = self.folder / HISTORY_NAME
         self._check()
@@ -112,7 +112,7 @@ class EarlyStopMonitor:
         Raises NonFiniteWeightsError, before anything is recorded, where the weights have diverged.
         """
         measured = measure_layers(self.layers)
-        record = {"step": step, "epoch": round(epoch, 6), "cs": measured[f"cs_{self.reduction}"], **measured}
+        record: Dict[str, Any] = {"step": step, "epoch": round(epoch, 6), "cs": measured[f"cs_{self.reduction}"], **measured}
         record["fluctuation"] = self.series.update(record["cs"][self.plan.component]).fluctuation
         record["grad_evidence"] = self.evidence.value() if self.evidence is not None else None
         measured_now = {name: function() for name, function in self.columns.items()}

@@ -148,6 +148,8 @@ class Outcome:
         return f"Interrupted at step {self.last_step} of {self.total_steps}; everything needed to go on is saved."
 
     def _turning_point(self) -> str:
+        if self.decision is None or self.plan is None:
+            return "unknown"
         step = self.decision.keep_step
         return f"step {step} (epoch {step / self.plan.steps_per_epoch:.1f})"
 
@@ -223,7 +225,7 @@ class Outcome:
 
     def tables(self) -> List[Tuple[str, List[str], List[List[Any]]]]:
         """(title, head, rows) of the report: held-out losses, each part by itself, files."""
-        losses = [[WEIGHTS[key], value] for key, value in self.heldout.items() if value is not None]
+        losses = [(WEIGHTS[key], value) for key, value in self.heldout.items() if value is not None]
         parts = [
             [PART_NAMES.get(part, part), v["turning_step"] or "none", v["stop_step"] or "", v["reason"]]
             for part, v in self.parts.items()

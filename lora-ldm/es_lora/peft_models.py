@@ -21,9 +21,11 @@ def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> List[Lora
     Embeddings with a LoRA are left out: they have no matrix product with an input. For DoRA only B A is measured.
     """
     layers = []
+    module: Any
     for name, module in model.named_modules():
-        downs, ups = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if not (isinstance(downs, torch.nn.ModuleDict) and isinstance(ups, torch.nn.ModuleDict)):
+        downs: Any = getattr(module, "lora_A", None)
+        ups: Any = getattr(module, "lora_B", None)
+        if not all(isinstance(side, torch.nn.ModuleDict) for side in (downs, ups)):
             continue
         for adapter in active_adapters(module):
             if adapter in downs:
@@ -38,7 +40,7 @@ def active_adapters(module: torch.nn.Module) -> List[str]:
     return [active] if isinstance(active, str) else list(active or ())
 
 
-def base_layer(module: torch.nn.Module) -> torch.nn.Module:
+def base_layer(module: Any) -> torch.nn.Module:
     """The layer under a PEFT layer; before PEFT 0.6 the layer itself held the frozen weight."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
@@ -75,7 +77,7 @@ def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlySto
     if all(bool(tensor.isfinite().all()) for tensor in trainable_tensors(model).values()):
         return step
     newest = monitor.latest_snapshot_step() if monitor is not None else None
-    if newest is not None:
+    if monitor is not None and newest is not None:
         load_tensors(model, monitor.load_snapshot(newest))
     return newest
 

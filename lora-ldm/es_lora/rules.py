@@ -45,7 +45,7 @@ class StopRule:
 
     name = ""
     needs: Tuple[str, ...] = ("cs",)
-    default_value: Optional[float] = None
+    default_value = 0.0  # of the rule's number, where it has one
     value_help = ""  # what the rule's number is; empty where it has none
     uses_window = False  # whether the window M changes its answers
 

@@ -17,7 +17,7 @@ import json
 import math
 import random
 import time
-from typing import Any, Callable, Dict, Hashable, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
 
@@ -30,7 +30,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 NOT_ADAM = ("dadapt", "schedulefree")  # Adam in name, but their rate means something else
 
 
-def make_folds(examples: Iterable[Hashable], shadows: int, seed: int) -> Dict[Any, int]:
+def make_folds(examples: Iterable[Any], shadows: int, seed: int) -> Dict[Any, int]:
     """{example: number of the shadow that leaves it out}, the same for the same examples and seed.
 
     examples: their identities (numbers or texts), in any order, each as often as it comes; they must be sortable. Every
@@ -162,7 +162,7 @@ class ShadowTraining:
     def score_is_due(self) -> bool:
         """Whether the present measurement, the next in turn, is one to score at: the first, and every interval-th from it."""
         self._measurements += 1
-        return (self._measurements - 1) % self.interval == 0
+        return (self._measurements - 1) % (self.interval or 1) == 0
 
     def cost(self, whole_seconds: float) -> Dict[str, Any]:
         """What the shadows have cost of a run of so many seconds, for result.json and the last words."""

@@ -13,11 +13,11 @@ import torch
 from cs_fluctuation import BLOCK_VALUES, DenseWeight
 
 
-def _is_repacked(weight: torch.Tensor) -> bool:
+def _is_repacked(weight: Any) -> bool:
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
-def _unpacked(weight: torch.Tensor) -> Tuple[torch.Tensor, object]:
+def _unpacked(weight: Any) -> Tuple[torch.Tensor, Any]:
     """(data, quant state) of a 4-bit weight in the layout it was loaded in; the scales in float32, not quantised again."""
     if not _is_repacked(weight):
         return weight.data, weight.quant_state
@@ -32,6 +32,7 @@ def _unpacked(weight: torch.Tensor) -> Tuple[torch.Tensor, object]:
 
 def keep_as_loaded(model: torch.nn.Module) -> None:
     """Make every 4-bit layer stay in the layout it was loaded in, or return to it: one that can be trained through."""
+    layer: Any
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False
@@ -41,7 +42,7 @@ def keep_as_loaded(model: torch.nn.Module) -> None:
             layer.quant_state = weight.quant_state
 
 
-def dequantised(layer: torch.nn.Module) -> torch.Tensor:
+def dequantised(layer: Any) -> torch.Tensor:
     """W (out, in) of a bitsandbytes 4-bit or 8-bit layer, made for one use."""
     weight = layer.weight
     if getattr(weight, "quant_state", None) is not None:
@@ -50,7 +51,7 @@ def dequantised(layer: torch.nn.Module) -> torch.Tensor:
         return dequantize_4bit(*_unpacked(weight))
     # Rows of integers and their scales (out,): in the layer's state once it has been used, in the weight before.
     holders = (getattr(layer, "state", None), weight)
-    held = next(holder for holder in holders if getattr(holder, "SCB", None) is not None)
+    held: Any = next(holder for holder in holders if getattr(holder, "SCB", None) is not None)
     integers = held.CB if getattr(held, "CB", None) is not None else weight.data
     return integers * (held.SCB.to(integers.device).float() / 127).unsqueeze(1)
 
@@ -62,7 +63,7 @@ class QuantisedWeight(DenseWeight):
         return dequantised(self.weight)  # here `weight` is the whole layer
 
 
-def frozen_weight(layer: torch.nn.Module) -> DenseWeight:
+def frozen_weight(layer: Any) -> DenseWeight:
     """The frozen weight W (out, in) of an adapted layer's base layer, without a copy of it."""
     if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):
         return QuantisedWeight(layer)
@@ -100,10 +101,8 @@ class DenseUpdateLayer:
 
     @property
     def up(self) -> torch.Tensor:
-        if self._update_norms is None:
-            self.project(None)
-        norms, self._update_norms = self._update_norms, None  # of one measurement
-        return norms  # B (out, 1)
+        norms, self._update_norms = self._update_norms, None  # those of one measurement
+        return self._update().norm(dim=1, keepdim=True) if norms is None else norms  # B (out, 1)
 
     @torch.no_grad()
     def project(self, _down: Any) -> torch.Tensor:

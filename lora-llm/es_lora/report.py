@@ -3,93 +3,135 @@
 import base64
 import html
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from cs_fluctuation import FluctuationSeries
 from es_lora.files import write_text_whole
 from es_lora.history import History, read_history, redecide, rule_for
-from es_lora.rules import RULES, Decision
+from es_lora.rules import RULES, Decision, GradientAgreement
 
 COLOURS = {"train": "#8a8f98", "heldout": "#c8553d", "kept": "#2a7f62", "detected": "#b58a00", "lines": "#2f5d8a"}
 
 
-def _valleys(fluctuation: Sequence[Tuple[int, float]]) -> List[Tuple[int, float]]:
-    values = [value for _, value in fluctuation]
-    return [fluctuation[i] for i in range(1, len(values) - 1) if values[i] < values[i - 1] and values[i] < values[i + 1]]
+Points = List[Tuple[int, float]]
+Line = Tuple[Points, str, Dict[str, Any]]
 
 
-def _fluctuation(history: History, window: int, component: str) -> List[Tuple[int, float]]:
+@dataclass
+class Panel:
+    """One set of axes of the figure: what it shows, on which scale, and its lines (points, label, style)."""
+
+    title: str
+    lines: List[Line]
+    logarithmic: bool = False
+
+    def has_values(self) -> bool:
+        return any(points for points, _, _ in self.lines)
+
+    def draw(self, axis: Any) -> None:
+        for points, label, style in self.lines:
+            if points:
+                axis.plot(*zip(*points), label=label, **style)
+        axis.set_ylabel(self.title)
+        if self.logarithmic:
+            axis.set_yscale("log")
+
+
+def _column(history: History, name: str) -> Points:
+    return [(record["step"], record[name]) for record in history.records if record.get(name) is not None]
+
+
+def _losses(history: History) -> Panel:
+    return Panel(
+        "loss",
+        [
+            (_column(history, "loss"), "training loss", {"color": COLOURS["train"]}),
+            (history.heldout(), "held-out loss", {"color": COLOURS["heldout"], "marker": "."}),
+            (
+                _column(history, "shadow_loss"),
+                "shadows' loss on their folds",
+                {"color": COLOURS["lines"], "marker": "."},
+            ),
+        ],
+    )
+
+
+def _cosines(history: History, component: str) -> Panel:
+    parts = [name for name in history.records[0]["cs"] if name != "all" or len(history.records[0]["cs"]) > 2]
+    lines = []
+    for index, name in enumerate(parts):
+        points = [(record["step"], record["cs"][name]) for record in history.records if name in record["cs"]]
+        colour, width = (COLOURS["lines"], 2) if name == component else (f"C{index + 3}", 1)
+        style = {"color": colour, "linewidth": width}
+        lines.append((points, f"{name} ({history.header['reduction']})", style))
+    return Panel("CS (cosine similarity)", lines)
+
+
+def _valleys(points: Points) -> Points:
+    values = [value for _, value in points]
+    return [points[i] for i in range(1, len(values) - 1) if values[i] < values[i - 1] and values[i] < values[i + 1]]
+
+
+def _fluctuation(history: History, window: int, component: str) -> Panel:
     series = FluctuationSeries(window)
-    points = [(r["step"], series.update(r["cs"][component]).fluctuation) for r in history.records]
-    return [(step, value) for step, value in points if value]  # the axis is logarithmic: no zeros
+    known = [(r["step"], series.update(r["cs"][component]).fluctuation) for r in history.records]
+    points = [(step, value) for step, value in known if value]  # the axis is logarithmic: no zeros
+    valleys = {"color": COLOURS["heldout"], "marker": "v", "linestyle": "none"}
+    label = f"CS-Fluctuation of {component}, M = {window}"
+    lines = [(points, label, {"color": COLOURS["lines"]}), (_valleys(points), "valley", valleys)]
+    return Panel("CS-Fluctuation", lines, logarithmic=True)
 
 
-def draw(history: History, decision: Optional[Decision], window: int, component: str):
-    """The figure of a run: losses, CS by component, CS-Fluctuation with its valleys, gradient evidence where it is recorded,
-    and the steps that matter."""
+def _evidence(history: History) -> Panel:
+    """Gradient evidence, and the bound under which the rule gradient-agreement stops."""
+    evidence = _column(history, "grad_evidence")
+    rule = GradientAgreement(rule_for(history, GradientAgreement.name).settings)
+    bound = [(record["step"], rule.bound(record)) for record in history.records] if evidence else []
+    thin = {"color": "black", "linewidth": 1}
+    lines: List[Line] = [
+        (evidence, "gradient evidence", {"color": COLOURS["lines"]}),
+        (bound, "what memorising alone leaves", thin),
+    ]
+    return Panel("gradient evidence", lines, logarithmic=True)
+
+
+def draw(history: History, decision: Optional[Decision], window: int, component: str) -> Any:
+    """The figure of a run: losses, CS by component, CS-Fluctuation with its valleys, gradient evidence, and the steps
+    that matter. A panel without values is left out."""
     from matplotlib.figure import Figure
 
-    evidence = [(r["step"], r["grad_evidence"]) for r in history.records if r.get("grad_evidence") is not None]
-    figure = Figure(figsize=(9, 10.6 if evidence else 8.2), layout="constrained")
-    axes = figure.subplots(4 if evidence else 3, 1, sharex=True)
-    loss_axis, cs_axis, fluctuation_axis = axes[:3]
-    train = [(r["step"], r["loss"]) for r in history.records if r.get("loss") is not None]
-    if train:
-        loss_axis.plot(*zip(*train), color=COLOURS["train"], label="training loss")
-    if history.heldout():
-        loss_axis.plot(*zip(*history.heldout()), color=COLOURS["heldout"], marker=".", label="held-out loss")
-    shadows = [(r["step"], r["shadow_loss"]) for r in history.records if r.get("shadow_loss") is not None]
-    if shadows:
-        loss_axis.plot(*zip(*shadows), color=COLOURS["lines"], marker=".", label="shadows' loss on their folds")
-    loss_axis.set_ylabel("loss")
-    components = [name for name in history.records[0]["cs"] if name != "all" or len(history.records[0]["cs"]) > 2]
-    for index, name in enumerate(components):
-        points = [(r["step"], r["cs"][name]) for r in history.records if name in r["cs"]]
-        colour, width = (COLOURS["lines"], 2) if name == component else (f"C{index + 3}", 1)
-        cs_axis.plot(*zip(*points), label=f"{name} ({history.header['reduction']})", color=colour, linewidth=width)
-    cs_axis.set_ylabel("CS (cosine similarity)")
-    fluctuation = _fluctuation(history, window, component)
-    if fluctuation:
-        label = f"CS-Fluctuation of {component}, M = {window}"
-        fluctuation_axis.plot(*zip(*fluctuation), color=COLOURS["lines"], label=label)
-        fluctuation_axis.set_yscale("log")
-        if _valleys(fluctuation):
-            fluctuation_axis.plot(*zip(*_valleys(fluctuation)), "v", color=COLOURS["heldout"], label="valley")
-    fluctuation_axis.set_ylabel("CS-Fluctuation")
-    if evidence:
-        _draw_evidence(axes[3], history, evidence)
+    panels = [_losses(history), _cosines(history, component), _fluctuation(history, window, component)]
+    panels = [panel for panel in [*panels, _evidence(history)] if panel.has_values()]
+    figure = Figure(figsize=(9, 1 + 2.4 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, axis in zip(panels, axes):
+        panel.draw(axis)
+        _mark_steps(axis, history, decision, named=axis is axes[0])
     axes[-1].set_xlabel("step")
-    steps = []
-    if decision is not None:
-        steps.append((decision.keep_step, "turning point", COLOURS["kept"], "-"))
-        steps.append((decision.detected_step, "detected", COLOURS["detected"], "--"))
-    if decision is None or history.last_step() != decision.detected_step:
-        steps.append((history.last_step(), "last", "black", ":"))
-    for axis in axes:
-        for step, name, colour, dashes in steps:
-            label = f"{name}: step {step}" if axis is loss_axis else None
-            axis.axvline(step, color=colour, linestyle=dashes, linewidth=1.8, label=label)
-        if decision is not None:
-            axis.axvspan(*decision.usable, color=COLOURS["kept"], alpha=0.07)
-        axis.grid(alpha=0.25)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     per_epoch = history.header.get("steps_per_epoch")
     if per_epoch:
-        epochs = loss_axis.secondary_xaxis("top", functions=(lambda s: s / per_epoch, lambda e: e * per_epoch))
+        epochs = axes[0].secondary_xaxis("top", functions=(lambda s: s / per_epoch, lambda e: e * per_epoch))
         epochs.set_xlabel("epoch")
     return figure
 
 
-def _draw_evidence(axis, history: History, evidence: Sequence[Tuple[int, float]]) -> None:
-    """Gradient evidence, and the bound under which the rule gradient-agreement stops."""
-    rule = rule_for(history, "gradient-agreement")
-    axis.plot(*zip(*evidence), color=COLOURS["lines"], label="gradient evidence")
-    bound = [(record["step"], rule.bound(record)) for record in history.records]
-    axis.plot(*zip(*bound), color="black", linewidth=1, label="what memorising alone leaves")
-    axis.set_yscale("log")
-    axis.set_ylabel("gradient evidence")
+def _mark_steps(axis: Any, history: History, decision: Optional[Decision], named: bool) -> None:
+    """Lines at the turning point, the detection and the last step; named: they stand in this axis' legend."""
+    steps = []
+    if decision is not None:
+        steps.append((decision.keep_step, "turning point", COLOURS["kept"], "-"))
+        steps.append((decision.detected_step, "detected", COLOURS["detected"], "--"))
+        axis.axvspan(*decision.usable, color=COLOURS["kept"], alpha=0.07)
+    if decision is None or history.last_step() != decision.detected_step:
+        steps.append((history.last_step(), "last", "black", ":"))
+    for step, name, colour, dashes in steps:
+        label = f"{name}: step {step}" if named else None
+        axis.axvline(step, color=colour, linestyle=dashes, linewidth=1.8, label=label)
+    axis.grid(alpha=0.25)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def _picture(history: History, decision: Optional[Decision], window: int, component: str) -> str:
@@ -119,7 +161,7 @@ figcaption { font-size: .8rem }
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    def cells(values, tag):
+    def cells(values: Sequence[Any], tag: str) -> str:
         return "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
@@ -136,7 +178,7 @@ def _redecided_rows(history: History) -> List[List[Any]]:
                 rows.append([name, "", f"needs {', '.join(missing)}", ""])
                 continue
             verdict = redecide(history, name, window=window)
-            kept = "does not stop" if not verdict["stopped"] else f"keeps step {verdict['turning_step']}"
+            kept = "had not decided when the run ended" if not verdict["stopped"] else f"keeps step {verdict['turning_step']}"
             rows.append([name, window if rule.uses_window else "", kept, verdict["stop_step"] or ""])
     return rows
 
@@ -174,6 +216,6 @@ def write_report(
     facts = {**{key: value for key, value in header.items() if key != "format"}, **(settings or {})}
     parts.append(_table("Settings", ["setting", "value"], sorted(facts.items(), key=lambda item: item[0])))
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head = f"{meta}<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    page_head = f"{meta}<title>{html.escape(title)}</title><style>{STYLE}</style>"
     body = "".join(parts)
-    write_text_whole(Path(path), f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>')
+    write_text_whole(Path(path), f'<!doctype html><html lang="en"><head>{page_head}</head><body>{body}</body></html>')

@@ -119,3 +119,21 @@ def test_the_page_is_one_self_contained_file_and_escapes_what_it_shows(history, 
     assert "<svg" in text and "kept</td><td>1.5" in text
     assert 'src="http' not in text and "<script" not in text and "<link" not in text
     assert main([str(history), "--html", str(tmp_path / "again.html")]) == 0
+
+
+def test_a_panel_that_has_no_values_is_left_out(history, tmp_path):
+    run = read_history(history)
+    for record in run.records:
+        record.update(loss=None, grad_evidence=None)
+    run.events.clear()
+    figure = draw(run, None, 60, "unet")
+    titles = [axis.get_ylabel() for axis in figure.axes if axis.get_ylabel()]
+    assert titles == ["CS (cosine similarity)"]  # no losses, no evidence, and too few measurements for this window
+
+
+def test_a_rule_that_has_not_decided_says_so_in_the_table_of_other_rules(history, tmp_path):
+    page = tmp_path / "report.html"
+    text = history.read_text().splitlines()
+    history.write_text("\n".join(text[:6]) + "\n")
+    write_report(page, history, verdict="Kept.")
+    assert "had not decided when the run ended" in page.read_text()

@@ -13,21 +13,30 @@ from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, file_metadata
 
 @dataclass
 class Checkpoint:
-    """One saved adapter. step counts completed optimizer steps; epoch is the number in an epoch checkpoint's name."""
+    """One saved adapter of the run, at a known step, in completed optimizer steps. columns: what was measured of it."""
 
     name: str
     file: Path
-    step: Optional[int] = None
-    epoch: Optional[int] = None
-    metadata: Dict[str, str] = field(default_factory=dict)
+    step: int
     columns: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Found:
+    """An adapter file, and what its name and metadata tell of its place in the run."""
+
+    name: str
+    file: Path
+    step: Optional[int]
+    epoch: Optional[int]
+    metadata: Dict[str, str]
 
 
 def _number(text: Any) -> Optional[int]:
     return int(text) if text is not None and re.match(r"\d+$", str(text)) else None
 
 
-def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Checkpoint]:
+def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
     """PEFT's and diffusers' folders: checkpoint-N, and other kept adapters whose metadata or state tells their step."""
     found = []
     for place in [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]:
@@ -39,7 +48,7 @@ def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Checkpoi
                 problems[name] = f"it holds no {PEFT_NAME} or {DIFFUSERS_NAME} (pickle files are not read)"
             continue
         metadata = file_metadata(file)
-        checkpoint = Checkpoint(name, file, int(number[1]) if number else None, None, metadata)
+        checkpoint = Found(name, file, int(number[1]) if number else None, None, metadata)
         if checkpoint.step is None:
             facts = json.loads(metadata.get("es_lora", "{}"))
             checkpoint.step = _step_of(place, facts) if facts else _state(place).get("global_step")
@@ -71,10 +80,11 @@ def _state(folder: Path) -> Dict[str, Any]:
         return {}
 
 
-def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Checkpoint]:
+def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
     """kohya's files of one run: NAME-000003 (epoch), NAME-step00000500 (step), NAME or, where it stands, NAME-last."""
     files = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in (PEFT_NAME, DIFFUSERS_NAME)]
-    named = {file: re.match(r"(.+?)(?:-step(\d{8})|-(\d{6}))?$", file.stem) for file in files}
+    pattern = re.compile(r"(.+?)(?:-step(\d{8})|-(\d{6}))?$")
+    named = {file: match for file in files for match in [pattern.match(file.stem)] if match}
     runs = sorted({match[1] for match in named.values() if match[2] or match[3]})
     if len(runs) > 1:
         raise ValueError(f"{folder} holds the checkpoints of {len(runs)} runs ({', '.join(runs)}); give a folder of one run")
@@ -90,11 +100,11 @@ def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Checkpoint
         if step is None and epoch is None:
             problems[file.name] = "neither its name nor its metadata tells at which step it was saved"
             continue
-        found.append(Checkpoint(file.name, file, step, epoch, metadata))
+        found.append(Found(file.name, file, step, epoch, metadata))
     return found
 
 
-def _steps_per_epoch(checkpoints: Sequence[Checkpoint]) -> Optional[int]:
+def _steps_per_epoch(checkpoints: Sequence[Found]) -> Optional[int]:
     """Optimizer steps an epoch as the newest checkpoint that tells has it, from kohya's metadata or a Trainer's state."""
     for checkpoint in sorted(checkpoints, key=lambda c: (c.step or 0, c.epoch or 0), reverse=True):
         metadata, state = checkpoint.metadata, _state(checkpoint.file.parent)
@@ -145,6 +155,5 @@ def read_run(folder: Path, steps_per_epoch: Optional[int] = None) -> Run:
         elif step in by_step:
             problems[checkpoint.name] = f"it is of step {step}, as {by_step[step].name} is"
         else:
-            checkpoint.step = round(step)
-            by_step[step] = checkpoint
+            by_step[step] = Checkpoint(checkpoint.name, checkpoint.file, round(step))
     return Run([by_step[step] for step in sorted(by_step)], per_epoch, problems, history, counts_epochs)

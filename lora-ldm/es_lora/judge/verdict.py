@@ -6,12 +6,12 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from cs_fluctuation import FluctuationSeries, NonFiniteWeightsError
 from es_lora.history import HISTORY_FORMAT, HISTORY_NAME, History, redecide, replay, rule_for
 from es_lora.judge.adapter_files import read_adapter
-from es_lora.judge.base_index import Base
+from es_lora.judge.base_index import Base, Key
 from es_lora.judge.measuring import Measurer
 from es_lora.judge.run_folder import Checkpoint, Run
 from es_lora.report import write_report
@@ -31,26 +31,30 @@ def measure_run(run: Run, base: Base, progress: bool = False) -> None:
 
     Raises ValueError where none can be read, BaseMismatchError where the base does not fit.
     """
-    measurer, readable, layers = Measurer(base), [], None
+    measurer, readable = Measurer(base), []
+    layers: Optional[Set[Key]] = None
     for number, checkpoint in enumerate(run.checkpoints, start=1):
         if progress:
             print(f"\rmeasuring {number} of {len(run.checkpoints)} ", end="", file=sys.stderr, flush=True)
         try:
-            adapter = read_adapter(checkpoint.file)
-            if layers is not None and set(adapter.modules) != layers:
-                raise ValueError("its LoRA layers are not those of the first checkpoint: it is of another run")
-            checkpoint.columns = measurer.measure(adapter)
-            layers = set(adapter.modules)
+            layers = _measure(checkpoint, measurer, layers)
             readable.append(checkpoint)
         except (ValueError, NonFiniteWeightsError) as error:
             run.problems[checkpoint.name] = str(error)
-        finally:
-            adapter = None  # one adapter at a time in memory
     if progress:
         print("\r", end="", file=sys.stderr)
     run.checkpoints = readable
     if not readable:
         raise ValueError("no checkpoint can be read: " + "; ".join(f"{name}: {why}" for name, why in run.problems.items()))
+
+
+def _measure(checkpoint: Checkpoint, measurer: Measurer, layers: Optional[Set[Key]]) -> Set[Key]:
+    """Fill in one checkpoint's columns; its LoRA layers. One adapter at a time is in memory."""
+    adapter = read_adapter(checkpoint.file)
+    if layers is not None and set(adapter.modules) != layers:
+        raise ValueError("its LoRA layers are not those of the first checkpoint: it is of another run")
+    checkpoint.columns = measurer.measure(adapter)
+    return set(adapter.modules)
 
 
 @dataclass
@@ -241,7 +245,7 @@ def print_verdict(verdict: Dict[str, Any]) -> None:
 
 def write_page(path: Path, verdict: Dict[str, Any], history: History, decision: Optional[Decision]) -> None:
     """The report page of cs_replay, with the table of the checkpoints."""
-    tables = [("Checkpoints", HEAD, table_rows(verdict))]
+    tables: List[Tuple[str, Sequence[str], Sequence[Any]]] = [("Checkpoints", HEAD, table_rows(verdict))]
     if verdict["not_judged"]:
         tables.append(("Not judged", ("file", "why"), list(verdict["not_judged"].items())))
     with tempfile.TemporaryDirectory() as folder:
