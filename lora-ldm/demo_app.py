@@ -172,8 +172,8 @@ def show_previews(run):
 
 def prompts_of(run):
     """The prompts that the run's previews were made of, as far as its folder holds them."""
+    from base.sampling import read_prompts
     from demo.process import PROMPTS_NAME
-    from training.previews import read_prompts
 
     try:
         return [prompt.prompt for prompt in read_prompts(run.folder / PROMPTS_NAME)]
@@ -221,8 +221,8 @@ def try_out(places):
 
 def make_pictures(base, run, picked, wanted, strength):
     """A picture for each of {label: LoRA file or None}, into the history of this session, newest first."""
+    from base.sampling import Prompt
     from demo.pictures import png_with_settings
-    from training.previews import Prompt
 
     settings, group = run.settings() if run else {}, []
     try:

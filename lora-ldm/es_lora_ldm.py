@@ -3,15 +3,64 @@
     python es_lora_ldm.py --pretrained_model_name_or_path BASE --train_data_dir IMAGES --resolution 512 --output_dir OUT \
         --early_stop --max_train_epochs 15
 
-Flags, folders and files are those of sd-scripts' train_network.py; `--help` lists them. `step` always means a completed
-optimizer step. Exit codes: 0 trained or stopped early, 2 bad arguments or data, 3 diverged, 130 interrupted.
+Flags, folders and files are those of sd-scripts' train_network.py; `--help` lists them. `step` always
+means a completed optimizer step. Exit codes: 0 trained or stopped early, 2 bad arguments or data,
+3 diverged, 130 interrupted.
 """
 
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Optional
 
 import quiet_libraries  # noqa: F401  (before diffusers)
+import torch
 
-from training.loop import main
+from base.families import StableDiffusion
+from images.batches import build_datasets
+from settings.parsing import parse_arguments
+from training.loop import train
+from training.results import finish, last_lines
+from training.setup import set_up
+
+
+def main(argv: Optional[Sequence[str]] = None, family: type[StableDiffusion] = StableDiffusion) -> int:
+    """Run the trainer for a kind of base; returns the exit code. argv: the words, None for those of the process."""
+
+    def failed(message):
+        for line in message.splitlines():
+            print(f"{family.program}: {line}", file=sys.stderr)
+        return 2
+
+    try:
+        args = parse_arguments(argv, family.is_sdxl)
+        if args.debug_dataset:
+            return show_data(args)
+        run = set_up(args, family)
+        outcome = finish(run, train(run))
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        return failed(str(error))
+    except torch.OutOfMemoryError as error:
+        advice = "lower --train_batch_size or --resolution, or add --gradient_checkpointing or --mixed_precision"
+        return failed(f"out of memory: {advice} ({str(error).splitlines()[0]})")
+    except KeyboardInterrupt:
+        failed("interrupted at once; what was saved before is whole")
+        return 130
+    if run.processes.is_main:
+        print("\n".join(last_lines(outcome, run)))
+    return outcome.exit_code
+
+
+def show_data(args: Namespace) -> int:
+    """--debug_dataset: what the first epoch would train on."""
+    args.seed = args.seed or 0
+    batches, _ = build_datasets(args)
+    for index in range(len(batches)):
+        batch = batches[index]
+        for key, caption, weight in zip(batch["image_keys"], batch["captions"], batch["loss_weights"].tolist()):
+            print(f"batch {index}: {key} | loss weight {weight:g} | {caption}")
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from training.previews import SCHEDULERS, Sampler, parse_prompt_line, read_prompts
+from base.sampling import SCHEDULERS, Sampler, parse_prompt_line, read_prompts
 
 SCHEDULERS.update({f"k_{name}": SCHEDULERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")})
 

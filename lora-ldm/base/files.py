@@ -46,7 +46,9 @@ def load_from_folder(model_class, folder, dtype):
     try:
         return model_class.from_pretrained(folder, local_files_only=True, variant=variant, **{precision: dtype})
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be loaded ({str(error).splitlines()[0]}); copy or download it again") from error
+        raise ValueError(
+            f"{folder} cannot be loaded ({str(error).splitlines()[0]}); copy or download it again"
+        ) from error
 
 
 def load_clip_tokenizer(folder=None, tokenizer_cache_dir=None):

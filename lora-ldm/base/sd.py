@@ -13,7 +13,14 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from base.files import hash_metadata, load_clip_tokenizer, load_from_folder, local_path, read_json, write_clip_vocabulary
+from base.files import (
+    hash_metadata,
+    load_clip_tokenizer,
+    load_from_folder,
+    local_path,
+    read_json,
+    write_clip_vocabulary,
+)
 from base.single_file import config_folder, load_components, load_single_file_vae
 from base.tensor_files import read_tensors
 from base.text_encoding import encode_captions
@@ -154,7 +161,9 @@ def load_folder(folder, dtype, encoder_classes):
     needed = ["unet", "vae", *encoder_classes, *tokenizers, "scheduler"]
     missing = [name for name in needed if not (folder / name).is_dir()]
     if missing:
-        raise FileNotFoundError(f"{folder} is not a Stable Diffusion folder in diffusers layout: it lacks {', '.join(missing)}")
+        raise FileNotFoundError(
+            f"{folder} is not a Stable Diffusion folder in diffusers layout: it lacks {', '.join(missing)}"
+        )
     return (
         load_from_folder(UNet2DConditionModel, folder / "unet", dtype),
         load_from_folder(AutoencoderKL, folder / "vae", dtype),

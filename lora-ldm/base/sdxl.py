@@ -38,7 +38,9 @@ _RESIDUAL_PARTS = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_BLOCK_PATH = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_BLOCK_PATH = re.compile(
+    r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
 
 
 class TextConditions(NamedTuple):
@@ -58,7 +60,9 @@ class SDXLModel(SDModel):
     def encode_text(self, captions, *, max_token_length=75, clip_skip=None, weighted=False):
         """B captions -> TextConditions: both encoders' penultimate states side by side, the second one's pooled output."""
         if clip_skip is not None:
-            raise ValueError(f"clip_skip is {clip_skip}: SDXL always takes the penultimate layer; leave --clip_skip out")
+            raise ValueError(
+                f"clip_skip is {clip_skip}: SDXL always takes the penultimate layer; leave --clip_skip out"
+            )
         settings = {"max_token_length": max_token_length, "weighted": weighted, "sdxl": True}
         encoders = zip(self.text_encoders, self.tokenizers)
         (first, _), (second, pooled) = (encode_captions(*pair, captions, **settings) for pair in encoders)
@@ -102,7 +106,9 @@ class SDXLModel(SDModel):
             tokenizer=self.tokenizers[0],
             tokenizer_2=self.tokenizers[1],
             unet=self.unet,
-            scheduler=EulerDiscreteScheduler.from_config(self.scheduler_config, timestep_spacing="leading", steps_offset=1),
+            scheduler=EulerDiscreteScheduler.from_config(
+                self.scheduler_config, timestep_spacing="leading", steps_offset=1
+            ),
             add_watermarker=False,
         )
 

@@ -75,7 +75,9 @@ def load_single_file_vae(path, dtype, family="sd1"):
         raise ValueError(f"{path} holds no VAE (no decoder.conv_in.weight); give a VAE file or a diffusers VAE folder")
     own = Path(path).with_suffix(".config")
     config = own if own.is_dir() else CONFIG_ROOT / family
-    return AutoencoderKL.from_single_file(tensors, config=str(config), subfolder="vae", torch_dtype=dtype, local_files_only=True)
+    return AutoencoderKL.from_single_file(
+        tensors, config=str(config), subfolder="vae", torch_dtype=dtype, local_files_only=True
+    )
 
 
 def unet_original_names(tensors, layers_per_block=2, addition_embed_type=None):

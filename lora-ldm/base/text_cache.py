@@ -3,12 +3,16 @@
 On disk a file beside each image carries a key of everything it depends on, so that a changed caption is encoded anew.
 """
 
+import contextlib
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -16,9 +20,11 @@ from tqdm import tqdm
 from base.files import weights_key
 from base.sdxl import TextConditions
 from es_lora.files import write_whole
+from images.batches import ImageBatches
 from images.captions import process_caption
 
 FORMAT = "es-lora-text/1"
+FEWEST_TO_SHOW = 50  # captions for which a progress bar is worth its line
 VARYING = """
     shuffle_caption enable_wildcard caption_dropout_rate caption_dropout_every_n_epochs caption_tag_dropout_rate
     token_warmup_step
@@ -31,10 +37,15 @@ class TextFiles:
 
     key: str
 
+    @classmethod
+    def of(cls, text_encoders: list[torch.nn.Module], how: str) -> "TextFiles":
+        """Those of these text encoders; how: everything else that the conditions depend on."""
+        return cls(f"{FORMAT}/{weights_key(*text_encoders)}/{how}")
+
     def path(self, image: Path) -> Path:
         return image.with_name(f"{image.name}_te_outputs.safetensors")
 
-    def read(self, image, caption):
+    def read(self, image: Path, caption: str) -> Optional[TextConditions]:
         """The conditions of this caption, or None where they are missing, stale or damaged."""
         try:
             with safe_open(self.path(image), "pt") as file:
@@ -44,7 +55,7 @@ class TextFiles:
         except (OSError, SafetensorError):
             return None
 
-    def write(self, image, caption, conditions):
+    def write(self, image: Path, caption: str, conditions: TextConditions) -> None:
         """Raises ValueError with the way out where the folder cannot be written to."""
         tensors = {name: value.contiguous() for name, value in conditions._asdict().items()}
         path = self.path(image)
@@ -58,48 +69,33 @@ class TextFiles:
         return hashlib.sha256(f"{self.key}/{caption}".encode()).hexdigest()
 
 
-def cache_text(trainer):
-    """Fill trainer.text_cache with every caption and prompt of the run; the text encoders leave the device afterwards
-    (not with --highvram). Several processes share the files of --cache_text_encoder_outputs_to_disk: the first writes."""
-    args, model = trainer.args, trainer.model
-    captions = captions_of(trainer.batches) | captions_of(trainer.validation_batches)
-    prompts = [text for prompt in trainer.prompts for text in (prompt.prompt, prompt.negative_prompt)]
+def conditions_of_all(
+    captions: set[tuple[Path, str]],
+    encode: Callable[[str], TextConditions],
+    files: Optional[TextFiles],
+    accelerator: Accelerator,
+) -> dict[str, TextConditions]:
+    """{caption: its conditions}. Several processes share the files, if any: the first one writes them.
 
-    @torch.no_grad()
-    def encode(caption):
-        with trainer.accelerator.autocast():
-            conditions = trainer.encode_text([caption])
-        return TextConditions(*(part[0].cpu() for part in conditions))
-
-    files = None
-    if args.cache_text_encoder_outputs_to_disk:
-        how = f"{args.max_token_length}/{args.weighted_captions}/{args.mixed_precision}"
-        files = TextFiles(f"{FORMAT}/{weights_key(*model.text_encoders)}/{how}")
-        if not trainer.is_main:
-            trainer.accelerator.wait_for_everyone()
-    found = {}
-    for image, caption in tqdm(sorted(captions), desc="caching captions", disable=not trainer.is_main or len(captions) < 50):
-        conditions = files.read(image, caption) if files else found.get(caption)
-        if conditions is None:
-            conditions = found.get(caption) or encode(caption)
-            if files and trainer.is_main:
-                files.write(image, caption, conditions)
-        found[caption] = conditions
-    if files and trainer.is_main:
-        trainer.accelerator.wait_for_everyone()
-    found.update({prompt: encode(prompt) for prompt in prompts if prompt not in found})
-    trainer.text_cache = found
-    if not args.highvram:
-        for encoder in model.text_encoders:
-            encoder.to("cpu")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    captions: (image path, caption), as captions_of gives them.
+    """
+    is_main, found = accelerator.is_main_process, {}
+    hidden = not is_main or len(captions) < FEWEST_TO_SHOW
+    with accelerator.main_process_first() if files else contextlib.nullcontext():
+        for image, caption in tqdm(sorted(captions), desc="caching captions", disable=hidden):
+            conditions = files.read(image, caption) if files else found.get(caption)
+            if conditions is None:
+                conditions = found.get(caption) or encode(caption)
+                if files and is_main:
+                    files.write(image, caption, conditions)
+            found[caption] = conditions
+    return found
 
 
-def captions_of(batches):
-    """{(image path, caption as it is trained on)}. Raises ValueError where captions vary from one time to the next."""
+def captions_of(batches: ImageBatches) -> set[tuple[Path, str]]:
+    """{(image path, caption as it is trained on)}. Raises ValueError where captions vary from time to time."""
     captions = set()
-    for image in (image for dataset in batches.datasets for image in dataset.images) if batches else ():
+    for image in (image for dataset in batches.datasets for image in dataset.images):
         record = image.record
         varying = [name for name in VARYING if getattr(record.subset, name)]
         if varying:

@@ -82,7 +82,9 @@ def tokenize_chunks(tokenizer, caption, chunks, body_tokens=75, weighted=False):
     return torch.tensor(rows), torch.tensor(weights)
 
 
-def encode_captions(text_encoder, tokenizer, captions, *, max_token_length=75, clip_skip=None, weighted=False, sdxl=False):
+def encode_captions(
+    text_encoder, tokenizer, captions, *, max_token_length=75, clip_skip=None, weighted=False, sdxl=False
+):
     """Text states of a batch of captions.
 
     Args:
@@ -126,7 +128,9 @@ def _layer_states(text_encoder, output, clip_skip):
         return output.last_hidden_state
     layers = text_encoder.config.num_hidden_layers
     if not 1 <= clip_skip <= layers:
-        raise ValueError(f"clip_skip is {clip_skip}; this text encoder has {layers} layers, so 1 to {layers} is allowed")
+        raise ValueError(
+            f"clip_skip is {clip_skip}; this text encoder has {layers} layers, so 1 to {layers} is allowed"
+        )
     text_model = getattr(text_encoder, "text_model", text_encoder)
     return text_model.final_layer_norm(output.hidden_states[-clip_skip])
 

@@ -8,10 +8,10 @@ import torch
 from PIL import PngImagePlugin
 
 from base.loading import load_base_model
+from base.sampling import Sampler
 from network.folding import fold_lora
 from network.lora import find_modules
 from network.lora_file import group_modules, load_lora, rename_text_encoder
-from training.previews import Sampler
 
 
 @contextlib.contextmanager
@@ -55,7 +55,9 @@ class PictureMaker:
             part.to(device)
         self.model.vae.float()  # that of SDXL gives NaN in fp16
         self.lock = threading.Lock()
-        self.sampler = Sampler(self.model, lambda texts: self.model.encode_text(texts, clip_skip=clip_skip), device=device)
+        self.sampler = Sampler(
+            self.model, lambda texts: self.model.encode_text(texts, clip_skip=clip_skip), device=device
+        )
 
     @property
     def native_px(self):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.loading import is_sdxl
+from base.sampling import parse_prompt_line
 from demo.run_folders import LOG_NAME, TREE, Places
 from es_lora.rules import DEFAULT_RULE, RULES
-from training.previews import parse_prompt_line
 
 PROMPTS_NAME = "preview_prompts.txt"
 PRECISIONS = ("no", "fp16", "bf16")
@@ -33,7 +33,9 @@ LIMITS = {
 }
 
 # The rules that need no held-out pictures, the default first.
-OFFERED_RULES = tuple(dict.fromkeys([DEFAULT_RULE, *(name for name in RULES if "heldout_loss" not in RULES[name].needs)]))
+OFFERED_RULES = tuple(
+    dict.fromkeys([DEFAULT_RULE, *(name for name in RULES if "heldout_loss" not in RULES[name].needs)])
+)
 
 
 @dataclass
@@ -91,7 +93,14 @@ def command(settings, places: Places, folder):
     sdxl = is_sdxl_base(base)
     script = TREE / ("es_lora_sdxl.py" if sdxl else "es_lora_ldm.py")
     words = [sys.executable, str(script), "--pretrained_model_name_or_path", str(base)]
-    words += ["--train_data_dir", str(images), "--caption_extension", ".txt", "--resolution", str(settings.resolution_px)]
+    words += [
+        "--train_data_dir",
+        str(images),
+        "--caption_extension",
+        ".txt",
+        "--resolution",
+        str(settings.resolution_px),
+    ]
     words += ["--enable_bucket", "--min_bucket_reso", "64", "--bucket_no_upscale", "--cache_latents"]
     words += ["--output_dir", str(folder), "--output_name", settings.name]
     words += ["--network_dim", str(settings.rank), "--network_alpha", f"{settings.alpha:g}"]

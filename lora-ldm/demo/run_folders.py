@@ -9,10 +9,10 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Optional
 
-from es_lora.history import HISTORY_NAME, read_history, replay, rule_for
+from es_lora.history import HISTORY_NAME, History, read_history, replay, rule_for
 from es_lora.rules import Decision
-from training.results import Outcome
 
 TREE = Path(__file__).resolve().parents[1]
 LOG_NAME = "train.log"
@@ -41,31 +41,32 @@ class Run:
     name: str
     folder: Path
 
-    def result(self):
+    def result(self) -> Optional[dict[str, Any]]:
         """The content of result.json as a dictionary, None while there is none."""
         try:
             return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         return (self.result() or {}).get("settings", {})
 
-    def history(self):
-        """The recorded measurements (cs_replay.History), None where nothing was measured yet."""
+    def history(self) -> Optional[History]:
+        """The recorded measurements, None where nothing was measured yet."""
         try:
             history = read_history(self.folder)
         except (OSError, ValueError):
             return None
         return history if history.records else None
 
-    def weights(self):
+    def weights(self) -> dict[str, Path]:
         """{what they are: path} of the LoRA files, those of the end first."""
         result, found = self.result() or {}, {}
         files = result.get("files", {})
         kept_is = "turning point" if result.get("outcome") == "stopped_early" else "last"
         for key, label in (("kept", kept_is), ("turning_point", "turning point"), ("last", "last")):
-            path = self.folder / Path(files.get(key) or "none").name
+            saved = files.get(key) or "none"  # a name before the format es-lora-result/1
+            path = self.folder / Path(saved["path"] if isinstance(saved, dict) else saved).name
             if path.is_file() and not path.is_symlink():
                 found[label] = path
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -73,7 +74,7 @@ class Run:
                 found[path.stem] = path
         return found
 
-    def previews(self):
+    def previews(self) -> list[Preview]:
         """Previews in the order of training."""
         found = []
         for path in (self.folder / "sample").glob("*.png"):
@@ -83,7 +84,7 @@ class Run:
                 found.append(Preview(path, moment, order, int(match["number"]), int(match["seed"])))
         return sorted(found, key=lambda preview: (preview.order, preview.number))
 
-    def log_lines(self, count=12):
+    def log_lines(self, count: int = 12) -> list[str]:
         """The last lines that the trainer printed; of a progress bar, which writes over itself, its last state."""
         try:
             text = (self.folder / LOG_NAME).read_bytes().decode(errors="replace")
@@ -91,22 +92,11 @@ class Run:
             return []
         return [line.rsplit("\r", 1)[-1] for line in text.rstrip("\r\n ").split("\n") if line.strip()][-count:]
 
-    def outcome(self):
-        """The run_outcome.Outcome that result.json records, None while there is none."""
-        result = self.result()
-        if result is None:
-            return None
-        steps = (result.get("turning_step"), result.get("detection_step"))
-        decision = None if None in steps else Decision(*steps, tuple(result.get("usable_steps") or steps), result["reason"])
-        measured = bool(result.get("settings", {}).get("calculate_cs"))
-        kept = result.get("kept_step")
-        return Outcome(result["outcome"], result["last_step"], result["total_steps"], decision, kept_step=kept, measured=measured)
-
-    def verdict(self):
+    def verdict(self) -> str:
         """What came of it, or how it stands, in plain words."""
-        outcome, history = self.outcome(), self.history()
-        if outcome is not None:
-            return outcome.sentence()
+        result, history = self.result(), self.history()
+        if result is not None:
+            return verdict_of(result)
         if history is None:
             return "Nothing is measured yet."
         done = f"Step {history.last_step()} of {history.header.get('total_steps', '?')}."
@@ -116,7 +106,23 @@ class Run:
         return f"{done} The turning point was step {decision.keep_step}. {decision.reason}"
 
 
-def decision_of(history):
+def verdict_of(result: dict) -> str:
+    """The sentence of result.json. Earlier versions did not write it, but all that it says."""
+    if "verdict" in result:
+        return result["verdict"]
+    last, turning = result["last_step"], result["turning_step"]
+    if turning is None:
+        return result["reason"]
+    ended = {
+        "diverged": f"Training diverged (NaN or Inf) in step {last + 1}.",
+        "interrupted": f"Interrupted after step {last} of {result['total_steps']}; the state is saved.",
+        "stopped_early": f"Stopped after step {last} of {result['total_steps']}: overfitting began at about step {turning}.",
+    }
+    going_on = f"Trained all {last} steps, as asked. The turning point was step {turning}."
+    return f"{ended.get(result['outcome'], going_on)} {result['reason']}"
+
+
+def decision_of(history: History) -> Optional[Decision]:
     """The Decision of the rule that the run was recorded with, None where it has not decided."""
     return replay(rule_for(history, "recorded"), history.records)
 
@@ -146,7 +152,7 @@ class Places:
     bases: dict = field(default_factory=dict)
     images: dict = field(default_factory=dict)
 
-    def runs(self):
+    def runs(self) -> dict[str, Run]:
         """{name: Run}, the ones written to last first. Links that lead out of the roots are not followed."""
         found = []
         for root in self.roots:
@@ -155,29 +161,29 @@ class Places:
                     found.append((folder.stat().st_mtime, Run(self.name_of(folder), folder)))
         return {run.name: run for _, run in sorted(found, key=lambda pair: -pair[0])}
 
-    def name_of(self, folder):
+    def name_of(self, folder: Path) -> str:
         """What a folder below a root is called on the page."""
         root = next(root for root in self.roots if folder.is_relative_to(root))
         inside = folder.relative_to(root).as_posix()
         return inside if len(self.roots) == 1 else f"{root.name}/{inside}"
 
-    def run(self, name):
+    def run(self, name: str) -> Run:
         return offered(self.runs(), name, "run")
 
-    def base(self, name):
+    def base(self, name: str) -> str:
         return offered(self.bases, name, "base")
 
-    def image_folder(self, name):
+    def image_folder(self, name: str) -> Path:
         return offered(self.images, name, "picture folder")
 
-    def base_of(self, run):
+    def base_of(self, run: Run) -> Optional[str]:
         """The name of the offered base that a run was trained on, None where it is not offered."""
         wanted = run.settings().get("pretrained_model_name_or_path")
         same = [name for name, base in self.bases.items() if wanted and _same_base(base, wanted)]
         return same[0] if same else None
 
 
-def offered(choices, name, kind):
+def offered(choices: dict[str, Any], name: str, kind: str) -> Any:
     """choices[name]. Raises ValueError for a name that was not offered."""
     if name not in choices:
         raise ValueError(f"{name!r} is no {kind} that this page was started with")

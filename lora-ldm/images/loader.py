@@ -1,16 +1,20 @@
 """In which order batches reach the optimizer steps of each process, and the loader that brings them."""
 
 import os
+from argparse import Namespace
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader, Sampler
+
+from images.batches import ImageBatches
 
 
 class Order(Sampler):
     """Indices that are set anew before each epoch; the loader, and workers that persist, stay the same."""
 
     def __init__(self):
-        self.indices = []
+        self.indices: list[int] = []
 
     def __iter__(self):
         return iter(self.indices)
@@ -19,26 +23,46 @@ class Order(Sampler):
         return len(self.indices)
 
 
-def make_loader(args, batches, latents_in_memory):
-    """(DataLoader, its Order). Workers only where there is something to decode or to read."""
-    workers = 0 if latents_in_memory else min(args.max_data_loader_n_workers, os.cpu_count() or 1)
-    order = Order()
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=order,
-        num_workers=workers,
-        persistent_workers=bool(workers and args.persistent_data_loader_workers),
-        generator=torch.Generator(),  # or it would draw from the random state of training
-    )
-    return loader, order
+class StepLoader:
+    """The micro-batches of each optimizer step, for one process of several.
+
+    args: the settings of a run. Workers only where there is something to decode or to read.
+    """
+
+    def __init__(self, args: Namespace, batches: ImageBatches, processes: int = 1, rank: int = 0):
+        self.batches = batches
+        self._dealt = processes, rank, args.gradient_accumulation_steps
+        latents_in_memory = args.cache_latents and not args.cache_latents_to_disk
+        workers = 0 if latents_in_memory else min(args.max_data_loader_n_workers, os.cpu_count() or 1)
+        self._order = Order()
+        self._loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=self._order,
+            num_workers=workers,
+            persistent_workers=bool(workers and args.persistent_data_loader_workers),
+            generator=torch.Generator(),  # or it would draw from the random state of training
+        )
+
+    def __len__(self) -> int:
+        """Optimizer steps of an epoch."""
+        return len(step_indices(len(self.batches), *self._dealt))
+
+    def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:
+        """The micro-batches of each step of an epoch, counted from 0, that is still to do."""
+        self.batches.set_epoch(epoch)
+        steps = step_indices(len(self.batches), *self._dealt)[done:]
+        self._order.indices = [index for step in steps for index in step]
+        batches = iter(self._loader)
+        for step in steps:
+            yield [next(batches) for _ in step]
 
 
-def step_indices(batch_count, processes, rank, accumulation):
+def step_indices(batch_count: int, processes: int, rank: int, accumulation: int) -> list[list[int]]:
     """The batch indices of each optimizer step of an epoch, for one process: a list of lists.
 
-    Batches are dealt out in turn; where they do not come out even, the first ones are used again, so that all processes
-    have the same number of steps. The last step of an epoch may have fewer micro-batches.
+    Batches are dealt out in turn; where they do not come out even, the first ones are used again,
+    so that all processes have the same number of steps. The last step may have fewer micro-batches.
     """
     own_count = -(-batch_count // processes)
     own = [(i * processes + rank) % batch_count for i in range(own_count)]

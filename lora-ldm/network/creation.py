@@ -1,10 +1,18 @@
 """The network that --network_module and its arguments ask for, put into the model."""
 
+from argparse import Namespace
+from typing import Any
+
+from base.sd import SDModel
+from network.full_unet import FullUnet
+from network.lora import create_network, parse_network_args
 from settings.key_values import key_values
 
 
-def network_from_arguments(args, model, make_lora, make_lycoris):
-    """The network of --network_module, put into the model. make_*: functions that create either kind."""
+def make_network(args: Namespace, model: SDModel) -> tuple[Any, dict]:
+    """(what is trained, put into the model; the parsed --network_args). Raises ValueError where nothing would be."""
+    if args.train_full_unet:
+        return FullUnet(model.unet), {}
     train_unet = not args.network_train_text_encoder_only and _rate(args.unet_lr, args.learning_rate) != 0
     text_rates = args.text_encoder_lr if isinstance(args.text_encoder_lr, list) else [args.text_encoder_lr]
     train_text = not args.network_train_unet_only and any(_rate(rate, args.learning_rate) for rate in text_rates)
@@ -19,13 +27,14 @@ def network_from_arguments(args, model, make_lora, make_lycoris):
         weights=args.network_weights,
     )
     if args.network_module == "networks.lora":
-        from network.lora import parse_network_args
-
         extra = parse_network_args(args.network_args)
-        return make_lora(model, **common, **extra, dim_from_weights=args.dim_from_weights), key_values(args.network_args)
+        network = create_network(model, **common, **extra, dim_from_weights=args.dim_from_weights)
+        return network, key_values(args.network_args)
     if args.network_module == "lycoris.kohya":
+        from network.lycoris import create_lycoris_network
+
         settings = {"network_args": args.network_args, "dim_from_weights": args.dim_from_weights}
-        return make_lycoris(model, **common, **settings), key_values(args.network_args)
+        return create_lycoris_network(model, **common, **settings), key_values(args.network_args)
     raise ValueError(f"--network_module {args.network_module} is not supported: networks.lora or lycoris.kohya")
 
 

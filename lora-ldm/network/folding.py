@@ -1,7 +1,11 @@
 """LoRA, LoCon, LoHa and LoKr files folded into frozen weights, of a model in memory or of a checkpoint's tensors."""
 
+from argparse import Namespace
+from typing import Optional
+
 import torch
 
+from base.sd import SDModel
 from network.lora_file import group_modules, load_lora, rename_text_encoder
 
 UNET_PREFIX = "model.diffusion_model."
@@ -14,7 +18,7 @@ OPEN_CLIP_PREFIXES = {
 
 
 @torch.no_grad()
-def fold_lora(model, tensors, weight=1.0):
+def fold_lora(model: SDModel, tensors: dict[str, torch.Tensor], weight: float = 1.0) -> None:
     """Add ``weight`` times a LoRA to the weights of a model, in place. Before LoRA layers are put into it.
 
     Args:
@@ -31,12 +35,17 @@ def fold_lora(model, tensors, weight=1.0):
 
 
 @torch.no_grad()
-def fold_into_tensors(checkpoint, tensors, weight=1.0, layers_per_block=2):
+def fold_into_tensors(
+    checkpoint: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    weight: float = 1.0,
+    layers_per_block: int = 2,
+) -> None:
     """The same for the tensors of a single file in the original layout, in place."""
     _fold(tensors, weight, original_weights(checkpoint, layers_per_block))
 
 
-def original_weights(checkpoint, layers_per_block=2):
+def original_weights(checkpoint: dict[str, torch.Tensor], layers_per_block: int = 2) -> dict[str, torch.Tensor]:
     """{kohya module name: weight} of a single file's U-Net and text encoders; views, not copies."""
     from base.single_file import SDXL_KEY, unet_original_names
 
@@ -60,7 +69,7 @@ def original_weights(checkpoint, layers_per_block=2):
     return weights
 
 
-def update_of(parts):
+def update_of(parts: dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
     """The dense update alpha / r * B A of one module in float32, or None for a kind that is not known.
 
     Args:
@@ -137,12 +146,8 @@ def _open_clip_weights(component, name, value):
     return {stem + single[part]: value} if part in single else {}
 
 
-def fold_base_weights(args, model):
+def fold_base_weights(args: Namespace, model: SDModel) -> None:
     """Fold the LoRA files of --base_weights into the model, each by its multiplier."""
-    if not args.base_weights:
-        return
-    from network.folding import fold_lora
-
-    multipliers = args.base_weights_multiplier or [1.0] * len(args.base_weights)
-    for path, multiplier in zip(args.base_weights, multipliers):
+    paths = args.base_weights or []
+    for path, multiplier in zip(paths, args.base_weights_multiplier or [1.0] * len(paths)):
         fold_lora(model, load_lora(path)[0], multiplier)

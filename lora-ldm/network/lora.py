@@ -53,7 +53,11 @@ class LoraNetwork:
 
     def __init__(self, modules, *, dropout=0.0, rank_dropout=0.0, module_dropout=0.0):
         self.modules = modules
-        self.dropout, self.rank_dropout, self.module_dropout = dropout or 0.0, rank_dropout or 0.0, module_dropout or 0.0
+        self.dropout, self.rank_dropout, self.module_dropout = (
+            dropout or 0.0,
+            rank_dropout or 0.0,
+            module_dropout or 0.0,
+        )
         self.training = True
         self._multiplier = 1.0
         self._layers = None
@@ -221,7 +225,9 @@ def create_network(
         weights = load_lora(weights)[0]
     candidates = find_modules(model, train_unet, train_text_encoder, bool(conv_rank), everywhere=dim_from_weights)
     if not candidates:
-        raise ValueError("no layer to train: the U-Net and the text encoder are both switched off, or have no such layers")
+        raise ValueError(
+            "no layer to train: the U-Net and the text encoder are both switched off, or have no such layers"
+        )
     if weights is not None:
         weights = rename_modules(weights, candidates)
     if dim_from_weights:
@@ -259,7 +265,11 @@ def create_network_beside(model, network, adapter, rank):
         module.layer.set_adapter(ADAPTER)
     for weight in trained:  # PEFT has frozen all but one adapter
         weight.requires_grad_(True)
-    dropouts = {"dropout": network.dropout, "rank_dropout": network.rank_dropout, "module_dropout": network.module_dropout}
+    dropouts = {
+        "dropout": network.dropout,
+        "rank_dropout": network.rank_dropout,
+        "module_dropout": network.module_dropout,
+    }
     return LoraNetwork(modules, **dropouts)
 
 

@@ -89,7 +89,9 @@ def from_diffusers_names(tensors, metadata=None):
         converted[f"{kohya_name}.lora_{'down' if is_down else 'up'}.weight"] = value
         modules[kohya_name] = (match["part"], match["module"])
     if unknown:
-        raise ValueError(f"{len(unknown)} keys are neither kohya's nor diffusers' LoRA names, the first is {unknown[0]}")
+        raise ValueError(
+            f"{len(unknown)} keys are neither kohya's nor diffusers' LoRA names, the first is {unknown[0]}"
+        )
 
     adapter = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
     for kohya_name, (part, module) in modules.items():

@@ -177,7 +177,9 @@ class LycorisNetwork:
         """Set the weights from ``tensors()`` or from a file's tensors. Raises ValueError where they do not fit."""
         mine = self.tensors()
         tensors = rename_text_encoder(tensors, [module.lora_name for module in self.modules])
-        alphas = {f"{module.lora_name}.alpha": float(module.alpha) for module in self.modules if hasattr(module, "alpha")}
+        alphas = {
+            f"{module.lora_name}.alpha": float(module.alpha) for module in self.modules if hasattr(module, "alpha")
+        }
         problems = []
         for name, value in tensors.items():
             if name in alphas:
@@ -239,7 +241,9 @@ def create_lycoris_network(
         module.lora_name = _file_name(names.get(module.lora_name, module.lora_name))
     network.apply_to(text_encoders, model.unet, text_encoders is not None, train_unet)
     if not network.loras:
-        raise ValueError("no layer to train: the U-Net and the text encoder are both switched off, or have no such layers")
+        raise ValueError(
+            "no layer to train: the U-Net and the text encoder are both switched off, or have no such layers"
+        )
     wrapped = LycorisNetwork(network)
     if weights is not None and not dim_from_weights:
         wrapped.load_tensors({_file_name(name): value for name, value in weights.items()})
@@ -284,7 +288,10 @@ def _network_like(weights, model, text_encoders):
 def _unet_names(model):
     """{LyCORIS' name of a U-Net module, which follows diffusers: its name in kohya's files}."""
     paths = [path for path, _ in model.unet.named_modules()]
-    return {f"lora_unet_{path}".replace(".", "_"): f"lora_unet_{model.lora_unet_name(path)}".replace(".", "_") for path in paths}
+    return {
+        f"lora_unet_{path}".replace(".", "_"): f"lora_unet_{model.lora_unet_name(path)}".replace(".", "_")
+        for path in paths
+    }
 
 
 def _layer(module):

@@ -2,6 +2,9 @@
 
 import datetime
 import json
+import time
+from dataclasses import dataclass
+from typing import Any, Optional
 
 # The keys that --no_metadata leaves: what a program needs to use the file.
 MINIMUM_KEYS = (
@@ -31,14 +34,21 @@ SPEC_FLAGS = """
 """.split()
 
 
-def base_model_version(v2, v_parameterization, sdxl=False):
+def base_model_version(v2: bool, v_parameterization: bool, sdxl: bool = False) -> str:
     """kohya's short name of the base: sd_v1, sd_v2, sd_v2_v, sdxl_base_v1-0."""
     if sdxl:
         return "sdxl_base_v1-0"
     return ("sd_v2" if v2 else "sd_v1") + ("_v" if v_parameterization else "")
 
 
-def build_metadata(settings, *, base=None, network_args=None, data=None, training=None):
+def build_metadata(
+    settings: dict[str, Any],
+    *,
+    base: Optional[dict] = None,
+    network_args: Optional[dict] = None,
+    data: Optional[dict] = None,
+    training: Optional[dict] = None,
+) -> dict[str, str]:
     """All ``ss_*`` and ``modelspec.*`` keys that the run can tell, every value a text.
 
     Args:
@@ -64,7 +74,35 @@ def build_metadata(settings, *, base=None, network_args=None, data=None, trainin
     return {name: str(value) for name, value in metadata.items()}
 
 
-def model_spec(settings):
+@dataclass(frozen=True)
+class FileFacts:
+    """What every file of a run says of its training; `of_step` adds whose weights it holds.
+
+    The fields are the arguments of build_metadata. minimum: with --no_metadata.
+    """
+
+    settings: dict[str, Any]
+    base: dict[str, str]
+    network_args: dict[str, Any]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    steps_per_epoch: int
+    minimum: bool = False
+
+    def of_step(self, step: int) -> dict[str, str]:
+        """The metadata of a file with the weights of this optimizer step."""
+        own = {"steps": step, "epoch": step // self.steps_per_epoch, "training_finished_at": time.time()}
+        metadata = build_metadata(
+            self.settings,
+            base=self.base,
+            network_args=self.network_args,
+            data=self.data,
+            training={**self.training, **own},
+        )
+        return minimum_metadata(metadata) if self.minimum else metadata
+
+
+def model_spec(settings: dict[str, Any]) -> dict[str, str]:
     """The ``modelspec.*`` keys of a LoRA. Source: the SAI model metadata standard 1.0.0."""
     sdxl, v2, v_parameterization = (bool(settings.get(name)) for name in ("sdxl", "v2", "v_parameterization"))
     resolution_px = 1024 if sdxl else 768 if v2 and v_parameterization else 512
@@ -95,7 +133,7 @@ def model_spec(settings):
     return {f"modelspec.{name}": str(value) for name, value in spec.items()}
 
 
-def minimum_metadata(metadata):
+def minimum_metadata(metadata: dict[str, str]) -> dict[str, str]:
     """What remains with --no_metadata: how to use the file, nothing about the person's data."""
     return {name: value for name, value in metadata.items() if name in MINIMUM_KEYS or name.startswith("modelspec.")}
 

@@ -1,9 +1,14 @@
 """What is wrong with a set of settings, all of it at once, and what follows from the settings that were given."""
 
+from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from es_lora.rules import RULES
-from es_lora.shadows import DEFAULT_SHADOWS, rate_is_adams
+from es_lora.settings import StopSettings
+from es_lora.shadows import rate_is_adams
+
+SECRETS = ("wandb_api_key", "huggingface_token")
 
 HUB = "the trainer does not talk to a hub; upload the finished file with `hf upload`"
 DEEPSPEED = "a LoRA and its optimizer state fit on one device without DeepSpeed"
@@ -51,15 +56,14 @@ POSITIVE = """
     clip_skip save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps
     sample_every_n_steps sample_every_n_epochs dataset_repeats multires_noise_iterations
     validate_every_n_steps validate_every_n_epochs max_validation_steps bucket_reso_steps min_bucket_reso
-    max_bucket_reso valley initial_epoch lr_scheduler_num_cycles network_alpha huber_c huber_scale
-    min_snr_gamma scale_weight_norms snapshot_disk_gb cs_interval window_size shadow_rank shadow_interval
-    num_class_images
+    max_bucket_reso initial_epoch lr_scheduler_num_cycles network_alpha huber_c huber_scale
+    min_snr_gamma scale_weight_norms num_class_images
 """.split()
 NOT_NEGATIVE = """
     learning_rate unet_lr max_grad_norm prior_loss_weight lr_warmup_steps lr_decay_steps
     max_data_loader_n_workers initial_step keep_tokens noise_offset ip_noise_gamma
     caption_dropout_every_n_epochs token_warmup_step
-    caption_dropout_rate caption_tag_dropout_rate shadows
+    caption_dropout_rate caption_tag_dropout_rate
 """.split()
 FRACTION = "network_dropout validation_split".split()
 EXCLUDE = [
@@ -94,16 +98,17 @@ NEED = [
 ]
 # What --train_full_unet has no use for: there is no LoRA.
 LORA_ONLY = """
-    early_stop calculate_cs network_dim network_module network_args network_dropout network_weights dim_from_weights
-    network_train_text_encoder_only scale_weight_norms shadows
+    network_dim network_module network_args network_dropout network_weights dim_from_weights
+    network_train_text_encoder_only scale_weight_norms
 """.split()
 FILES = "network_weights in_json dataset_config sample_prompts log_tracker_config".split()
 FOLDERS = "train_data_dir reg_data_dir conditioning_data_dir resume".split()
 
 
-def collect_problems(args, parser):
-    """Every problem of the settings as a list of lines; empty when there is none."""
-    checks = _missing, _ranges, _contradictions, _shadows, _full_unet, _sdxl, _paths
+def collect_problems(args: Namespace, stop: StopSettings, parser: ArgumentParser) -> list[str]:
+    """Every problem of the settings as a list of lines, beyond those of `stop` alone; empty when there is none."""
+    args = Namespace(**{**vars(args), "stop": stop})
+    checks = _missing, _ranges, _contradictions, _components, _shadows, _full_unet, _sdxl, _paths
     return _refused(args, parser) + [line for check in checks for line in check(args)]
 
 
@@ -136,7 +141,7 @@ def _ranges(args):
     lines = []
     for name in POSITIVE + NOT_NEGATIVE + FRACTION:
         value = getattr(args, name)
-        if value is None or value == "auto":
+        if value is None:
             continue
         if name in POSITIVE and value <= 0:
             lines.append(f"--{name} {value} is not allowed: it must be above 0")
@@ -151,7 +156,9 @@ def _ranges(args):
             lines.append(f"--text_encoder_lr {value} is not allowed: it must be a finite number of at least 0")
     encoders = 2 if args.sdxl else 1
     if args.text_encoder_lr and len(args.text_encoder_lr) > encoders:
-        lines.append(f"--text_encoder_lr has {len(args.text_encoder_lr)} values: these models have {encoders} text encoder(s)")
+        lines.append(
+            f"--text_encoder_lr has {len(args.text_encoder_lr)} values: these models have {encoders} text encoder(s)"
+        )
     low, high = args.min_timestep or 0, 1000 if args.max_timestep is None else args.max_timestep
     if not 0 <= low < high <= 1000:
         lines.append(f"--min_timestep {low} --max_timestep {high}: they must satisfy 0 <= min < max <= 1000")
@@ -160,7 +167,9 @@ def _ranges(args):
 
 def _contradictions(args):
     lines = [
-        f"--{one} and --{other} cannot be used together" for one, other in EXCLUDE if _given(args, one) and _given(args, other)
+        f"--{one} and --{other} cannot be used together"
+        for one, other in EXCLUDE
+        if _given(args, one) and _given(args, other)
     ]
     lines += [f"--{one} needs --{other}" for one, other in NEED if _given(args, one) and not _given(args, other)]
     for precision in ("fp16", "bf16"):
@@ -177,27 +186,28 @@ def _contradictions(args):
         )
     if args.optimizer_type and (args.use_8bit_adam or args.use_lion_optimizer):
         lines.append("--optimizer_type and --use_8bit_adam / --use_lion_optimizer both name an optimizer; keep one")
-    if args.cs_component == "unet" and args.network_train_text_encoder_only:
-        lines.append("--cs_component unet: the U-Net is not trained with --network_train_text_encoder_only")
-    if (args.cs_component or "").startswith("te") and args.network_train_unet_only:
-        lines.append(f"--cs_component {args.cs_component}: the text encoder is not trained with --network_train_unet_only")
     if args.clip_skip and args.clip_skip > 12:
         lines.append(f"--clip_skip {args.clip_skip} is not allowed: the text encoder has 12 layers; 1 or 2 is usual")
     return lines
 
 
-def rule_needs_shadows(name):
-    """Whether a stop rule reads the loss of shadow adapters."""
-    return "shadow_loss" in RULES[name].needs if name in RULES else False
+def _components(args):
+    component = args.stop.cs_component or ""
+    if component == "unet" and args.network_train_text_encoder_only:
+        return ["--cs_component unet: the U-Net is not trained with --network_train_text_encoder_only"]
+    if component.startswith("te") and args.network_train_unet_only:
+        return [f"--cs_component {component}: the text encoder is not trained with --network_train_unet_only"]
+    return []
 
 
 def _shadows(args):
-    measures = args.calculate_cs or args.early_stop
-    if rule_needs_shadows(args.stop_rule) and args.shadows == 0:
-        return [f"--stop_rule {args.stop_rule} decides on shadows: drop --shadows 0, or give --shadows 1 or more"]
-    if not (args.shadows or (measures and rule_needs_shadows(args.stop_rule))):
+    if not args.stop.shadow_count:
         return []
-    lines = [] if measures else ["--shadows are scored when CS is measured: add --early_stop or --calculate_cs"]
+    lines = (
+        []
+        if args.stop.calculate_cs
+        else ["--shadows are scored when CS is measured: add --early_stop or --calculate_cs"]
+    )
     if not rate_is_adams(optimizer_name(args)):
         lines.append(
             f"--shadows are trained by AdamW at the main learning rate, and the rate of {optimizer_name(args)} means something "
@@ -215,14 +225,18 @@ def _shadows(args):
 def _full_unet(args):
     if not args.train_full_unet:
         return []
-    lines = []
-    for name in LORA_ONLY:
-        if _given(args, name):
-            measured = name in ("early_stop", "calculate_cs")
-            reason = "trains no LoRA" + (", so that there is no similarity to stop by" if measured else "")
-            lines.append(f"--train_full_unet {reason}: leave --{name} out")
+    lines = [f"--train_full_unet trains no LoRA: leave --{name} out" for name in LORA_ONLY if _given(args, name)]
+    stop = {
+        "early_stop": args.stop.early_stop,
+        "calculate_cs": args.stop.calculate_cs,
+        "shadows": args.stop.shadow_count,
+    }
+    for name in (name for name, value in stop.items() if value):
+        lines.append(f"--train_full_unet trains no LoRA, so that there is no similarity to stop by: leave --{name} out")
     if args.save_model_as not in (None, "diffusers_safetensors") or args.use_safetensors:
-        lines.append("--train_full_unet saves a diffusers folder: leave --save_model_as out or give diffusers_safetensors")
+        lines.append(
+            "--train_full_unet saves a diffusers folder: leave --save_model_as out or give diffusers_safetensors"
+        )
     return lines
 
 
@@ -234,7 +248,9 @@ def _sdxl(args):
         lines.append("--clip_skip: SDXL always takes the penultimate layer of its text encoders; leave it out")
     caches = args.cache_text_encoder_outputs or args.cache_text_encoder_outputs_to_disk
     if caches and not (args.network_train_unet_only or args.train_full_unet):
-        lines.append("--cache_text_encoder_outputs needs --network_train_unet_only: what is encoded once is not trained")
+        lines.append(
+            "--cache_text_encoder_outputs needs --network_train_unet_only: what is encoded once is not trained"
+        )
     return lines
 
 
@@ -244,7 +260,9 @@ def _paths(args):
         for name in FILES
         if getattr(args, name) and not Path(getattr(args, name)).is_file()
     ]
-    lines += [f"--base_weights {path}: there is no such file" for path in args.base_weights or [] if not Path(path).is_file()]
+    lines += [
+        f"--base_weights {path}: there is no such file" for path in args.base_weights or [] if not Path(path).is_file()
+    ]
     lines += [
         f"--{name} {getattr(args, name)}: there is no such folder"
         for name in FOLDERS
@@ -253,7 +271,11 @@ def _paths(args):
         and not (name == "reg_data_dir" and args.num_class_images)  # it is made then
     ]
     base = args.pretrained_model_name_or_path
-    if base and (base.endswith((".safetensors", ".ckpt", ".pt")) or base.startswith((".", "/"))) and not Path(base).exists():
+    if (
+        base
+        and (base.endswith((".safetensors", ".ckpt", ".pt")) or base.startswith((".", "/")))
+        and not Path(base).exists()
+    ):
         lines.append(f"--pretrained_model_name_or_path {base}: there is no such file or folder")
     return lines
 
@@ -263,12 +285,14 @@ def _given(args, name):
     return value is not None and value is not False
 
 
-def complete(args):
-    """Fill in what follows from other flags; returns the same namespace."""
+def complete(args: Namespace, stop: StopSettings) -> Namespace:
+    """Fill in what follows from other flags; returns the same namespace, with `stop` in place of its flags."""
+    for name in (*stop.as_flags(), "valley"):
+        delattr(args, name)
+    args.stop = replace(stop, shadows=stop.shadow_count)
     if args.caption_extention is not None:
         args.caption_extension = args.caption_extention
     args.cache_latents = args.cache_latents or args.cache_latents_to_disk
-    args.calculate_cs = bool(args.calculate_cs or args.early_stop)
     if args.train_full_unet:
         args.save_model_as = "diffusers_safetensors"
     args.save_model_as = "safetensors" if args.use_safetensors else args.save_model_as or "safetensors"
@@ -282,11 +306,18 @@ def complete(args):
         args.cache_text_encoder_outputs = args.cache_text_encoder_outputs or args.cache_text_encoder_outputs_to_disk
     args.metadata_trigger_phrase = args.metadata_trigger_phrase or args.trigger_word
     args.optimizer_type = optimizer_name(args)
-    if args.shadows is None:
-        args.shadows = DEFAULT_SHADOWS if args.calculate_cs and rule_needs_shadows(args.stop_rule) else 0
     return args
 
 
-def optimizer_name(args):
+def plain_settings(args: Namespace) -> dict[str, Any]:
+    """Every setting as a plain value, for logs and results; without keys and tokens."""
+    values = {**vars(args), **args.stop.as_flags()}
+    values = {name: value for name, value in values.items() if name not in (*SECRETS, "stop")}
+    return {name: v if isinstance(v, (int, float, str, list)) or v is None else str(v) for name, v in values.items()}
+
+
+def optimizer_name(args: Namespace) -> str:
     """--optimizer_type, or what kohya's earlier flags say."""
-    return args.optimizer_type or ("AdamW8bit" if args.use_8bit_adam else "Lion" if args.use_lion_optimizer else "AdamW")
+    return args.optimizer_type or (
+        "AdamW8bit" if args.use_8bit_adam else "Lion" if args.use_lion_optimizer else "AdamW"
+    )

@@ -6,8 +6,12 @@ its sdxl_train_network.py.
 
 import argparse
 from pathlib import Path
+from typing import NoReturn, Union
 
+from es_lora.settings import StopSettings, add_stop_arguments
 from settings.checks import REJECTED
+
+USUAL = StopSettings(calculate_cs=False, cs_reduction="matrix")
 
 SAMPLERS = """
     ddim pndm lms euler euler_a heun dpm_2 dpm_2_a dpmsolver dpmsolver++ dpmsingle
@@ -21,11 +25,11 @@ DYNAMO_BACKENDS = """
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ValueErrors, so that the entry point reports every kind in one way."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
-def int_or_float(text):
+def int_or_float(text: str) -> Union[int, float]:
     """A whole number as int, anything else as float (kohya: steps, or a fraction of all steps below 1)."""
     try:
         return int(text)
@@ -33,30 +37,20 @@ def int_or_float(text):
         return float(text)
 
 
-def int_or_auto(text):
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor auto") from None
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-def yes_or_no(text):
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
-
-
-def build_parser(sdxl=False):
+def build_parser(sdxl: bool = False) -> Parser:
     """The parser of es_lora_ldm.py, or with ``sdxl`` that of es_lora_sdxl.py, which has a few flags more."""
     family = "Stable Diffusion XL" if sdxl else "Stable Diffusion 1.x / 2.x"
     parser = Parser(
         prog="es_lora_sdxl.py" if sdxl else "es_lora_ldm.py",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Formatter,
         description=f"Train a LoRA for {family} and stop at its turning point.",
     )
     parser.set_defaults(sdxl=sdxl)
@@ -146,7 +140,10 @@ def _dreambooth(parser):
     add("--trigger_word", str, help="comes first in every caption, not in those of regularisation images")
     add("--num_class_images", int, help="pictures of the class in --reg_data_dir; missing ones are generated")
     add("--class_prompt", str, help="what they are generated from, for instance 'a photo of a statue'")
-    add("--train_full_unet", help="train the whole U-Net, not a LoRA; then extract_lora.py makes a LoRA of the difference")
+    add(
+        "--train_full_unet",
+        help="train the whole U-Net, not a LoRA; then extract_lora.py makes a LoRA of the difference",
+    )
 
 
 def _captions(parser):
@@ -351,22 +348,7 @@ def _metadata(parser):
 
 
 def _early_stop(parser):
-    add = _adder(parser, "early stopping (ES-LoRA)")
-    add("--calculate_cs", yes_or_no, False, nargs="?", const=True, help="measure the cosine similarity and report")
-    add("--early_stop", yes_or_no, False, nargs="?", const=True, help="stop and keep the weights of the turning point")
-    parser._action_groups[-1].add_argument(
-        "--cs_interval", "--cs_steps", type=int_or_auto, default="auto", help="optimizer steps between two measurements"
-    )
-    add("--window_size", int_or_auto, "auto", help="measurements in the moving average")
-    add("--stop_rule", str, help="name of a rule; the project's default when not given")
-    add("--valley", int, 2, help="stop at the n-th valley of CS-Fluctuation")
-    add("--rule_value", float, help="the number of the other rules: epochs, a patience, a threshold; default: the rule's own")
-    add("--cs_reduction", str, "matrix", choices=["matrix", "row"])
-    add("--cs_component", str, choices=["unet", "te", "te1", "te2", "all"], help="unet, or text where it is not trained")
-    add("--shadows", int, help="adapters beside, each scored on a fold it is not trained on; 2 with --stop_rule shadow, else 0")
-    add("--shadow_rank", int, 8, help="rank of a shadow")
-    add("--shadow_interval", int_or_auto, 1, help="score the shadows at every so many measurements; auto: few, cheap ones")
-    add("--snapshot_disk_gb", float, 20.0, help="largest size of the snapshots on disk")
+    add_stop_arguments(parser.add_argument_group("early stopping (ES-LoRA)"), USUAL)
 
 
 def _unsupported(parser):

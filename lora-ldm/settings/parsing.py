@@ -1,23 +1,26 @@
 """The command line of the diffusion trainers: kohya's flag names, defaults and meanings, plus early stopping.
 
 A flag that exists there and is not supported here is declared too, and refused by name with the reason
-(see ldm_argument_checks.REJECTED): nothing is accepted and then ignored.
+(see checks.REJECTED): nothing is accepted and then ignored.
 """
 
 import argparse
-import difflib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Optional, Union
 
 import toml
 
+from es_lora.command_line import nearest
+from es_lora.settings import stop_values
 from settings.checks import collect_problems, complete
-from settings.flags import build_parser, yes_or_no
+from settings.flags import USUAL, Parser, build_parser
 
 NOT_IN_CONFIG_FILE = ("config_file", "output_config", "wandb_api_key", "huggingface_token")
 
 
-def parse_arguments(argv=None, sdxl=False):
-    """The checked settings of a run as an argparse.Namespace.
+def parse_arguments(argv: Optional[Sequence[str]] = None, sdxl: bool = False) -> argparse.Namespace:
+    """The checked settings of a run as an argparse.Namespace; those of early stopping are its `stop`.
 
     argv: list of words, or None for sys.argv. A --config_file supplies values that the command line overrides.
     sdxl: with the flags of es_lora_sdxl.py.
@@ -37,13 +40,14 @@ def parse_arguments(argv=None, sdxl=False):
     if args.config_file:
         parser.set_defaults(**read_config(parser, args.config_file))
         args = parser.parse_args(argv)
-    problems = collect_problems(args, parser)
+    stop, problems = USUAL.given(stop_values(args))
+    problems = collect_problems(args, stop, parser) + problems
     if problems:
         raise ValueError("\n".join(problems))
-    return complete(args)
+    return complete(args, stop)
 
 
-def read_config(parser, path):
+def read_config(parser: Parser, path: Union[str, Path]) -> dict[str, Any]:
     """{flag: value} of a TOML file; sections only group flags, as in sd-scripts. Every problem is collected first."""
     path = Path(path if str(path).endswith(".toml") else f"{path}.toml")
     if not path.is_file():
@@ -62,13 +66,13 @@ def read_config(parser, path):
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             problems.append(f"{path}: {key} = {value!r} is not accepted: {error}")
         if key not in actions or key in NOT_IN_CONFIG_FILE:
-            problems.append(f"{path}: unknown key '{key}'{_nearest(key, actions)}")
+            problems.append(f"{path}: unknown key '{key}'{nearest(key, actions)}")
     if problems:
         raise ValueError("\n".join(problems))
     return flat
 
 
-def write_config(parser, args):
+def write_config(parser: Parser, args: argparse.Namespace) -> None:
     """Write the settings that differ from the defaults to args.config_file, which must not exist yet."""
     path = Path(args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml")
     if path.exists():
@@ -93,7 +97,7 @@ def _value_from_config(action, value):
     if not many and isinstance(value, list):
         raise ValueError("one value is expected, not a list")
     for item in values:
-        if isinstance(item, bool) and action.type is not yes_or_no:
+        if isinstance(item, bool) and action.nargs != "?":
             raise ValueError("a value is expected, not true or false")
     values = [action.type(str(item)) if action.type else str(item) for item in values]
     for item in values:
@@ -104,9 +108,4 @@ def _value_from_config(action, value):
 
 def _unknown(word, parser):
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    return f"unknown flag {word}{_nearest(word.split('=')[0], flags)}"
-
-
-def _nearest(word, known):
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return f"unknown flag {word}{nearest(word.split('=')[0], flags)}"

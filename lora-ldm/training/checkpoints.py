@@ -1,13 +1,23 @@
-"""Names of what a run saves on its way, and which older ones it may delete. Names and meaning as in sd-scripts."""
+"""What a run saves on its way and at its end: names as in sd-scripts, LoRA files or whole models, and what is forgotten."""
 
 import shutil
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
+
+import torch
+
+from base.sd import SDModel
+from network.full_unet import save_full_model
+from network.lora_file import DTYPES, save_lora
+from network.metadata import FileFacts
 
 
-class CheckpointFiles:
-    """The files `NAME-000003.safetensors`, `NAME-step00000300.safetensors` and the state folders beside them."""
+class CheckpointNames:
+    """`NAME-000003.safetensors`, `NAME-step00000300.safetensors` and the state folders beside them, and when each is due."""
 
-    def __init__(self, args, total_epochs):
+    def __init__(self, args: Namespace, total_epochs: int):
         self.args, self.folder = args, Path(args.output_dir)
         self.suffix = "" if args.train_full_unet else f".{args.save_model_as}"  # a whole model is a folder
         self.every_epochs = args.save_every_n_epochs
@@ -15,26 +25,26 @@ class CheckpointFiles:
             self.every_epochs = max(1, total_epochs // args.save_n_epoch_ratio)
         self.total_epochs = total_epochs
 
-    def path(self, part=""):
+    def path(self, part: str = "") -> Path:
         """The normal name, or with a part: `-last`, `-turning-point`."""
         return self.folder / f"{self.args.output_name}{part}{self.suffix}"
 
-    def state_path(self, part=""):
+    def state_path(self, part: str = "") -> Path:
         return self.folder / f"{self.args.output_name}{part}-state"
 
-    def epoch_part(self, epoch):
+    def epoch_part(self, epoch: int) -> str:
         return f"-{epoch:06d}"
 
-    def step_part(self, step):
+    def step_part(self, step: int) -> str:
         return f"-step{step:08d}"
 
-    def epoch_due(self, epochs_done):
+    def epoch_due(self, epochs_done: int) -> bool:
         return bool(self.every_epochs) and epochs_done % self.every_epochs == 0 and epochs_done < self.total_epochs
 
-    def step_due(self, step):
+    def step_due(self, step: int) -> bool:
         return bool(self.args.save_every_n_steps) and step % self.args.save_every_n_steps == 0
 
-    def forget_epochs(self, epochs_done):
+    def forget_epochs(self, epochs_done: int) -> None:
         """Delete the checkpoint, and the state, that --save_last_n_epochs (.._state) no longer keeps."""
         keep, keep_state = self.args.save_last_n_epochs, self.args.save_last_n_epochs_state
         if keep:
@@ -42,7 +52,7 @@ class CheckpointFiles:
         if keep_state or keep:
             self._delete_state(self.epoch_part(epochs_done - (keep_state or keep) * self.every_epochs))
 
-    def forget_steps(self, step):
+    def forget_steps(self, step: int) -> None:
         """Delete what lies further back than --save_last_n_steps (.._state) steps."""
         keep, keep_state = self.args.save_last_n_steps, self.args.save_last_n_steps_state
         if keep:
@@ -62,3 +72,23 @@ class CheckpointFiles:
 
     def _delete_state(self, part):
         shutil.rmtree(self.state_path(part), ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Writes weights under the run's names: a LoRA file with its metadata, or the whole model with a full U-Net."""
+
+    names: CheckpointNames
+    model: SDModel
+    facts: FileFacts
+
+    def save(
+        self, part: str, tensors: dict[str, torch.Tensor], step: int, verdict: Optional[dict[str, str]] = None
+    ) -> Path:
+        """Write the weights of an optimizer step; returns the path. verdict: further metadata. For the first process."""
+        path, dtype = self.names.path(part), DTYPES[self.names.args.save_precision]
+        if self.names.args.train_full_unet:
+            save_full_model(path, self.model, tensors, dtype)
+        else:
+            save_lora(path, tensors, {**self.facts.of_step(step), **(verdict or {})}, dtype)
+        return path

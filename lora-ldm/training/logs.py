@@ -1,33 +1,59 @@
 """What goes to TensorBoard and wandb, under the published names."""
 
+from argparse import Namespace
+from typing import Any, Optional
+
+import toml
+from accelerate import Accelerator
+
+from es_lora.monitor import scalars
+from settings.checks import plain_settings
+from training.optimizers import Optimization
+
 LEARNING_RATE_NAMES = {"unet": "unet", "te": "textencoder", "te1": "textencoder 1", "te2": "textencoder 2"}
 
 
-def log_measurement(accelerator, monitor):
-    """unet_cs/step, te_cs/step, total_cs/step and fluctuation/step of the newest measurement."""
+def start_trackers(accelerator: Accelerator, args: Namespace) -> None:
+    """Open TensorBoard and wandb where they were asked for."""
+    if not accelerator.log_with:
+        return
+    init = toml.load(args.log_tracker_config) if args.log_tracker_config else {}
+    if args.log_with in ("wandb", "all"):
+        import wandb
+
+        if args.wandb_api_key:
+            wandb.login(key=args.wandb_api_key)
+        if args.wandb_run_name:
+            init.setdefault("wandb", {})["name"] = args.wandb_run_name
+    config = None
+    if args.log_config:
+        settings = plain_settings(args).items()
+        config = {name: v if isinstance(v, (int, float, str, bool)) else str(v) for name, v in settings}
+    accelerator.init_trackers(args.log_tracker_name or "network_train", config=config, init_kwargs=init)
+
+
+def log_measurement(accelerator: Accelerator, record: dict[str, Any]) -> None:
+    """The similarities and the fluctuation of a history line."""
+    if accelerator.trackers:
+        accelerator.log(scalars(record), step=record["step"])
+
+
+def log_step(
+    accelerator: Accelerator,
+    step: int,
+    losses: tuple[float, float],
+    optimization: Optimization,
+    norms: Optional[tuple[int, float, float]] = None,
+) -> None:
+    """The losses (of the step, mean of the epoch), each part's rate, and what --scale_weight_norms has scaled."""
     if not accelerator.trackers:
         return
-    record = next(line for line in reversed(monitor.state_dict()["lines"]) if "event" not in line)
-    values = {f"{part}_cs/step": value for part, value in record["cs"].items() if part != "all"}
-    values["total_cs/step"] = record["cs"]["all"]
-    if record["fluctuation"] is not None:
-        values["fluctuation/step"] = record["fluctuation"]
-    accelerator.log(values, step=record["step"])
-
-
-def log_step(trainer, loss):
-    """The loss, the learning rate of each part and, with --scale_weight_norms, the norms."""
-    if not trainer.accelerator.trackers:
-        return
-    values = {"loss/current": loss, "loss/average": trainer.progress.epoch_mean_loss}
-    for group, rate in zip(trainer.raw_optimizer.param_groups, trainer.scheduler.get_last_lr()):
+    values = {"loss/current": losses[0], "loss/average": losses[1]}
+    for group, rate in zip(optimization.raw.param_groups, optimization.scheduler.get_last_lr()):
         name = LEARNING_RATE_NAMES.get(group.get("name"), group.get("name"))
         values[f"lr/{name}"] = float(rate)
         if "d" in group:  # Prodigy and D-Adaptation: the rate they have found
             values[f"lr/d*lr/{name}"] = float(group["d"] * rate)
-    if trainer.args.scale_weight_norms:
-        scaled, mean, largest = trainer.norm_facts
-        values["max_norm/keys_scaled"] = scaled
-        values["max_norm/average_key_norm"] = mean
-        values["max_norm/max_key_norm"] = largest
-    trainer.accelerator.log(values, step=trainer.progress.step)
+    if norms is not None:
+        values.update(zip(("max_norm/keys_scaled", "max_norm/average_key_norm", "max_norm/max_key_norm"), norms))
+    accelerator.log(values, step=step)

@@ -1,10 +1,18 @@
-"""Optimizers and learning-rate schedulers by the names sd-scripts gives them, each from its own package.
+"""Optimizers by the names sd-scripts gives them, each from its own package, and an optimizer with all that goes with it.
 
 Names are matched without regard to case. Any other class can be named with its package: `torch.optim.Adamax`.
 """
 
+import contextlib
 import difflib
 import importlib
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from settings.key_values import key_values
 
@@ -39,7 +47,48 @@ INSTALL = {"lion_pytorch": "lion-pytorch", "prodigyplus": "prodigy-plus-schedule
 ONE_RATE_FOR_ALL = ("dadapt", "prodigy")  # they find the rate themselves and refuse different ones
 
 
-def make_optimizer(args, groups):
+@dataclass(frozen=True)
+class Optimization:
+    """What turns gradients into steps. raw: the optimizer as its class made it; prepared: the accelerator's, around it."""
+
+    raw: torch.optim.Optimizer
+    prepared: Any
+    scheduler: Any
+    parameters: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, optimizer: torch.optim.Optimizer, scheduler: Any) -> "Optimization":
+        """Ready to train with."""
+        prepared = accelerator.prepare(optimizer)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return cls(
+            optimizer, prepared, scheduler, [weight for group in optimizer.param_groups for weight in group["params"]]
+        )
+
+    def step(self, accelerator: Accelerator) -> None:
+        """An optimizer step and one of the schedule; gradients are gone afterwards."""
+        self.prepared.step()
+        if not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.prepared.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def weights_to_use(self) -> Iterator[None]:
+        """Within it the parameters are those to measure and to save: schedule-free optimizers average them."""
+        if is_schedule_free(self.raw):
+            self.raw.eval()
+        yield
+        if is_schedule_free(self.raw):
+            self.raw.train()
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Schedule-free optimizers hold averaged weights, shown between eval() and train()."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+
+
+def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer of --optimizer_type over parameter groups [{"params": [...], "lr": float}, ...].
 
     Raises ValueError for an unknown name, a missing package, a setting the class does not take, or rates it refuses.
@@ -68,7 +117,9 @@ def make_optimizer(args, groups):
     try:
         return optimizer_class(groups, **settings)
     except TypeError as error:
-        raise ValueError(f"--optimizer_args {' '.join(args.optimizer_args or [])}: {class_name} refuses them: {error}") from error
+        raise ValueError(
+            f"--optimizer_args {' '.join(args.optimizer_args or [])}: {class_name} refuses them: {error}"
+        ) from error
 
 
 def _adafactor_settings(settings, groups):
@@ -80,14 +131,16 @@ def _adafactor_settings(settings, groups):
     return settings, [{key: value for key, value in group.items() if key != "lr"} for group in groups]
 
 
-def built(name, build):
+def built(name: str, build: Callable[[], Any]) -> Any:
+    """What `build` makes. Raises ValueError where the class refuses its settings."""
     try:
         return build()
     except TypeError as error:
         raise ValueError(f"--lr_scheduler_args: {name} refuses them: {error}") from error
 
 
-def import_class(package, class_name, flag):
+def import_class(package: str, class_name: str, flag: str) -> type:
+    """A class by its name. Raises ValueError that names the flag where it, or its package, is not there."""
     try:
         return getattr(importlib.import_module(package), class_name)
     except ImportError as error:
@@ -97,6 +150,7 @@ def import_class(package, class_name, flag):
         raise ValueError(f"{flag}: {package} has no class {class_name}") from error
 
 
-def nearest(name, known):
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the known name that is nearest; empty where none is near."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""

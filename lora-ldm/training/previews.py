@@ -1,169 +1,117 @@
-"""Pictures of prompts at fixed seeds: the prompts of a file, the sampler, and random states left as they are."""
+"""Pictures that a run makes: previews of its prompts, and DreamBooth's class pictures where they are missing."""
 
-import contextlib
-import difflib
-import json
-import random
-import re
-from dataclasses import dataclass, fields, replace
+import itertools
+from argparse import Namespace
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
-import toml
 import torch
-from tqdm import tqdm
 
-OPTIONS = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "scale", "s": "sample_steps",
-           "ss": "sample_sampler"}  # fmt: skip
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
-}
+from base.families import StableDiffusion
+from base.sampling import Prompt, Sampler, read_prompts
+from images.dataset_settings import checked_resolution
+from images.folders import REPEAT_FOLDER, image_files
+from network.full_unet import FullUnet
+from network.lora import LoraNetwork
+from training.objective import Objective
+from training.optimizers import Optimization
+from training.processes import Processes
+
+PREVIEW_FOLDER = "sample"
+CLASS_FOLDER = "1_class"  # made where --reg_data_dir has no <repeats>_<name> folder yet
 
 
-@dataclass
-class Prompt:
-    """One picture to make. Sizes in pixels, None: what the base was made for. seed None: given by the caller."""
-
-    prompt: str
-    negative_prompt: str = ""
-    width: Optional[int] = None
-    height: Optional[int] = None
-    seed: Optional[int] = None
-    scale: float = 7.5
-    sample_steps: int = 30
-    sample_sampler: Optional[str] = None
-
-    def __post_init__(self):
-        kinds = {"width": int, "height": int, "seed": int, "scale": float, "sample_steps": int}
-        for name, kind in kinds.items():
-            value = getattr(self, name)
-            try:
-                setattr(self, name, value if value is None else kind(value))
-            except (TypeError, ValueError):
-                raise ValueError(f"prompt '{self.prompt}': {name} {value!r} is not a number") from None
-        if self.sample_steps < 1 or (self.width or 8) < 8 or (self.height or 8) < 8:
-            raise ValueError(f"prompt '{self.prompt}': steps must be at least 1, width and height at least 8 px")
-        if self.sample_sampler is not None and self.sample_sampler not in SCHEDULERS:
-            raise ValueError(f"prompt '{self.prompt}': sampler '{self.sample_sampler}': choose from {', '.join(SCHEDULERS)}")
+def prompts_of(args: Namespace) -> list[Prompt]:
+    """Those of --sample_prompts. Raises ValueError for a file that cannot be read."""
+    return read_prompts(args.sample_prompts) if args.sample_prompts else []
 
 
-def parse_prompt_line(line):
-    """A Prompt from one line of a prompt file. Raises ValueError for an option that does not exist."""
-    text, *options = re.split(r"\s--(?=[A-Za-z])", " " + line.strip())
-    settings = {}
-    for option in options:
-        name, _, value = option.partition(" ")
-        if name not in OPTIONS:
-            nearest = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0) or ["n"]
-            raise ValueError(f"prompt line '{line.strip()}': --{name} is unknown; there are --{', --'.join(OPTIONS)}"
-                             f" (did you mean --{nearest[0]}?)")  # fmt: skip
-        settings[OPTIONS[name]] = value.strip()
-    return Prompt(text.strip(), **settings)
+class Previews:
+    """Pictures of the prompts with the present weights. Random states stay as they are."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        prompts: list[Prompt],
+        objective: Objective,
+        network: LoraNetwork | FullUnet,
+        optimization: Optimization,
+    ):
+        self.args, self.prompts, self.objective = args, prompts, objective
+        self.network, self.optimization = network, optimization
+
+    def save(self, part: str) -> list[tuple[Prompt, Path]]:
+        """One picture a prompt, named by the run and this part; the first process makes them."""
+        args, processes = self.args, self.objective.processes
+        if not self.prompts or not processes.is_main:
+            return []
+        self.network.eval()
+        with torch.no_grad(), self.optimization.weights_to_use(), processes.accelerator.autocast():
+            model, encode_text = self.objective.base.model, self.objective.encode_text
+            sampler = Sampler(model, encode_text, sampler=args.sample_sampler, device=processes.device)
+            folder = Path(args.output_dir) / PREVIEW_FOLDER
+            made = sampler.save_pictures(self.prompts, folder, f"{args.output_name}{part}", args.seed)
+        self.network.train()
+        return made
+
+    def compared(self, kinds: list[tuple[str, str, Optional[dict[str, torch.Tensor]]]]) -> list[tuple[str, Path]]:
+        """The same prompts and seeds with other weights: [(caption, path)], those of a prompt side by side.
+
+        kinds: (caption, part of the file name, tensors of the network or None: the live ones).
+        Pictures without LoRA come first; the live weights are as before afterwards.
+        """
+        if not self.prompts:
+            return []
+        network = self.network
+        live = {name: tensor.detach().clone() for name, tensor in network.tensors().items()}
+        rows = []
+        for caption, part, tensors in [("no LoRA", "-base", None), *kinds]:
+            network.load_tensors(live if tensors is None else tensors)
+            network.multiplier = 0.0 if caption == "no LoRA" else 1.0
+            rows.append(
+                [(f"{caption}: {prompt.prompt} (seed {prompt.seed})", path) for prompt, path in self.save(part)]
+            )
+        network.multiplier = 1.0
+        network.load_tensors(live)
+        return [picture for of_one_prompt in zip(*rows) for picture in of_one_prompt]
 
 
-def read_prompts(path):
-    """The Prompts of a .txt (one a line, # comments), .toml ([prompt] with [[prompt.subset]]) or .json (a list) file."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
-            table = toml.loads(text).get("prompt", {})
-            common = {key: value for key, value in table.items() if key != "subset"}
-            entries = [{**common, **subset} for subset in table.get("subset", [])]
-        elif path.suffix == ".json":
-            entries = json.loads(text)
-        else:
-            lines = [line.strip() for line in text.splitlines()]
-            return _some([parse_prompt_line(line) for line in lines if line and not line.startswith("#")], path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, toml.TomlDecodeError) as error:
-        raise ValueError(f"prompt file {path} cannot be read: {error}") from error
-    known = {field.name for field in fields(Prompt)}
-    for entry in entries:
-        for key in set(entry) - known:
-            raise ValueError(f"prompt file {path}: unknown key '{key}'; there are {', '.join(sorted(known))}")
-    return _some([Prompt(**entry) for entry in entries], path)
+def make_class_images(args: Namespace, family: type[StableDiffusion], processes: Processes) -> None:
+    """Fill the class folder of --reg_data_dir up to --num_class_images pictures of --class_prompt.
 
-
-def _some(prompts, path):
-    if not prompts:
-        raise ValueError(f"prompt file {path} has no prompts")
-    return prompts
-
-
-@contextlib.contextmanager
-def untouched_random_state():
-    """Whatever is drawn inside, the random numbers after it are those that would have come without it."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy_state)
-
-
-def make_scheduler(name, config):
-    """The diffusers scheduler of a sampler's name, over the base model's noise schedule."""
-    import diffusers
-
-    class_name, changes = SCHEDULERS[name]
-    try:
-        return getattr(diffusers, class_name).from_config({**config, "clip_sample": False}, **changes)
-    except ImportError as error:
-        raise ValueError(f"sampler '{name}' needs another package: {str(error).strip().splitlines()[0]}") from error
-
-
-class Sampler:
-    """Makes pictures with the live parts of a model, so that LoRA layers in it take effect.
-
-    encode_text: [captions] -> what the U-Net is conditioned on, the function that training uses.
+    Every picture has a seed of its own, and those that are there are counted, so that an interrupted run goes on. All
+    processes call it; the first one generates.
     """
+    folder = class_folder(args.reg_data_dir)
+    missing = args.num_class_images - (len(list(image_files(folder))) if folder.is_dir() else 0)
+    if missing > 0 and processes.is_main:
+        processes.say(f"generating {missing} class pictures of '{args.class_prompt}' in {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        _generate(args, family, processes, folder, missing)
+    processes.accelerator.wait_for_everyone()
 
-    def __init__(self, model, encode_text, *, sampler="ddim", device="cpu"):
-        self.model, self.encode_text, self.sampler, self.device = model, encode_text, sampler, device
-        self.pipeline = model.to_pipeline()
-        self.pipeline.set_progress_bar_config(disable=True)
 
-    @torch.no_grad()
-    def picture(self, prompt):
-        """One PIL image of a Prompt whose seed is set."""
-        native_px = self.model.unet.config.sample_size * self.model.vae_scale
-        width, height = (max(8, (side or native_px) // 8 * 8) for side in (prompt.width, prompt.height))
-        with untouched_random_state():
-            self.pipeline.scheduler = make_scheduler(prompt.sample_sampler or self.sampler, self.model.scheduler_config)
-            generator = torch.Generator().manual_seed(prompt.seed)
-            negative = self.encode_text([prompt.negative_prompt]) if prompt.scale > 1 else None
-            prompts = self.model.pipeline_prompts(self.encode_text([prompt.prompt]), negative)
-            latents = self.pipeline(
-                **prompts, width=width, height=height,
-                num_inference_steps=prompt.sample_steps, guidance_scale=prompt.scale, generator=generator,
-                output_type="latent",
-            ).images  # (1, 4, h, w)  # fmt: skip
-            home = self.model.vae.device
-            pixels = self.model.vae.to(self.device)
-            pixels = self.model.decode_latents(latents)  # (1, 3, H, W)
-            self.model.vae.to(home)
-        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+def class_folder(reg_data_dir: str) -> Path:
+    """The first <repeats>_<name> folder of --reg_data_dir, or the one that is to be made."""
+    root = Path(reg_data_dir)
+    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    return next((path for path in folders if REPEAT_FOLDER.fullmatch(path.name)), root / CLASS_FOLDER)
 
-    def save_pictures(self, prompts, folder, name, run_seed=0):
-        """Make and save a picture for each prompt; -> [(Prompt with its seed, PNG path)]. Equal seeds for equal prompts."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        results = []
-        for number, prompt in enumerate(tqdm(prompts, desc="previews", leave=False, disable=len(prompts) < 2)):
-            prompt = prompt if prompt.seed is not None else replace(prompt, seed=run_seed + number)
-            path = Path(folder) / f"{name}_{number:02d}_{prompt.seed}.png"
-            aside = path.with_name(f".{path.name}")
-            self.picture(prompt).save(aside, format="png")
-            aside.replace(path)
-            results.append((prompt, path))
-        return results
+
+def _generate(args, family, processes, folder, missing):
+    device = processes.device
+    model = family(args, processes.weight_dtype).model
+    for part in (model.unet, *model.text_encoders):
+        part.to(device)
+    model.vae.to(device, torch.float32 if args.no_half_vae else processes.weight_dtype)
+
+    def encode(captions):
+        return model.encode_text(captions, max_token_length=args.max_token_length, clip_skip=args.clip_skip)
+
+    width, height = checked_resolution("--resolution", args.resolution)
+    sampler = Sampler(model, encode, sampler=args.sample_sampler, device=device)
+    unused = (number for number in itertools.count() if not any(folder.glob(f"class_{number:05d}_*.png")))
+    for number in itertools.islice(unused, missing):
+        prompt = Prompt(args.class_prompt, width=width, height=height, seed=args.seed + number)
+        ((_, picture),) = sampler.save_pictures([prompt], folder, f"class_{number:05d}")
+        picture.with_suffix(args.caption_extension).write_text(args.class_prompt + "\n", encoding="utf-8")

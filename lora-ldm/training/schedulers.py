@@ -1,8 +1,12 @@
 """Learning rate schedules by kohya's names: diffusers', transformers', Adafactor's, or a class by its name."""
 
+from argparse import Namespace
+from typing import Any
+
+import torch
+
 from settings.key_values import key_values
-from training.optimizers import built, import_class, nearest
-from training.schedule_free import is_schedule_free
+from training.optimizers import built, import_class, is_schedule_free, nearest
 
 DIFFUSERS_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial".split()
 TRANSFORMERS_SCHEDULERS = "inverse_sqrt cosine_with_min_lr warmup_stable_decay".split()
@@ -15,7 +19,7 @@ SCHEDULER_SETTINGS = {
 }
 
 
-def make_scheduler(args, optimizer, total_steps):
+def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """The scheduler of --lr_scheduler / --lr_scheduler_type; step it once after each optimizer step.
 
     total_steps: optimizer steps of the whole run. Raises ValueError for unknown names and settings without effect.
@@ -35,7 +39,9 @@ def make_scheduler(args, optimizer, total_steps):
             "--optimizer_args relative_step=False"
         )
     if name not in SCHEDULERS:
-        raise ValueError(f"--lr_scheduler {name} is unknown{nearest(name, SCHEDULERS)}; there are {', '.join(SCHEDULERS)}")
+        raise ValueError(
+            f"--lr_scheduler {name} is unknown{nearest(name, SCHEDULERS)}; there are {', '.join(SCHEDULERS)}"
+        )
     _refuse_settings_without_effect(args, name)
     warmup_steps, decay_steps = _steps(args.lr_warmup_steps, total_steps), _steps(args.lr_decay_steps, total_steps)
     extra = key_values(args.lr_scheduler_args)
@@ -43,7 +49,9 @@ def make_scheduler(args, optimizer, total_steps):
         return _adafactor_scheduler(args, optimizer)
     if name == "piecewise_constant":
         if "step_rules" not in extra:
-            raise ValueError("--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules=1:100,0.1:200,0.01")
+            raise ValueError(
+                "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules=1:100,0.1:200,0.01"
+            )
         return _diffusers_scheduler(name, optimizer, step_rules=_step_rules(args.lr_scheduler_args))
     if name in DIFFUSERS_SCHEDULERS:
         cycles = {"num_cycles": args.lr_scheduler_num_cycles} if name == "cosine_with_restarts" else {}
@@ -85,7 +93,10 @@ def _transformers_scheduler(args, name, optimizer, warmup_steps, decay_steps, to
     if name == "inverse_sqrt":
         settings = {"timescale": args.lr_scheduler_timescale}
     elif name == "cosine_with_min_lr":
-        settings = {"num_cycles": args.lr_scheduler_num_cycles / 2, "min_lr_rate": args.lr_scheduler_min_lr_ratio or 0.0}
+        settings = {
+            "num_cycles": args.lr_scheduler_num_cycles / 2,
+            "min_lr_rate": args.lr_scheduler_min_lr_ratio or 0.0,
+        }
     elif name == "warmup_stable_decay":
         settings = {
             "num_decay_steps": decay_steps,

@@ -1,101 +1,282 @@
-"""What a run needs before its first step: the accelerator, the trackers, the model in its place."""
+"""A run, complete before its first step: everything that trains, measures and saves, made of the command line."""
 
-import datetime
-import os
+import contextlib
 import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
 
-import toml
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import set_seed
 
 from base.attention import choose_attention, set_attention
+from base.families import StableDiffusion
 from base.files import weights_key
+from base.random_state import untouched_random_state
+from base.sampling import Prompt
+from es_lora.gradient_evidence import GradientEvidence
+from es_lora.monitor import EarlyStopMonitor
+from es_lora.settings import MeasurementPlan
+from images.batches import ImageBatches, build_datasets
+from images.loader import StepLoader
+from network.creation import make_network
+from network.folding import fold_base_weights
+from network.full_unet import FullUnet
+from network.lora import LoraNetwork
+from network.metadata import FileFacts
+from training.checkpoints import CheckpointNames, WeightFiles
+from training.logs import start_trackers
+from training.objective import HeldOut, Objective
+from training.optimizers import Optimization, make_optimizer
+from training.previews import Previews, make_class_images, prompts_of
+from training.processes import Processes
+from training.schedulers import make_scheduler
+from training.shadows import ShadowNetworks
+from training.state import Progress, load_state, read_progress
 
-PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, in optimizer steps. steps_per_epoch: repeats, accumulation and processes counted in."""
+
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def total_epochs(self) -> int:
+        return -(-self.total_steps // self.steps_per_epoch)
 
 
-def make_accelerator(args):
-    """The accelerate.Accelerator of the run. Raises ValueError for a precision that the device does not have."""
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("--mixed_precision fp16 needs a GPU; use no or bf16 on a CPU")
-    handlers = [InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=args.ddp_timeout))] if args.ddp_timeout else []
-    trackers = {"all": ["tensorboard", "wandb"], None: None}.get(args.log_with, [args.log_with])
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    accelerator = Accelerator(
-        cpu=on_cpu,  # said outright, several processes on a CPU find each other
-        mixed_precision=args.mixed_precision,
-        log_with=trackers,
-        project_dir=_logging_folder(args) if trackers else None,
-        kwargs_handlers=handlers,
+@dataclass(frozen=True)
+class Run:
+    """One training run, ready to start. args: the settings, with the seed that was drawn.
+
+    validation: None without held-out pictures. plan: None where CS is not measured.
+    monitor: the first process's, which measures and decides; None on the others.
+    """
+
+    args: Namespace
+    processes: Processes
+    base: StableDiffusion
+    network: LoraNetwork | FullUnet
+    loader: StepLoader
+    validation: Optional[HeldOut]
+    objective: Objective
+    optimization: Optimization
+    length: Length
+    progress: Progress
+    files: WeightFiles
+    previews: Previews
+    shadows: Optional[ShadowNetworks]
+    plan: Optional[MeasurementPlan]
+    monitor: Optional[EarlyStopMonitor]
+
+
+def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> Run:
+    """The run of these settings. family: the kind of base. Raises ValueError / FileNotFoundError with one message."""
+    prompts, processes = prompts_of(args), Processes(args)
+    resumed = read_progress(args.resume) if args.resume else None
+    args.seed = resumed.seed if resumed else processes.agreed_seed(args.seed)
+    set_seed(args.seed)
+    if args.num_class_images:
+        make_class_images(args, family, processes)
+    batches, held_out = build_datasets(args, processes.count)
+    loader = StepLoader(args, batches, processes.count, processes.rank)
+    length = length_of(args, len(loader))
+    progress = progress_of(args, length, resumed)
+    base = family(args, processes.weight_dtype)
+    base.check(batches)
+    fold_base_weights(args, base.model)
+    network, network_args = make_network(args, base.model)
+    objective = Objective(args, base, processes, trains_text=any(part.startswith("te") for part in network.components))
+    place_model(objective, network)
+    fill_caches(objective, [part for part in (batches, held_out) if part is not None], prompts)
+    optimization = make_optimization(args, network, length, processes)
+    plan = args.stop.plan(network.components, len(loader), length.total_steps) if args.stop.calculate_cs else None
+    shadows = None
+    if args.stop.shadow_count:
+        shadows = ShadowNetworks(objective, network, batches, len(loader) / plan.cs_interval)
+    validation = None
+    if held_out is not None:
+        validation = HeldOut(objective, network, optimization, held_out, args.max_validation_steps)
+    columns = columns_of(plan, shadows, validation)
+    if resumed:
+        load_state(args.resume, processes, network, optimization, shadows)
+    elif processes.rank:
+        torch.manual_seed(args.seed + processes.rank)  # dropouts differ between processes
+    facts = file_facts(objective, network_args, loader, length, optimization)
+    run = Run(
+        args=args,
+        processes=processes,
+        base=base,
+        network=network,
+        loader=loader,
+        validation=validation,
+        objective=objective,
+        optimization=optimization,
+        length=length,
+        progress=progress,
+        files=WeightFiles(CheckpointNames(args, length.total_epochs), base.model, facts),
+        previews=Previews(args, prompts, objective, network, optimization),
+        shadows=shadows,
+        plan=plan,
+        monitor=make_monitor(objective, plan, network, loader, columns) if plan and processes.is_main else None,
     )
-    if args.full_fp16:
-        _allow_fp16_gradients(accelerator)
-    return accelerator
+    with untouched_random_state():
+        start_trackers(processes.accelerator, args)
+    return run
 
 
-def _logging_folder(args):
-    """kohya's layout: a folder a run, named by its time, inside --logging_dir."""
-    stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
-    return os.path.join(args.logging_dir or os.path.join(args.output_dir, "logs"), f"{args.log_prefix or ''}{stamp}")
+def length_of(args: Namespace, steps_per_epoch: int) -> Length:
+    """--max_train_epochs, or else --max_train_steps."""
+    total_steps = args.max_train_epochs * steps_per_epoch if args.max_train_epochs else args.max_train_steps
+    return Length(total_steps, steps_per_epoch)
 
 
-def _allow_fp16_gradients(accelerator):
-    """torch's scaler refuses gradients in fp16 unless told that this is meant (--full_fp16)."""
-    unscale = accelerator.scaler._unscale_grads_
-    accelerator.scaler._unscale_grads_ = lambda *words: unscale(*words[:3], True)
+def progress_of(args: Namespace, length: Length, resumed: Optional[Progress]) -> Progress:
+    """Where the run begins: where it was saved, or as --initial_step and --initial_epoch say.
+
+    Raises ValueError where the state is one of other data, and where nothing is left to train.
+    """
+    per_epoch = length.steps_per_epoch
+    if resumed and resumed.steps_per_epoch != per_epoch:
+        raise ValueError(
+            f"--resume {args.resume}: that run had {resumed.steps_per_epoch} steps an epoch, this one has {per_epoch}: use "
+            "the same images, batch size and accumulation"
+        )
+    start = args.initial_step or (args.initial_epoch - 1 if args.initial_epoch else 0) * per_epoch
+    progress = resumed or Progress(
+        args.seed, per_epoch, start if args.skip_until_initial_step else start - start % per_epoch
+    )
+    if progress.step >= length.total_steps:
+        raise ValueError(
+            f"nothing left to train: {progress.step} of {length.total_steps} steps are done; raise "
+            "--max_train_steps or --max_train_epochs"
+        )
+    return progress
 
 
-def start_trackers(accelerator, args):
-    """Open TensorBoard and wandb where they were asked for."""
-    if not accelerator.log_with:
-        return
-    init = toml.load(args.log_tracker_config) if args.log_tracker_config else {}
-    if args.log_with in ("wandb", "all"):
-        import wandb
-
-        if args.wandb_api_key:
-            wandb.login(key=args.wandb_api_key)
-        if args.wandb_run_name:
-            init.setdefault("wandb", {})["name"] = args.wandb_run_name
-    secret = ("wandb_api_key", "huggingface_token")
-    plain = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in vars(args).items()}
-    config = {key: value for key, value in plain.items() if key not in secret} if args.log_config else None
-    accelerator.init_trackers(args.log_tracker_name or "network_train", config=config, init_kwargs=init)
+def make_optimization(
+    args: Namespace, network: LoraNetwork | FullUnet, length: Length, processes: Processes
+) -> Optimization:
+    """The optimizer and the schedule of the command line over the network's weights."""
+    optimizer = make_optimizer(args, network.parameter_groups(args.learning_rate, args.unet_lr, args.text_encoder_lr))
+    return Optimization.of(processes.accelerator, optimizer, make_scheduler(args, optimizer, length.total_steps))
 
 
-def place_model(trainer):
+def place_model(objective: Objective, network: LoraNetwork | FullUnet) -> None:
     """Put model and network on the device in their precisions, with the attention and checkpointing asked for."""
-    args, model, device = trainer.args, trainer.model, trainer.accelerator.device
+    args, model, processes = objective.args, objective.base.model, objective.processes
+    device, dtype = processes.device, processes.weight_dtype
     set_attention(model.unet, choose_attention(args, device))
     model.unet.to(device)
     for encoder in model.text_encoders:
         encoder.to(device)
-        if args.gradient_checkpointing and trainer.trains_text:
+        if args.gradient_checkpointing and objective.trains_text:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             encoder.train()  # transformers checkpoints in training mode only
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     whole_vae = args.no_half_vae or args.train_full_unet  # the latter saves it beside the U-Net
-    model.vae.to(device, torch.float32 if whole_vae else trainer.weight_dtype)
-    trainer.network.to(device, trainer.weight_dtype if args.full_fp16 or args.full_bf16 else torch.float32)
+    model.vae.to(device, torch.float32 if whole_vae else dtype)
+    network.to(device, dtype if args.full_fp16 or args.full_bf16 else torch.float32)
 
 
-def cache_latents(trainer):
-    """Encode every picture once, training and validation; the VAE leaves the device afterwards (not with --highvram)."""
-    args, accelerator = trainer.args, trainer.accelerator
+def fill_caches(objective: Objective, batches: list[ImageBatches], prompts: list[Prompt]) -> None:
+    """Encode once what does not change from epoch to epoch, as far as that is asked for."""
+    texts = [text for prompt in prompts for text in (prompt.prompt, prompt.negative_prompt)]
+    objective.base.cache_text(batches, texts, objective.processes.accelerator)
+    if objective.args.cache_latents:
+        cache_latents(objective, batches)
+
+
+def cache_latents(objective: Objective, batches: list[ImageBatches]) -> None:
+    """Encode every picture once; the VAE leaves the device afterwards (not with --highvram)."""
+    args, base, processes = objective.args, objective.base, objective.processes
 
     def encode(pixels):
-        return trainer.encode_images(pixels, torch.Generator().manual_seed(trainer.seed)).cpu()
+        return base.encode_images(pixels, torch.Generator().manual_seed(args.seed)).cpu()
 
-    key = weights_key(trainer.model.vae)
-    settings = {"to_disk": args.cache_latents_to_disk, "batch_size": args.vae_batch_size}
-    for batches in filter(None, (trainer.batches, trainer.validation_batches)):
-        if args.cache_latents_to_disk and not trainer.is_main:
-            accelerator.wait_for_everyone()  # the first process writes the files
-        batches.cache_latents(encode, key, **settings, write=trainer.is_main)
-        if args.cache_latents_to_disk and trainer.is_main:
-            accelerator.wait_for_everyone()
+    key, to_disk = weights_key(base.model.vae), args.cache_latents_to_disk
+    for part in batches:  # the first process writes the files
+        with processes.accelerator.main_process_first() if to_disk else contextlib.nullcontext():
+            part.cache_latents(encode, key, to_disk=to_disk, batch_size=args.vae_batch_size, write=processes.is_main)
     if not args.highvram:
-        trainer.model.vae.to("cpu")
+        base.model.vae.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def columns_of(
+    plan: Optional[MeasurementPlan], shadows: Optional[ShadowNetworks], validation: Optional[HeldOut]
+) -> dict[str, Callable[[], Optional[float]]]:
+    """{name: function} of what is recorded beyond the usual measurements.
+
+    Raises ValueError where the rule decides on held-out pictures and there are none.
+    """
+    columns = {} if shadows is None else {"shadow_loss": shadows.score}
+    if plan is not None and "heldout_loss" in plan.rule().needs:
+        if validation is None:
+            raise ValueError(
+                f"--stop_rule {plan.stop.stop_rule} decides on held-out pictures: add --validation_split, or choose a "
+                "rule that needs none"
+            )
+        columns["heldout_loss"] = validation.loss
+    return columns
+
+
+def make_monitor(
+    objective: Objective,
+    plan: MeasurementPlan,
+    network: LoraNetwork,
+    loader: StepLoader,
+    columns: dict[str, Callable[[], Optional[float]]],
+) -> EarlyStopMonitor:
+    """The monitor over the network's live layers, its history in --output_dir; says what it is going to do."""
+    args, processes = objective.args, objective.processes
+    total_steps = length_of(args, len(loader)).total_steps
+    header = {"trainer": objective.base.program, "seed": args.seed, "total_steps": total_steps}
+    monitor = EarlyStopMonitor(
+        args.output_dir,
+        plan,
+        network.layers(),
+        network.tensors,
+        header=header,
+        resume_from=args.resume,
+        evidence=GradientEvidence(network.tensors().values(), len(loader.batches) / processes.count),
+        columns=columns,
+    )
+    processes.say(f"CS every {plan.cs_interval} steps, window {plan.window}, rule {plan.stop.stop_rule}", *plan.notices)
+    if monitor.snapshots.every > 1:
+        processes.say(f"snapshots of every {monitor.snapshots.every}th measurement fit into --snapshot_disk_gb")
+    return monitor
+
+
+def file_facts(
+    objective: Objective,
+    network_args: dict[str, Any],
+    loader: StepLoader,
+    length: Length,
+    optimization: Optimization,
+) -> FileFacts:
+    """What every file of the run says of its training."""
+    args, optimizer = objective.args, type(optimization.raw)
+    training = {
+        "session_id": args.seed,
+        "training_started_at": time.time(),
+        "output_name": args.output_name,
+        "optimizer": f"{optimizer.__module__}.{optimizer.__name__}({','.join(args.optimizer_args or [])})",
+        "num_epochs": length.total_epochs,
+        "max_train_steps": length.total_steps,
+        "seed": args.seed,
+    }
+    return FileFacts(
+        settings=vars(args),
+        base=objective.base.model.base_hashes,
+        network_args=network_args,
+        data=loader.batches.metadata(),
+        training=training,
+        steps_per_epoch=length.steps_per_epoch,
+        minimum=args.no_metadata,
+    )

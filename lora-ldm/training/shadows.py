@@ -1,65 +1,72 @@
 """Shadow adapters of a diffusion model: further LoRA networks in the layers of the main one; see es_lora/shadows.py.
 
-Every micro-batch goes through the model a second time, its rows repeated for the shadows that train on them, each row
-through its own shadow's layers: one pass for all shadows. The noise and the timesteps of a picture are those that the
-main network has just trained on.
+Every micro-batch goes through the model a second time, its rows repeated for the shadows that train
+on them, each row through its own shadow's layers: one pass for all shadows. The noise and the
+timesteps of a picture are those that the main network has just trained on.
 """
 
 import contextlib
+from typing import Any, Optional
 
 import torch
 
+from base.random_state import untouched_random_state
 from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
+from images.batches import ImageBatches
 from images.folders import picture_name
-from network.lora import create_network_beside
-from training.previews import untouched_random_state
-from training.validation import TIMESTEPS, fixed_losses
+from network.lora import LoraNetwork, create_network_beside
+from training.objective import TIMESTEPS, Noised, Objective
 
 
 class ShadowNetworks:
-    """The shadows of a run, made after the trainer's network and caches.
+    """The shadows of a run, made after its network and its caches, and put into the layers of the network.
 
-    trainer: a NetworkTrainer; args.shadows networks of rank args.shadow_rank are put into its model. A fold is a set of
-    pictures: all repeats, sizes and flips of a picture are in the same fold, regularisation pictures are in none.
+    args.stop says how many, and of which rank. A fold is a set of pictures: all repeats, sizes and
+    flips of a picture are in the same fold, regularisation pictures are in none.
+    measured_per_epoch: how often CS is measured, for --shadow_interval auto.
     Raises ValueError where there are too few pictures.
     """
 
-    def __init__(self, trainer):
-        self.trainer, args = trainer, trainer.args
-        self._parts = []  # while a pass of the shadows runs: (adapter, number of rows) in the rows' order
-        images = [image for dataset in trainer.batches.datasets for image in dataset.images]
+    def __init__(self, objective: Objective, network: LoraNetwork, batches: ImageBatches, measured_per_epoch: float):
+        self.objective, self.args, args = objective, objective.args, objective.args
+        count = args.stop.shadow_count
+        self._parts: list[tuple[str, int]] = []  # while a pass runs: (adapter, number of rows) in the rows' order
+        images = [image for dataset in batches.datasets for image in dataset.images]
         pictures = [picture_name(image.record.path) for image in images if not image.record.is_reg]
-        folds = make_folds(pictures, args.shadows, trainer.seed)
-        self.networks = [self._create(number) for number in range(args.shadows)]
-        for module in trainer.network.modules:
+        folds = make_folds(pictures, count, args.seed)
+        self.networks = [self._create(network, number) for number in range(count)]
+        for module in network.modules:
             module.layer.register_forward_pre_hook(self._base_alone, with_kwargs=True)
             module.layer.register_forward_hook(self._add_shadows)
-        accelerator = trainer.accelerator
-        rates = args.learning_rate, args.unet_lr, args.text_encoder_lr
+        self.fold_batches = [_batches_of_fold(batches, folds, number) for number in range(count)]
+        processes, rates = objective.processes, (args.learning_rate, args.unet_lr, args.text_encoder_lr)
         self.training = ShadowTraining(
             folds,
-            [network.parameter_groups(*rates) for network in self.networks],
+            [beside.parameter_groups(*rates) for beside in self.networks],
             max_norm=args.max_grad_norm,
-            interval=None if args.shadow_interval == "auto" else args.shadow_interval,
-            seed=f"{trainer.seed}/{accelerator.process_index}",
-            sum_over_processes=accelerator.reduce if accelerator.num_processes > 1 else None,
+            interval=self._interval(batches, measured_per_epoch),
+            seed=f"{args.seed}/{processes.rank}",
+            sum_over_processes=processes.accelerator.reduce if processes.count > 1 else None,
         )
-        self.fold_batches = [self._batches_of_fold(folds, number) for number in range(args.shadows)]
 
-    def _create(self, number):
-        trainer = self.trainer
+    def _create(self, network, number):
         with untouched_random_state():
-            torch.manual_seed(seed_of(trainer.seed, "shadow", number))
-            network = create_network_beside(trainer.model, trainer.network, _name(number), trainer.args.shadow_rank)
-        weight = trainer.network.parameters()[0]
-        return network.to(weight.device, weight.dtype)
+            torch.manual_seed(seed_of(self.args.seed, "shadow", number))
+            model, name = self.objective.base.model, _name(number)
+            beside = create_network_beside(model, network, name, self.args.stop.shadow_rank)
+        weight = network.parameters()[0]
+        return beside.to(weight.device, weight.dtype)
 
-    def _batches_of_fold(self, folds, number):
-        return self.trainer.batches.held_out(lambda image: folds.get(picture_name(image.record.path)) == number)
+    def _interval(self, batches, measured_per_epoch):
+        """Measurements from one score to the next; with auto it follows from the pictures of a fold."""
+        if self.args.stop.shadow_interval is not None:
+            return self.args.stop.shadow_interval
+        pictures, fold = (sum(len(rows) for _, rows in part.plan(0)) for part in (batches, self.fold_batches[0]))
+        return auto_interval(fold * TIMESTEPS, pictures / measured_per_epoch, pictures)
 
     @contextlib.contextmanager
     def _rows_through(self, rows_of_each):
-        """Within it, gradients included, so many rows of every batch go through each shadow in turn, and none elsewhere."""
+        """Within it, gradients included, so many rows of every batch go through each shadow in turn."""
         self._parts = [(_name(number), count) for number, count in enumerate(rows_of_each) if count]
         try:
             yield
@@ -73,41 +80,34 @@ class ShadowNetworks:
         if not self._parts:
             return None
         inputs = args[0]
-        repeats = len(inputs) // sum(count for _, count in self._parts)  # a long caption is several rows of the text encoder
+        repeats = len(inputs) // sum(
+            count for _, count in self._parts
+        )  # a long caption is several rows of the text encoder
         updates = []
         for (name, _), part in zip(self._parts, inputs.split([count * repeats for _, count in self._parts])):
             down, up = layer.lora_A[name], layer.lora_B[name]
             updates.append(up(down(part.to(down.weight.dtype))) * layer.scaling[name])
         return output + torch.cat(updates).to(output.dtype)
 
-    def measured_every(self, steps):
-        """Say how many optimizer steps lie between two measurements; --shadow_interval auto follows from it."""
-        if self.training.interval is None:
-            batches, trainer = self.trainer.batches, self.trainer
-            pictures = sum(len(indices) for _, indices in batches.plan(0))
-            between = pictures / trainer.progress.steps_per_epoch * steps
-            fold = sum(len(indices) for _, indices in self.fold_batches[0].plan(0))
-            self.training.interval = auto_interval(fold * TIMESTEPS, between, pictures)
-
-    def backward(self, batch, noised):
-        """Add each shadow's gradients of a micro-batch. noised: the trainer's, as the main network was trained on it."""
+    def backward(self, batch: dict, noised: Noised) -> None:
+        """Add each shadow's gradients of a micro-batch, noised as the main network was trained on it."""
         rows = self.training.trained_rows([picture_name(key) for key in batch["image_keys"]])
         every = [row for own in rows for row in own]
         if not every:
             return
         counts = [len(own) for own in rows]
         with self.training.apart(), self._rows_through(counts):
-            losses = self.trainer.picture_losses(chosen(batch, every), *chosen(noised, every))  # (rows,)
+            losses = self.objective.picture_losses(chosen(batch, every), Noised(*chosen(noised, every)))  # (rows,)
             self.training.backward(losses.sum(), counts)
 
-    def step(self):
+    def step(self, main_optimizer: torch.optim.Optimizer) -> None:
         """The optimizer step of every shadow, at the main optimizer's present learning rates."""
-        self.training.step(self.trainer.raw_optimizer)
-        if self.trainer.args.scale_weight_norms:
+        self.training.step(main_optimizer)
+        if self.args.scale_weight_norms:
             for network in self.networks:
-                network.scale_weight_norms(self.trainer.args.scale_weight_norms)
+                network.scale_weight_norms(self.args.scale_weight_norms)
 
-    def score(self):
+    def score(self) -> Optional[float]:
         """The column shadow_loss: the mean over the shadows of the loss on their folds; None where it is not due."""
         if not self.training.score_is_due():
             return None
@@ -121,7 +121,7 @@ class ShadowNetworks:
         for batch in self.fold_batches[number]:
             rows_of_each = [0] * number + [len(batch["image_keys"])]
             with self._rows_through(rows_of_each):
-                losses += fixed_losses(self.trainer, [batch], 1)
+                losses += self.objective.fixed_losses([batch], 1)
         self.networks[number].train()
         return sum(losses) / len(losses)
 
@@ -130,8 +130,12 @@ def _name(number):
     return f"shadow_{number}"
 
 
-def chosen(value, rows):
-    """The rows of a batch, or of any dict, tuple or list of tensors and lists over its rows; None stays None."""
+def _batches_of_fold(batches, folds, number):
+    return batches.held_out(lambda image: folds.get(picture_name(image.record.path)) == number)
+
+
+def chosen(value: Any, rows: list[int]) -> Any:
+    """The rows of a batch, or of any dict, tuple or list of tensors and lists over its rows."""
     if isinstance(value, dict):
         return {key: chosen(item, rows) for key, item in value.items()}
     if isinstance(value, tuple):

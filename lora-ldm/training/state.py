@@ -6,16 +6,21 @@ files of the early-stop monitor and of the shadows. It appears whole or not at a
 
 import json
 import os
-import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from base.random_state import random_state, restore_random_state
 from es_lora.files import replace_folder
+from es_lora.monitor import EarlyStopMonitor
+from training.optimizers import Optimization
+from training.processes import Processes
+from training.shadows import ShadowNetworks
 
 SHADOWS_NAME = "shadows.safetensors"
 FORMAT = "es-lora-ldm-state/1"
@@ -34,70 +39,58 @@ class Progress:
     epoch_loss_count: int = 0
 
     @property
-    def epoch(self):
+    def epoch(self) -> tuple[int, int]:
         """Completed epochs, and steps done in the one that has begun."""
         return divmod(self.step, self.steps_per_epoch)
 
-    def add_loss(self, loss):
+    def add_loss(self, loss: float) -> None:
         self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
         self.epoch_loss_sum, self.epoch_loss_count = self.epoch_loss_sum + loss, self.epoch_loss_count + 1
 
-    def take_mean_loss(self):
+    def take_mean_loss(self) -> Optional[float]:
         """Mean loss since the last call; None where there was no step."""
         mean = self.loss_sum / self.loss_count if self.loss_count else None
         self.loss_sum, self.loss_count = 0.0, 0
         return mean
 
-    def begin_epoch(self):
+    def begin_epoch(self) -> None:
         self.epoch_loss_sum, self.epoch_loss_count = 0.0, 0
 
     @property
-    def epoch_mean_loss(self):
+    def epoch_mean_loss(self) -> float:
         return self.epoch_loss_sum / self.epoch_loss_count if self.epoch_loss_count else float("nan")
 
 
-def random_state():
-    """The random states of Python, numpy and torch (CPU and CUDA), as tensors and plain values."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, words, python_gauss = random.getstate()
-    return {
-        "python": [version, list(words), python_gauss],
-        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def restore_random_state(state):
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def save_state(folder, accelerator, progress, tensors, optimizer, scheduler, monitor, shadows=None):
+def save_state(
+    folder: Path,
+    processes: Processes,
+    progress: Progress,
+    network: Any,
+    optimization: Optimization,
+    monitor: Optional[EarlyStopMonitor],
+    shadows: Optional[ShadowNetworks],
+) -> None:
     """Write a state folder; every process calls it, and the folder gets its name when all have written."""
-    folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.part")
-    if accelerator.is_main_process:
+    accelerator = processes.accelerator
+    if processes.is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / "lora.safetensors")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.tensors().items()}
+        save_file(tensors, aside / "lora.safetensors")
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "scaler": scaler}
-        torch.save(_plain(state), aside / "optimizer.pt")
-        content = {"format": FORMAT, "processes": accelerator.num_processes, **asdict(progress)}
+        optimizer, scheduler = optimization.prepared.state_dict(), optimization.scheduler.state_dict()
+        torch.save(_plain({"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}), aside / "optimizer.pt")
+        content = {"format": FORMAT, "processes": processes.count, **asdict(progress)}
         (aside / "progress.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         if monitor is not None:
             monitor.save_state(aside)
         if shadows is not None:
             save_file(shadows.training.state_tensors(), aside / SHADOWS_NAME)
     accelerator.wait_for_everyone()
-    torch.save(random_state(), aside / f"random-{accelerator.process_index}.pt")
+    torch.save(random_state(), aside / f"random-{processes.rank}.pt")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if processes.is_main:
         for file in aside.rglob("*"):
             _flush(file)
         replace_folder(aside, folder)
@@ -106,7 +99,7 @@ def save_state(folder, accelerator, progress, tensors, optimizer, scheduler, mon
     accelerator.wait_for_everyone()
 
 
-def read_progress(folder):
+def read_progress(folder: Union[str, Path]) -> Progress:
     """The Progress of a state folder. Raises ValueError where the folder is no state."""
     file = Path(folder) / "progress.json"
     try:
@@ -119,21 +112,27 @@ def read_progress(folder):
     return Progress(**content)
 
 
-def load_state(folder, accelerator, network, optimizer, scheduler, shadows=None):
+def load_state(
+    folder: Union[str, Path],
+    processes: Processes,
+    network: Any,
+    optimization: Optimization,
+    shadows: Optional[ShadowNetworks],
+) -> None:
     """Put weights, optimizer, scheduler, shadows and random states back; the caller has read the Progress already.
 
     Raises ValueError where network, optimizer, shadows or the number of processes are not those of the state.
     """
-    folder = Path(folder)
-    own = folder / f"random-{accelerator.process_index}.pt"
+    folder, accelerator = Path(folder), processes.accelerator
+    own = folder / f"random-{processes.rank}.pt"
     saved = json.loads((folder / "progress.json").read_text(encoding="utf-8"))["processes"]
-    if saved != accelerator.num_processes:
-        raise ValueError(f"--resume {folder}: saved by {saved} processes, this run has {accelerator.num_processes}")
+    if saved != processes.count:
+        raise ValueError(f"--resume {folder}: saved by {saved} processes, this run has {processes.count}")
     network.load_tensors(load_file(folder / "lora.safetensors"))
     state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     try:
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        optimization.prepared.load_state_dict(state["optimizer"])
+        optimization.scheduler.load_state_dict(state["scheduler"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"--resume {folder}: saved with another optimizer, scheduler or network ({error})") from error
     if accelerator.scaler is not None and state["scaler"] is not None:

@@ -46,13 +46,14 @@ class Clock:
         return wrapped
 
 
-def make_trainer(args, folder):
+def make_run(args, folder):
+    from base.families import StableDiffusion
     from settings.parsing import parse_arguments
-    from training.loop import NetworkTrainer
+    from training.setup import set_up
 
-    class Shaped(NetworkTrainer):
-        def load_model(self):
-            return sd15_model(self.weight_dtype)
+    class Shaped(StableDiffusion):
+        def _load(self, dtype):
+            return sd15_model(dtype)
 
     small = args.model == "embedded"
     pictures = Path(folder) / "pictures" / "10_portraits"
@@ -74,34 +75,34 @@ def make_trainer(args, folder):
         "learning_rate": 1e-4,
     }
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    trainer_class = NetworkTrainer if small else Shaped
-    trainer = trainer_class(parse_arguments([*words, "--cache_latents", "--calculate_cs"]))
-    trainer.set_up()
-    return trainer
+    settings = parse_arguments([*words, "--cache_latents", "--calculate_cs"])
+    return set_up(settings, StableDiffusion if small else Shaped)
 
 
 def measure(args):
     """(seconds of each timed step, {part: its seconds})."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(args, folder)
-        device = trainer.accelerator.device.type
-        clock, ends = Clock(device), []
-        trainer.encode_text = clock.timed("text", trainer.encode_text)
-        trainer.predict_noise = clock.timed("U-Net", trainer.predict_noise)
-        trainer.accelerator.backward = clock.timed("backward", trainer.accelerator.backward)
-        trainer.optimizer.step = clock.timed("optimizer", trainer.optimizer.step)
-        trainer._measure = clock.timed("CS", trainer._measure)
-        after_step = trainer._after_step
+    from training.loop import Loop
+    from training.results import finish
 
-        def noted(loss):
-            after_step(loss)
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run(args, folder)
+        device, loop = run.processes.device.type, Loop(run)
+        clock, ends = Clock(device), []
+        run.base.encode_text = clock.timed("text", run.base.encode_text)
+        run.base.predict_noise = clock.timed("U-Net", run.base.predict_noise)
+        run.processes.accelerator.backward = clock.timed("backward", run.processes.accelerator.backward)
+        run.optimization.prepared.step = clock.timed("optimizer", run.optimization.prepared.step)
+        loop.measure = clock.timed("CS", loop.measure)
+        after_step = loop.after_step
+
+        def noted():
+            after_step()
             ends.append(clock.now())
             if len(ends) == args.warmup:
                 clock.seconds.clear()
 
-        trainer._after_step = noted
-        trainer.train()
-        trainer.finish()
+        loop.after_step = noted
+        finish(run, loop.until_it_ends())
     steps = [b - a for a, b in zip(ends[args.warmup - 1 :], ends[args.warmup :])]
     return device, steps, dict(clock.seconds)
 

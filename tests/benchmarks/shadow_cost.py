@@ -75,8 +75,7 @@ def time_here(kind):
     """All runs of one trainer in this process; prints a JSON line {"way", "seconds"} for each."""
     sys.path.insert(0, str(ROOT / f"lora-{kind}"))
     trainer = __import__(f"es_lora_{kind}")
-    place = trainer if kind == "llm" else trainer.NetworkTrainer
-    train, taken = place.train, []
+    train, taken = trainer.train, []
 
     def timed(*words):
         start = time.process_time()
@@ -84,7 +83,7 @@ def time_here(kind):
         taken.append(time.process_time() - start)
         return result
 
-    place.train = timed
+    trainer.train = timed
     run_once(kind, trainer, "none")  # what is loaded at first use is not the first way's to pay
     for _ in range(REPEATS):
         for way in WAYS:

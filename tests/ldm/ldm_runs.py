@@ -92,7 +92,7 @@ def reset_accelerate():
 
 def run(base, images, out, *more, **flags):
     """Run the trainer here; -> its exit code."""
-    from training.loop import main
+    from es_lora_ldm import main
 
     reset_accelerate()
     return main(words(base, images, out, *more, **flags))

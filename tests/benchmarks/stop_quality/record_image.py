@@ -1,6 +1,5 @@
 """Record image runs. record_runs.py calls it, in the diffusion environment with lora-ldm/ on the path."""
 
-import copy
 import shutil
 import sys
 import tempfile
@@ -12,9 +11,9 @@ from runs import CACHE, ROOT, data_folder, trace_path
 
 from images.batches import build_datasets
 from settings.parsing import parse_arguments
-from training.loop import NetworkTrainer
-from training.setup import cache_latents
-from training.validation import validation_loss
+from training import loop
+from training.objective import HeldOut
+from training.setup import cache_latents, set_up
 
 HELDOUT_POINTS = 40  # about so many held-out losses a run
 PROBE_BATCHES = 1
@@ -51,26 +50,22 @@ def folder_of(pictures, repeats, parent):
     (parent / f"{repeats}_pictures").symlink_to(pictures.resolve(), target_is_directory=True)
 
 
-class RecordingTrainer(NetworkTrainer):
-    """The trainer, with the norm of every step's gradient noted before it is clipped."""
+def note_gradients(run, gradient_norm):
+    """Have the norm of every step's gradient noted, shared by all processes and before it is clipped."""
+    share = run.processes.share_gradients
 
-    def __init__(self, args):
-        super().__init__(args)
-        self.gradient_norm = GradientNorm()
+    def share_and_note(parameters):
+        share(parameters)
+        gradient_norm.note(parameters)
 
-    def _share_gradients(self):
-        super()._share_gradients()
-        self.gradient_norm.note(self.parameters)
+    run.processes.share_gradients = share_and_note
 
 
-def loss_over(trainer, arguments, most_batches=None):
-    """A function that scores other pictures as the trainer scores its validation pictures: fixed noise and timesteps."""
-    view = copy.copy(trainer)
-    view.args = copy.copy(trainer.args)
-    view.args.max_validation_steps = most_batches
-    view.batches, view.validation_batches = None, build_datasets(parse_arguments(arguments))[0]
-    cache_latents(view)
-    return lambda: validation_loss(view)
+def heldout_of(run, arguments, most_batches=None):
+    """Other pictures as the trainer's held-out ones: fixed noise and timesteps, cached latents."""
+    batches = build_datasets(parse_arguments(arguments))[0]
+    cache_latents(run.objective, [batches])
+    return HeldOut(run.objective, run.network, run.optimization, batches, most_batches)
 
 
 def groups_of(layer):
@@ -91,29 +86,30 @@ def record(spec, scratch):
     folder_of(data_folder(spec) / "heldout", 1, score)
     folder_of(pictures_of(spec), 1, probe)
     more = MORE_FLAGS.get(spec.purpose, [])
-    trainer = RecordingTrainer(parse_arguments(arguments_of(spec, train, output, more)))
-    trainer.set_up()
-    heldout_loss = loss_over(trainer, arguments_of(spec, score, output))
-    add_columns(trainer, heldout_loss, loss_over(trainer, arguments_of(spec, probe, output), PROBE_BATCHES))
-    trainer.monitor.snapshots = None  # nothing is restored here
-    at_start = heldout_loss()
-    trainer.train()
-    if trainer.outcome_name == "interrupted":
+    run = set_up(parse_arguments(arguments_of(spec, train, output, more)))
+    gradient_norm = GradientNorm()
+    note_gradients(run, gradient_norm)
+    heldout = heldout_of(run, arguments_of(spec, score, output))
+    add_columns(run, heldout, heldout_of(run, arguments_of(spec, probe, output), PROBE_BATCHES), gradient_norm)
+    run.monitor.snapshots = None  # nothing is restored here
+    at_start = heldout.loss()
+    ending = loop.train(run)
+    if ending.name == "interrupted":
         raise KeyboardInterrupt
-    trainer.monitor.close()
-    write_trace(output, trace_path(spec), spec, heldout_at_start=at_start, outcome=trainer.outcome_name)
+    run.monitor.close()
+    write_trace(output, trace_path(spec), spec, heldout_at_start=at_start, outcome=ending.name)
     shutil.rmtree(output, ignore_errors=True)
 
 
-def add_columns(trainer, heldout_loss, probe_loss):
-    every = max(1, round(trainer.total_steps / trainer.cs_interval / HELDOUT_POINTS))
-    columns = trainer.columns
-    columns.update(group_columns(trainer.network.layers(), groups_of, every))
-    columns["probe_loss"], columns["grad_norm"] = EveryNth(probe_loss, every), trainer.gradient_norm.value
-    columns["adam_ratio"] = lambda: adam_ratio(trainer.raw_optimizer)
-    columns["heldout_loss"] = EveryNth(heldout_loss, every)
-    if trainer.validation_batches is not None:
-        columns["validation_loss"] = EveryNth(lambda: validation_loss(trainer), every)
+def add_columns(run, heldout, probe, gradient_norm):
+    every = max(1, round(run.length.total_steps / run.plan.cs_interval / HELDOUT_POINTS))
+    columns = run.monitor.columns
+    columns.update(group_columns(run.network.layers(), groups_of, every))
+    columns["probe_loss"], columns["grad_norm"] = EveryNth(probe.loss, every), gradient_norm.value
+    columns["adam_ratio"] = lambda: adam_ratio(run.optimization.raw)
+    columns["heldout_loss"] = EveryNth(heldout.loss, every)
+    if run.validation is not None:
+        columns["validation_loss"] = EveryNth(run.validation.loss, every)
 
 
 def record_in_scratch(spec):

@@ -143,7 +143,8 @@ def test_command_is_accepted_by_the_trainer(places, tmp_path):
     assert words[:2] == [sys.executable, str(TREE / "es_lora_ldm.py")]
     words[words.index("--sample_prompts") + 1] = str(TREE / "preview_prompts.txt")  # not written before the start
     args = parse_arguments(words[2:])
-    assert args.window_size == 7 and args.cs_interval == "auto" and args.early_stop and args.sample_every_n_epochs == 2
+    assert args.stop.window_size == 7 and args.stop.cs_interval is None
+    assert args.stop.early_stop and args.sample_every_n_epochs == 2
     assert args.output_dir == str(tmp_path / "root" / "new") and args.pretrained_model_name_or_path == str(tmp_path / "base")
 
 
@@ -231,10 +232,10 @@ def test_pictures_of_a_lora_and_the_base_as_before_afterwards(base, tmp_path):
     from PIL import Image
 
     from base.loading import load_base_model
+    from base.sampling import Prompt
     from demo.pictures import PictureMaker, png_with_settings
     from network.lora import create_network
     from network.lora_file import save_lora
-    from training.previews import Prompt
 
     network = create_network(load_base_model(base), rank=4, alpha=4)
     for name, tensor in network.tensors().items():

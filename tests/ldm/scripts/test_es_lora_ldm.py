@@ -6,23 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from ldm_runs import history_of, make_base, make_pictures, reset_accelerate, run, train, words
+from ldm_runs import history_of, make_pictures, reset_accelerate, run, train, words
 
 from network.lora_file import load_lora
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("images"))
-
-
 def tensors(path):
     return load_lora(path)[0]
+
+
+def paths(result):
+    return {what: weights["path"] for what, weights in result["files"].items()}
 
 
 def same(one, other):
@@ -45,16 +39,16 @@ def stopped(base, images, tmp_path_factory):
 def test_early_stop_keeps_the_weights_of_the_turning_point(stopped, base, images, tmp_path):
     out, result = stopped
     assert result["outcome"] == "stopped_early" and result["exit_code"] == 0
-    assert result["kept_step"] == result["turning_step"] < result["detection_step"] == result["last_step"] < 40
-    train(base, images, tmp_path, max_train_steps=result["kept_step"])
+    assert result["files"]["kept"]["step"] == result["keep_step"] < result["detected_step"] == result["last_step"] < 40
+    train(base, images, tmp_path, max_train_steps=result["keep_step"])
     assert same(tensors(out / "lora.safetensors"), tensors(tmp_path / "lora.safetensors"))
     assert not same(tensors(out / "lora.safetensors"), tensors(out / "lora-last.safetensors"))
 
 
 def test_early_stop_leaves_result_history_report_and_pictures(stopped):
     out, result = stopped
-    assert set(result["parts"]) == {"unet", "te"} and result["parts"]["unet"]["turning_step"] == result["turning_step"]
-    assert result["files"] == {"kept": "lora.safetensors", "last": "lora-last.safetensors"}
+    assert set(result["parts"]) == {"unet", "te"} and result["parts"]["unet"]["turning_step"] == result["keep_step"]
+    assert paths(result) == {"kept": "lora.safetensors", "last": "lora-last.safetensors"}
     assert result["settings"]["network_alpha"] == 4 and result["seed"] == 1 and "torch" in result["versions"]
     header = json.loads((out / "cs_history.jsonl").read_text().splitlines()[0])
     assert header["decided_on"] == "unet" and header["steps_per_epoch"] == 3
@@ -74,7 +68,7 @@ def test_early_stop_writes_tensorboard_scalars(stopped):
     events = EventAccumulator(str(file.parent))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"unet_cs/step", "te_cs/step", "total_cs/step", "fluctuation/step", "lr/unet", "lr/textencoder"} <= tags
+    assert {"unet_cs/step", "te_cs/step", "total_cs/step", "cs_fluctuation/step", "lr/unet", "lr/textencoder"} <= tags
     measured = history_of(out)
     assert [e.step for e in events.Scalars("unet_cs/step")] == [record["step"] for record in measured]
     assert events.Scalars("unet_cs/step")[-1].value == pytest.approx(measured[-1]["cs"]["unet"], rel=1e-5)
@@ -87,22 +81,25 @@ def test_the_file_is_kohyas(stopped):
     assert len(state) == 3 * len(modules)
     assert {name.split("_")[1] for name in modules} == {"unet", "te"}
     assert metadata["ss_network_dim"] == "4"
-    assert metadata["ss_num_train_images"] == "6" and metadata["ss_steps"] == str(result["last_step"])
-    assert metadata["es_lora_turning_step"] == str(result["turning_step"]) and metadata["sshs_model_hash"]
+    assert metadata["ss_num_train_images"] == "6" and metadata["ss_steps"] == str(result["keep_step"])
+    assert metadata["es_lora_keep_step"] == metadata["es_lora_step"] == metadata["ss_steps"] and metadata["sshs_model_hash"]
+    last = load_lora(out / "lora-last.safetensors")[1]
+    assert last["ss_steps"] == last["es_lora_step"] == str(result["last_step"])
+    assert last["es_lora_keep_step"] == metadata["ss_steps"]
 
 
 def test_without_early_stop_the_full_run_is_the_result(stopped, base, images, tmp_path):
     out, early = stopped
     result = train(base, images, tmp_path, **{**EARLY, "early_stop": False, "calculate_cs": True, "max_train_steps": 25})
-    assert result["outcome"] == "budget_reached" and result["kept_step"] == result["last_step"] == 25
-    assert result["turning_step"] == early["turning_step"]
-    assert result["files"] == {"kept": "lora.safetensors", "turning_point": "lora-turning-point.safetensors"}
+    assert result["outcome"] == "budget_reached" and result["files"]["kept"]["step"] == result["last_step"] == 25
+    assert result["keep_step"] == early["keep_step"] == result["files"]["turning_point"]["step"]
+    assert paths(result) == {"kept": "lora.safetensors", "turning_point": "lora-turning-point.safetensors"}
     assert same(tensors(tmp_path / "lora-turning-point.safetensors"), tensors(out / "lora.safetensors"))
 
 
 def test_no_turning_point_leaves_one_file_and_says_so(base, images, tmp_path, capsys):
     result = train(base, images, tmp_path, early_stop=True, stop_rule="second-valley", max_train_steps=6)
-    assert result["outcome"] == "no_turning_point" and result["files"] == {"kept": "lora.safetensors"}
+    assert result["outcome"] == "no_turning_point" and paths(result) == {"kept": "lora.safetensors"}
     output = capsys.readouterr().out
     assert "too short for the rule" in output and "No evidence of overfitting yet" in output and "Try it:" in output
 
@@ -147,7 +144,7 @@ def test_resumed_equals_uninterrupted(base, images, tmp_path, states, changes):
     assert same(tensors(tmp_path / "whole/lora.safetensors"), tensors(tmp_path / "again/lora.safetensors"))
     assert history_of(tmp_path / "whole") == history_of(tmp_path / "again")
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "again"))
-    assert one["turning_step"] == two["turning_step"] and one["parts"] == two["parts"]
+    assert one["keep_step"] == two["keep_step"] and one["parts"] == two["parts"]
 
 
 def test_resume_after_the_decision_still_has_its_weights(base, images, tmp_path, states):
@@ -200,7 +197,7 @@ def test_divergence_keeps_finite_weights(base, images, tmp_path, capsys):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["outcome"] == "diverged" and result["exit_code"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in tensors(tmp_path / "lora.safetensors").values())
-    assert "Training diverged (NaN or Inf)" in capsys.readouterr().out
+    assert "Training diverged at step 1: NaN or Inf" in capsys.readouterr().out
 
 
 def test_checkpoints_are_named_and_forgotten_as_in_kohya(base, images, tmp_path):
@@ -236,7 +233,7 @@ def test_settings_train(base, images, tmp_path, changes):
     result = train(base, copy, tmp_path / "out", **{**changes, "calculate_cs": True, "max_train_steps": 4, "cs_interval": 1})
     measured = history_of(tmp_path / "out")
     assert result["last_step"] == 4 and all(0 < abs(record["cs"]["unet"]) < 1 for record in measured[1:])
-    kept = load_lora(tmp_path / "out" / result["files"]["kept"])[0]
+    kept = load_lora(tmp_path / "out" / result["files"]["kept"]["path"])[0]
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
     assert any(tensor.abs().max() > 0 for name, tensor in kept.items() if "lora_up" in name)
 
@@ -286,26 +283,28 @@ def test_start_in_the_middle(base, images, tmp_path):
 
 
 def test_a_model_family_overrides_the_points(base, images, tmp_path):
+    from base.families import StableDiffusion
     from settings.parsing import parse_arguments
-    from training.loop import NetworkTrainer
+    from training.loop import train as train_run
+    from training.results import finish
+    from training.setup import set_up
 
     called = []
 
-    class Other(NetworkTrainer):
+    class Other(StableDiffusion):
         def encode_text(self, captions):
             called.append("encode_text")
             return super().encode_text(captions)
 
-        def predict_noise(self, noisy, timesteps, text_states, batch):
+        def predict_noise(self, noisy, timesteps, text, batch):
             called.append(tuple(batch["original_sizes_hw"][0].tolist()))
-            return super().predict_noise(noisy, timesteps, text_states, batch)
+            return super().predict_noise(noisy, timesteps, text, batch)
 
     reset_accelerate()
-    trainer = Other(parse_arguments(words(base, images, tmp_path, max_train_steps=1)))
-    trainer.set_up()
-    trainer.train()
+    ready = set_up(parse_arguments(words(base, images, tmp_path, max_train_steps=1)), Other)
+    ending = train_run(ready)
     assert called == ["encode_text", (32, 32)]
-    assert trainer.finish().exit_code == 0
+    assert finish(ready, ending).exit_code == 0
 
 
 def test_debug_dataset_shows_and_trains_nothing(base, images, tmp_path, capsys):

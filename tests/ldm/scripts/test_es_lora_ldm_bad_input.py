@@ -2,12 +2,7 @@
 
 import pytest
 import toml
-from ldm_runs import make_base, make_pictures, run
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
+from ldm_runs import make_pictures, run
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from es_lora_sdxl import SDXLNetworkTrainer
+from es_lora_ldm import main
 from ldm_runs import history_of, make_pictures, reset_accelerate, result_of, words
 from safetensors.torch import load_file
 from tiny_sdxl import tiny_sdxl
 
+from base.families import StableDiffusionXL
 from network.lora_file import load_lora
-from training.loop import main
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,9 @@ def base(tmp_path_factory):
     return str(folder / "sdxl")
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("images"))
-
-
 def run(base, images, out, **flags):
     reset_accelerate()
-    return main(words(base, images, out, **{"max_train_steps": 3, **flags}), SDXLNetworkTrainer)
+    return main(words(base, images, out, **{"max_train_steps": 3, **flags}), StableDiffusionXL)
 
 
 def train(base, images, out, **flags):
@@ -50,7 +45,8 @@ def stopped(base, images, tmp_path_factory):
 
 def test_early_stop_with_both_text_encoders(stopped):
     out, result = stopped
-    assert result["outcome"] == "stopped_early" and result["kept_step"] == result["turning_step"] < result["last_step"] < 30
+    assert result["outcome"] == "stopped_early"
+    assert result["files"]["kept"]["step"] == result["keep_step"] < result["last_step"] < 30
     assert set(result["parts"]) == {"unet", "te1", "te2"}
     assert set(history_of(out, "cs")[-1]) == {"unet", "te1", "te2", "all"}
     assert len(list((out / "sample").glob("*.png"))) == 3  # without LoRA, turning point, last
@@ -143,9 +139,9 @@ def test_sizes_and_crops_come_from_the_pictures(base, tmp_path):
         Image.open(picture).resize((48, 32)).save(picture)
     seen = []
 
-    class Watching(SDXLNetworkTrainer):
-        def load_model(self):
-            model = super().load_model()
+    class Watching(StableDiffusionXL):
+        def _load(self, dtype):
+            model = super()._load(dtype)
             predict = model.predict_noise
             model.predict_noise = lambda *words: (seen.append(words[3]), predict(*words))[1]
             return model

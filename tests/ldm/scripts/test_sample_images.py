@@ -8,18 +8,12 @@ import numpy as np
 import pytest
 import sample_images as si
 import torch
-from ldm_runs import make_base
 from PIL import Image
 
-from training import previews
+from base import sampling
 
 # diffusers meets a newer numpy: nothing of ours.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +21,14 @@ def sampler(base):
     from base.sd import load_sd_model
 
     model = load_sd_model(base)
-    return previews.Sampler(model, model.encode_text)
+    return sampling.Sampler(model, model.encode_text)
 
 
 def test_prompt_line_of_kohya():
-    prompt = previews.parse_prompt_line("a cat, --ish tail --n bad, ugly --w 64 --h 32 --d 7 --l 5.5 --s 4".replace("--ish ", ""))
+    prompt = sampling.parse_prompt_line("a cat, --ish tail --n bad, ugly --w 64 --h 32 --d 7 --l 5.5 --s 4".replace("--ish ", ""))
     assert (prompt.prompt, prompt.negative_prompt) == ("a cat, tail", "bad, ugly")
     assert (prompt.width, prompt.height, prompt.seed, prompt.scale, prompt.sample_steps) == (64, 32, 7, 5.5, 4)
-    plain = previews.parse_prompt_line("a well-known cat")
+    plain = sampling.parse_prompt_line("a well-known cat")
     assert plain.prompt == "a well-known cat" and plain.seed is None and plain.sample_steps == 30 and plain.scale == 7.5
 
 
@@ -49,7 +43,7 @@ def test_prompt_line_of_kohya():
 )
 def test_prompt_line_mistakes(line, message):
     with pytest.raises(ValueError, match=message):
-        previews.parse_prompt_line(line)
+        sampling.parse_prompt_line(line)
 
 
 def test_prompt_files_of_three_kinds(tmp_path):
@@ -60,27 +54,27 @@ def test_prompt_files_of_three_kinds(tmp_path):
     )
     common = {"width": 64, "negative_prompt": "dull"}
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a cat", **common}, {"prompt": "a dog", "seed": 3, **common}]))
-    one, two, three = (previews.read_prompts(tmp_path / f"a.{kind}") for kind in ("txt", "toml", "json"))
+    one, two, three = (sampling.read_prompts(tmp_path / f"a.{kind}") for kind in ("txt", "toml", "json"))
     assert one == two == three and len(one) == 2 and one[1].seed == 3
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match="has no prompts"):
-        previews.read_prompts(tmp_path / "empty.txt")
+        sampling.read_prompts(tmp_path / "empty.txt")
     (tmp_path / "bad.json").write_text('[{"prompt": "a", "sead": 3}]')
     with pytest.raises(ValueError, match="unknown key 'sead'"):
-        previews.read_prompts(tmp_path / "bad.json")
+        sampling.read_prompts(tmp_path / "bad.json")
 
 
-@pytest.mark.parametrize("name", sorted(previews.SCHEDULERS))
+@pytest.mark.parametrize("name", sorted(sampling.SCHEDULERS))
 def test_every_sampler_makes_a_picture(sampler, name):
     if name in ("lms", "k_lms") and importlib.util.find_spec("scipy") is None:
         pytest.skip("the sampler lms needs scipy")
-    picture = sampler.picture(previews.Prompt("a cat", sample_steps=3, seed=1, sample_sampler=name))
+    picture = sampler.picture(sampling.Prompt("a cat", sample_steps=3, seed=1, sample_sampler=name))
     assert picture.size == (32, 32)
 
 
 def test_seed_size_guidance_and_negative_prompt_count(sampler):
     def pixels(**changes):
-        return np.array(sampler.picture(previews.Prompt("a cat", **{"sample_steps": 2, "seed": 1, **changes})))
+        return np.array(sampler.picture(sampling.Prompt("a cat", **{"sample_steps": 2, "seed": 1, **changes})))
 
     first = pixels()
     assert np.array_equal(first, pixels())
@@ -97,12 +91,12 @@ def test_random_state_is_untouched(sampler):
     random.seed(3)
     np.random.seed(3)
     torch.manual_seed(3)
-    sampler.picture(previews.Prompt("a cat", sample_steps=3, seed=1, sample_sampler="euler_a"))
+    sampler.picture(sampling.Prompt("a cat", sample_steps=3, seed=1, sample_sampler="euler_a"))
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
 def test_files_are_named_and_seeds_are_shown(sampler, tmp_path):
-    prompts = [previews.Prompt("a cat", sample_steps=1), previews.Prompt("a dog", sample_steps=1, seed=42)]
+    prompts = [sampling.Prompt("a cat", sample_steps=1), sampling.Prompt("a dog", sample_steps=1, seed=42)]
     made = sampler.save_pictures(prompts, tmp_path / "new", "lora-000001", run_seed=5)
     assert [path.name for _, path in made] == ["lora-000001_00_5.png", "lora-000001_01_42.png"]
     assert [prompt.seed for prompt, _ in made] == [5, 42] and len(list((tmp_path / "new").iterdir())) == 2

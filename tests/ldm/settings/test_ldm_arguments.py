@@ -89,16 +89,17 @@ def test_defaults_follow_kohya(needed):
         "constant",
     )
     assert (args.optimizer_type, args.save_model_as, args.output_name) == ("AdamW", "safetensors", "last")
-    assert args.calculate_cs is False and args.early_stop is False
-    assert (args.cs_interval, args.window_size, args.snapshot_disk_gb) == ("auto", "auto", 20.0)
+    stop = args.stop.as_flags()
+    assert stop["calculate_cs"] is False and stop["early_stop"] is False and stop["cs_reduction"] == "matrix"
+    assert (stop["cs_interval"], stop["window_size"], stop["snapshot_disk_gb"]) == ("auto", "auto", 20.0)
 
 
 def test_early_stop_flags(needed):
-    assert parse_arguments([*needed, "--early_stop"]).calculate_cs is True
-    args = parse_arguments([*needed, "--calculate_cs", "--cs_steps", "7", "--window_size", "auto"])
-    assert (args.calculate_cs, args.early_stop, args.cs_interval, args.window_size) == (True, False, 7, "auto")
-    assert parse_arguments([*needed, "--calculate_cs", "False"]).calculate_cs is False
-    with pytest.raises(ValueError, match="neither True nor False"):
+    assert parse_arguments([*needed, "--early_stop"]).stop.calculate_cs is True
+    stop = parse_arguments([*needed, "--calculate_cs", "--cs_steps", "7", "--window_size", "auto"]).stop
+    assert (stop.calculate_cs, stop.early_stop, stop.cs_interval, stop.window_size) == (True, False, 7, None)
+    assert parse_arguments([*needed, "--calculate_cs", "False"]).stop.calculate_cs is False
+    with pytest.raises(ValueError, match="--calculate_cs perhaps: give True or False"):
         parse_arguments([*needed, "--calculate_cs", "perhaps"])
 
 

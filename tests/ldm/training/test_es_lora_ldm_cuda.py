@@ -2,21 +2,11 @@
 
 import pytest
 import torch
-from ldm_runs import history_of, make_base, make_pictures, run, train
+from ldm_runs import history_of, run, train
 
 from network.lora_file import load_lora
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("images"))
 
 
 @pytest.mark.parametrize(

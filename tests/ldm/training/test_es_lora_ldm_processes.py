@@ -7,22 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
-from ldm_runs import TREE, command, history_of, make_base, make_pictures, result_of, run, words
+from ldm_runs import TREE, command, history_of, result_of, run, words
 
 from network.lora_file import load_lora
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("images"))
-
 
 SETTINGS = dict(calculate_cs=True, cs_interval=1, network_dropout=0.1)
 
@@ -52,7 +40,7 @@ def test_interrupted_run_saves_its_state_and_says_how_to_go_on(base, images, tmp
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=240) == 130
     text = log.read_text()
-    assert "the state is saved" in text and "Carry on with:" in text
+    assert "everything needed to go on is saved" in text and "Carry on with:" in text
     (state,) = out.glob("lora-step*-state")
     assert f"--resume {state}" in text or state.name in text
     result = result_of(out)
@@ -83,17 +71,17 @@ RANKS = """
 import sys
 sys.path.insert(0, {tree!r})
 import torch
-from training.loop import NetworkTrainer
 from settings.parsing import parse_arguments
-trainer = NetworkTrainer(parse_arguments(sys.argv[2:]))
-trainer.set_up()
-trainer.train()
-weights = torch.cat([weight.detach().flatten() for weight in trainer.network.parameters()])
-rank = trainer.accelerator.process_index
-shadows = {{name: value for name, value in trainer.shadows.training.state_tensors().items() if name != "measurements"}}
-facts = {{"step": trainer.progress.step, "outcome": trainer.outcome_name, "weights": weights, "shadows": shadows}}
-torch.save(facts, f"{{sys.argv[1]}}/{{rank}}.pt")
-trainer.finish()
+from training.loop import train
+from training.results import finish
+from training.setup import set_up
+run = set_up(parse_arguments(sys.argv[2:]))
+ending = train(run)
+weights = torch.cat([weight.detach().flatten() for weight in run.network.parameters()])
+shadows = {{name: value for name, value in run.shadows.training.state_tensors().items() if name != "measurements"}}
+facts = {{"step": run.progress.step, "outcome": ending.name, "weights": weights, "shadows": shadows}}
+torch.save(facts, f"{{sys.argv[1]}}/{{run.processes.rank}}.pt")
+finish(run, ending)
 """
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from settings.key_values import key_values
-from training.optimizers import OPTIMIZERS, make_optimizer
-from training.schedule_free import is_schedule_free
+from training.optimizers import OPTIMIZERS, is_schedule_free, make_optimizer
 from training.schedulers import make_scheduler
 
 DEFAULTS = dict(

@@ -6,22 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ldm_runs import history_of, make_base, make_pictures, run, train
+from ldm_runs import history_of, make_pictures, run, train
 from PIL import Image
 from safetensors.torch import load_file
 
 from es_lora.shadows import auto_interval, make_folds
 from network.lora_file import load_lora
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
@@ -135,16 +125,15 @@ def test_repeats_and_flips_share_a_fold_and_regularisation_pictures_are_in_none(
     from ldm_runs import reset_accelerate, words
 
     from settings.parsing import parse_arguments
-    from training.loop import NetworkTrainer
+    from training.setup import set_up
 
     data = make_pictures(tmp_path / "images", count=4, repeats=3)
     regular = make_pictures(tmp_path / "reg", count=4, name="animal", seed=9)
     reset_accelerate()
-    trainer = NetworkTrainer(parse_arguments(words(base, data, tmp_path / "out", **BESIDE, reg_data_dir=regular, flip_aug=True)))
-    trainer.set_up()
-    folds = trainer.shadows.training.folds
+    shadows = set_up(parse_arguments(words(base, data, tmp_path / "out", **BESIDE, reg_data_dir=regular, flip_aug=True))).shadows
+    folds = shadows.training.folds
     assert len(folds) == 2 and set(folds.values()) == {0, 1} and all(name.startswith("3_cat/") for name in folds)
-    for number, batches in enumerate(trainer.shadows.fold_batches):
+    for number, batches in enumerate(shadows.fold_batches):
         (batch,) = [batches[index] for index in range(len(batches))]
         (key,) = batch["image_keys"]
         assert folds[f"3_cat/{Path(key).name}"] == number and batch["latents"] is not None
@@ -197,10 +186,10 @@ def test_other_shadows_than_the_saved_ones_are_refused(base, images, tmp_path, c
         (dict(CS, shadows=2, optimizer_type="Prodigy"), "the rate of Prodigy means something else: use AdamW"),
         (dict(CS, shadows=2, use_lion_optimizer=True), "the rate of Lion means something else"),
         (dict(CS, shadows=2, network_module="lycoris.kohya"), "--shadows need --network_module networks.lora"),
-        (dict(CS, shadows=-1), "--shadows -1 is not allowed"),
-        (dict(CS, shadows=1, shadow_interval=0), "--shadow_interval 0 is not allowed"),
+        (dict(CS, shadows=-1), "--shadows -1: must be at least 0"),
+        (dict(CS, shadows=1, shadow_interval=0), "--shadow_interval 0: give a number of 1 or more, or auto"),
         (dict(CS, shadows=7), "--shadows 7 needs at least 7 different training examples, and there are 6"),
-        (dict(CS, shadows=0, stop_rule="rising"), "--stop_rule rising decides on shadows: drop --shadows 0"),
+        (dict(CS, shadows=0, stop_rule="rising"), "--stop_rule rising decides on shadows: leave out --shadows 0"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_fix(base, images, tmp_path, capsys, rising_rule, settings, message):
