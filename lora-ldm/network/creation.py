@@ -31,7 +31,7 @@ def make_network(args: Namespace, model: SDModel) -> tuple[Any, dict]:
         network = create_network(model, **common, **extra, dim_from_weights=args.dim_from_weights)
         return network, key_values(args.network_args)
     if args.network_module == "lycoris.kohya":
-        from network.lycoris import create_lycoris_network
+        from network.lycoris_network import create_lycoris_network
 
         settings = {"network_args": args.network_args, "dim_from_weights": args.dim_from_weights}
         return create_lycoris_network(model, **common, **settings), key_values(args.network_args)

@@ -162,7 +162,7 @@ def test_merged_file_and_folder_equal_the_live_network(place, tmp_path):
 
 
 def test_lycoris_takes_kohyas_names_too(place):
-    from network.lycoris import create_lycoris_network
+    from network.lycoris_network import create_lycoris_network
 
     model = tiny_sdxl(place)
     network = create_lycoris_network(model, rank=2, alpha=1)

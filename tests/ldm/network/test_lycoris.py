@@ -7,7 +7,7 @@ from tiny_sd import tiny_sd  # noqa: E402
 
 from cs_fluctuation import layer_cosine, mean_cosine  # noqa: E402
 from network.lora_file import load_lora, save_lora  # noqa: E402
-from network.lycoris import DenseUpdateLayer, create_lycoris_network, parse_lycoris_args  # noqa: E402
+from network.lycoris_network import DenseUpdateLayer, create_lycoris_network, parse_lycoris_args  # noqa: E402
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from base.sd import load_sd_model  # noqa: E402
 from network.folding import fold_lora, original_weights  # noqa: E402
 from network.lora import create_network  # noqa: E402
 from network.lora_file import load_lora, save_lora  # noqa: E402
-from network.lycoris import create_lycoris_network  # noqa: E402
+from network.lycoris_network import create_lycoris_network  # noqa: E402
 
 
 def noise_of(model):
