@@ -10,6 +10,7 @@ case "${1:-}" in llm | ldm) trees=("$1") && shift ;; esac
 # The models of the tests are so small that a second thread costs more than it brings.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+typed=(cs_fluctuation.py cs_replay.py judge_checkpoints.py es_lora)
 status=0
 for tree in "${trees[@]}"; do
   environment="$here/.venv-$tree"
@@ -25,12 +26,18 @@ for tree in "${trees[@]}"; do
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$extras"
     cp "$extras" "$environment/.installed-extras"
   fi
-  echo "Testing lora-$tree ..."
   paths=("tests/$tree")
   if [ "$tree" = "${trees[0]}" ]; then
+    echo "Checking style ..."
     "$environment/bin/ruff" check . || status=1
+    "$environment/bin/ruff" format --check --quiet . || status=1
     paths=(tests/cs tests/patches "${paths[@]}")
   fi
+  if [ "$tree" = llm ]; then
+    echo "Checking types ..."
+    (cd lora-llm && "$environment/bin/mypy" --config-file ../pyproject.toml "${typed[@]}") || status=1
+  fi
+  echo "Testing lora-$tree ..."
   "$environment/bin/python" -m pytest "${paths[@]}" "$@" || status=1
 done
 exit "$status"
