@@ -114,9 +114,9 @@ def render_svg(svg_text, size_px):
     """Rasterise one drawing. Returns an RGBA image of size_px x size_px."""
     import resvg_py  # only needed to build, not to use the model
 
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg_text, width=size_px, height=size_px)))).convert(
-        "RGBA"
-    )
+    return Image.open(
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg_text, width=size_px, height=size_px)))
+    ).convert("RGBA")
 
 
 def read_noto(cache_folder, size_px=SIZE_PX):

@@ -126,7 +126,12 @@ def generate_batch(pipeline, prompts, seed):
     """One 64 px picture a prompt, all from the same seed, with the settings used for all figures."""
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     return pipeline(
-        list(prompts), height=64, width=64, num_inference_steps=SAMPLING_STEPS, guidance_scale=GUIDANCE, generator=generators
+        list(prompts),
+        height=64,
+        width=64,
+        num_inference_steps=SAMPLING_STEPS,
+        guidance_scale=GUIDANCE,
+        generator=generators,
     ).images
 
 

@@ -30,7 +30,11 @@ SETS = {
         "character",
         "🐶 🐱 🐭 🐹 🐰 🦊 🐻 🐼 🐨 🐯 🦁 🐮 🐷 🐸 🐵 🐔 🐧 🐤 🦉 🐺 🐴 🦄 🐲 🤖 👽 👻 🎃 ⛄ 🧸 🦝",
     ),
-    "landscape": ("twemoji", "landscape", "🌅 🌄 🌇 🌆 🌃 🌉 🌁 🌌 🌋 🗻 ⛰ 🏔 🏕 🏖 🏜 🏝 🏞 🎆 🌊 🌈 🌠 🏙 🎑 🌵 🌴 🌲 🌳 🌾"),
+    "landscape": (
+        "twemoji",
+        "landscape",
+        "🌅 🌄 🌇 🌆 🌃 🌉 🌁 🌌 🌋 🗻 ⛰ 🏔 🏕 🏖 🏜 🏝 🏞 🎆 🌊 🌈 🌠 🏙 🎑 🌵 🌴 🌲 🌳 🌾",
+    ),
     "architecture": (
         "twemoji",
         "building",

@@ -171,12 +171,18 @@ def unet(args):
     held = [i for i, record in enumerate(records) if record["role"] == "validation"]
     held_latents = encode_plain(image_model, pictures[held], args.device)
     held_tokens = torch.from_numpy(tokens["fixed"][held]).long().to(args.device)
-    denoiser, text, scheduler = build_unet().to(args.device), build_text_encoder().to(args.device), build_noise_scheduler()
+    denoiser, text, scheduler = (
+        build_unet().to(args.device),
+        build_text_encoder().to(args.device),
+        build_noise_scheduler(),
+    )
     if args.device == "cpu":
         use_plain_attention(denoiser)
 
     def validation():
-        right, _ = train_networks.caption_losses(denoiser, text, scheduler, held_latents, held_tokens, held_tokens, draws=8)
+        right, _ = train_networks.caption_losses(
+            denoiser, text, scheduler, held_latents, held_tokens, held_tokens, draws=8
+        )
         return float(right.mean())
 
     print(f"denoiser {parameter_count(denoiser)}, text {parameter_count(text)} parameters", flush=True)

@@ -42,7 +42,7 @@ class MovingAverage:
     """Exponential moving average of the weights of several modules."""
 
     def __init__(self, modules, decay):
-        self.live = [p for module in modules for p in module.parameters()]
+        self.modules, self.live = modules, [p for module in modules for p in module.parameters()]
         self.shadow = [p.detach().clone() for p in self.live]
         self.decay, self.updates = decay, 0
 
@@ -102,7 +102,9 @@ def reconstruction_loss(output, target):
     return error.abs().mean() + error.square().mean() + chroma + 0.5 * edges
 
 
-def train_vae(vae, pictures, *, batch_size, max_minutes, max_steps=None, peak_rate=1e-3, kl_weight=5e-5, compiled=False):
+def train_vae(
+    vae, pictures, *, batch_size, max_minutes, max_steps=None, peak_rate=1e-3, kl_weight=5e-5, compiled=False
+):
     """Train the autoencoder in place; it ends with the averaged weights and unit-scaled latents.
 
     Args:
@@ -200,6 +202,24 @@ def denoising_loss(unet, text_encoder, scheduler, latents, tokens, noise, timest
     return error
 
 
+def drawn_examples(latents, tokens, weights, batch_size):
+    """(latents (B, 4, 8, 8), token ids (B, 77)): pictures by weight, each in a random variation and caption."""
+    chosen = torch.multinomial(weights, batch_size, replacement=True)
+    variation = torch.randint(len(latents), chosen.shape, device=latents.device)
+    caption = torch.randint(tokens.shape[1], chosen.shape, device=latents.device)
+    return latents[variation, chosen].float(), tokens[chosen, caption].long()
+
+
+def scored_average(average, validation, curve, step, best):
+    """Append (step, validation loss of the averaged weights) to the curve; their states where it is lowest, else best."""
+    average.swap()
+    curve.append((step, round(validation(), 5)))
+    if curve[-1][1] == min(loss for _, loss in curve):
+        best = tuple(copy.deepcopy(module.state_dict()) for module in average.modules)
+    average.swap()
+    return best
+
+
 def train_unet(
     unet,
     text_encoder,
@@ -232,14 +252,11 @@ def train_unet(
     clock = Clock(max_minutes, peak_rate)
     average = MovingAverage([unet, text_encoder], 0.999)
     optimizer = _optimizer(parameters, clock, 0.03)
-    variations, captions = len(latents), tokens.shape[1]
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device)
     curve, best, smoothed, step, started = [], None, None, 0, time.monotonic()
     progress = tqdm(total=max_steps, desc="denoiser", mininterval=5)
     while clock.share() < 1 and (max_steps is None or step < max_steps):
-        chosen = torch.multinomial(weights, batch_size, replacement=True)
-        clean = latents[torch.randint(variations, chosen.shape, device=device), chosen].float()
-        ids = tokens[chosen, torch.randint(captions, chosen.shape, device=device)].long()
+        clean, ids = drawn_examples(latents, tokens, weights, batch_size)
         dropped = torch.rand(batch_size, 1, device=device) < text_dropout
         ids = torch.where(dropped, empty_tokens, ids)
         noise = torch.randn_like(clean)
@@ -257,24 +274,13 @@ def train_unet(
             smoothed = value if smoothed is None else 0.95 * smoothed + 0.05 * value
             progress.set_postfix(loss=f"{smoothed:.4f}")
             if clock.share() * validations > len(curve) + 1:
-                average.swap()
-                curve.append((step, round(validation(), 5)))
-                if curve[-1][1] == min(loss for _, loss in curve):
-                    best = tuple(copy.deepcopy(module.state_dict()) for module in (unet, text_encoder))
-                average.swap()
+                best = scored_average(average, validation, curve, step, best)
         progress.update()
     progress.close()
+    best = scored_average(average, validation, curve, step, best)
     average.swap()
-    curve.append((step, round(validation(), 5)))
-    figures = {
-        "steps": step,
-        "seconds": round(time.monotonic() - started, 1),
-        "batch_size": batch_size,
-        "loss": smoothed,
-        "validation_curve": curve,
-    }
-    if best is None or curve[-1][1] <= min(loss for _, loss in curve):
-        best = tuple(copy.deepcopy(module.state_dict()) for module in (unet, text_encoder))
+    figures = {"steps": step, "seconds": round(time.monotonic() - started, 1), "batch_size": batch_size}
+    figures.update(loss=smoothed, validation_curve=curve)
     return figures, best
 
 

@@ -51,7 +51,10 @@ def verse_places(verses, blocks):
     for layout in ("<IIH", "<III"):
         if len(verses) % struct.calcsize(layout) == 0:
             places = list(struct.iter_unpack(layout, verses))
-            if all(not size or (block < len(blocks) and offset + size <= len(blocks[block])) for block, offset, size in places):
+            if all(
+                not size or (block < len(blocks) and offset + size <= len(blocks[block]))
+                for block, offset, size in places
+            ):
                 return places
     raise ValueError(f"a SWORD verse index of {len(verses)} bytes fits neither known layout: the package has changed")
 
@@ -104,7 +107,9 @@ def wordnet_glosses(root):
                 continue
             fields, gloss = line.split(" | ", 1)
             fields = fields.split()
-            words = [re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+            words = [
+                re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+            ]
             entries.append(f"{', '.join(words)} ({name}): {gloss.strip()}")
         for start in range(0, len(entries), 20):
             yield entries[start : start + 20]
@@ -217,7 +222,9 @@ SOURCES = {  # package: (reader, licence)
     "python-django-doc": (web_pages("html"), "BSD-3-Clause"),
     "python-sqlalchemy-doc": (web_pages("html"), "MIT"),
     "rust-doc": (
-        web_pages("book", "reference", "nomicon", "rust-by-example", "edition-guide", "embedded-book", "rustc", "rustdoc"),
+        web_pages(
+            "book", "reference", "nomicon", "rust-by-example", "edition-guide", "embedded-book", "rustc", "rustdoc"
+        ),
         "MIT or Apache-2.0",
     ),
 }

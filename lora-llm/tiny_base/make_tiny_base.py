@@ -30,7 +30,13 @@ VOCAB_SIZE = 4096
 CONTEXT_TOKENS = 512
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 PASSAGES = 60  # in general_text.jsonl
-PROMPTS = ("It was a cold morning, and", "The function returns", "A river is", "And the king said to them,", "To love is")
+PROMPTS = (
+    "It was a cold morning, and",
+    "The function returns",
+    "A river is",
+    "And the king said to them,",
+    "To love is",
+)
 
 
 def model_config():
@@ -68,7 +74,8 @@ def collect(args):
     collect_text.write_text(args.out_dir / "sources.json", (args.work_dir / "sources.json").read_text(encoding="utf-8"))
     passages = choose_passages(read_texts(args.work_dir / "heldout.jsonl"), args.seed)
     collect_text.write_text(
-        args.out_dir / "general_text.jsonl", "".join(json.dumps(passage, ensure_ascii=False) + "\n" for passage in passages)
+        args.out_dir / "general_text.jsonl",
+        "".join(json.dumps(passage, ensure_ascii=False) + "\n" for passage in passages),
     )
 
 
@@ -97,7 +104,9 @@ def make_tokenizer(args):
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL_TOKENS.values()), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator((record["text"] for record in splits["train"]), trainer, length=len(splits["train"]))
     bos = SPECIAL_TOKENS["bos_token"]
@@ -162,15 +171,7 @@ def train(args):
     tokens = load_tokens(args.work_dir / "train_tokens.npy").to(args.device)
     validation = load_tokens(args.work_dir / "heldout_tokens.npy")[: 64 * CONTEXT_TOKENS].to(args.device)
     model = LlamaForCausalLM(model_config()).to(args.device)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    norms = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": args.weight_decay}, {"params": norms, "weight_decay": 0.0}],
-        lr=args.learning_rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    optimizer = decaying_matrices(model, args)
     forward = torch.compile(model) if args.compile else model
     bf16 = args.precision == "bf16"
     batches = shuffled_windows(tokens, args.batch_size, args.seed)
@@ -197,56 +198,51 @@ def train(args):
                         f"the loss is {train_loss} at step {step}: lower --learning_rate (it was {args.learning_rate})"
                     )
                 validation_loss = mean_loss(model, validation)
-                elapsed_sec = time.monotonic() - started
-                log.append(
-                    {
-                        "step": step,
-                        "seconds": round(elapsed_sec, 1),
-                        "train_loss": round(train_loss, 4),
-                        "validation_loss": round(validation_loss, 4),
-                    }
-                )
+                losses = {"train_loss": round(train_loss, 4), "validation_loss": round(validation_loss, 4)}
+                log.append({"step": step, "seconds": round(time.monotonic() - started, 1), **losses})
                 bar.set_postfix(train=f"{train_loss:.3f}", validation=f"{validation_loss:.3f}")
                 running = []
             time_used = (time.monotonic() - started) / (60 * args.max_minutes) if args.max_minutes else 0.0
             progress = max(step / steps, time_used)
     seconds = time.monotonic() - started
     save_model(model, args.out_dir)
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     trained_tokens = step * args.batch_size * CONTEXT_TOKENS
-    write_figures(
-        args.out_dir,
-        "training",
-        {
-            "parameters": parameters,
-            "hardware": hardware,
-            "seconds": round(seconds),
-            "steps": step,
-            "tokens": trained_tokens,
-            "tokens_per_second": round(trained_tokens / seconds),
-            "epochs": round(trained_tokens / len(tokens), 2),
-            "ended_by": "tokens" if step >= steps else "minutes",
-            "settings": {
-                name: getattr(args, name)
-                for name in (
-                    "tokens",
-                    "max_minutes",
-                    "batch_size",
-                    "learning_rate",
-                    "weight_decay",
-                    "seed",
-                    "precision",
-                    "compile",
-                )
-            },
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "log": log,
+    figures = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": round(seconds),
+        "steps": step,
+        "tokens": trained_tokens,
+        "tokens_per_second": round(trained_tokens / seconds),
+        "epochs": round(trained_tokens / len(tokens), 2),
+        "ended_by": "tokens" if step >= steps else "minutes",
+        "log": log,
+    }
+    write_figures(args.out_dir, "training", {**figures, **circumstances(args)})
+
+
+SETTINGS = "tokens max_minutes batch_size learning_rate weight_decay seed precision compile".split()
+
+
+def circumstances(args):
+    """What a training ran on and with: hardware, settings, versions."""
+    on_cpu = f"CPU, {torch.get_num_threads()} threads"
+    modules = {"torch": torch, "transformers": transformers}
+    return {
+        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else on_cpu,
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: module.__version__ for name, module in modules.items()},
         },
-    )
+    }
+
+
+def decaying_matrices(model, args):
+    """AdamW with weight decay on matrices and none on norms."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    norms = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def save_model(model, out_dir):
