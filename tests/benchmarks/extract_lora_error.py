@@ -27,7 +27,15 @@ from training.loop import main as train  # noqa: E402
 BASE = str(ROOT / "lora-ldm" / "tiny_base")
 RESULT = Path(__file__).with_suffix(".md")
 PROMPTS = ["a smiling face", "a portrait of a woman with a hat", "a red apple", "a house by the sea"]
-CHOICES = [("all", 4), ("all", 32), ("all", 128), ("all", 10_000), ("energy:0.9", 4), ("energy:0.9", 32), ("energy:0.9", 128)]
+CHOICES = [
+    ("all", 4),
+    ("all", 32),
+    ("all", 128),
+    ("all", 10_000),
+    ("energy:0.9", 4),
+    ("energy:0.9", 32),
+    ("energy:0.9", 128),
+]
 
 
 @torch.no_grad()
@@ -56,7 +64,16 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         words = ["--pretrained_model_name_or_path", BASE, "--train_data_dir", str(ROOT / "dataset/portraits/train")]
-        words += ["--caption_extension", ".txt", "--resolution", "64", "--cache_latents", "--train_full_unet", "--seed", "1"]
+        words += [
+            "--caption_extension",
+            ".txt",
+            "--resolution",
+            "64",
+            "--cache_latents",
+            "--train_full_unet",
+            "--seed",
+            "1",
+        ]
         words += ["--output_dir", folder, "--output_name", "tuned", "--max_train_steps", str(args.steps)]
         assert train([*words, "--learning_rate", args.learning_rate, "--train_batch_size", "2"]) == 0
         tuned = load_sd_model(f"{folder}/tuned")
@@ -74,7 +91,9 @@ def main():
         held = sum(shares[layer.name] * layer.energy for layer in kept) / sum(layer.energy for layer in layers)
         size = sum(tensor.numel() for tensor in tensors.values()) / 1e6
         name = "full" if rank > 1000 else rank
-        rows.append(f"| {select} | {len(kept)} | {name} | {size:.2f} | {held:.1%} | {errors[0]:.3g} | {errors[1]:.3g} |")
+        rows.append(
+            f"| {select} | {len(kept)} | {name} | {size:.2f} | {held:.1%} | {errors[0]:.3g} | {errors[1]:.3g} |"
+        )
     head = "| layers | how many | rank | million numbers | of the change | error, whole U-Net | error, what a LoRA can hold |"
     facts = (
         f"{args.steps} steps of AdamW at {args.learning_rate}, batch 2, float32 on a CPU; {len(layers)} layers; "

@@ -64,7 +64,10 @@ def measure_one(args):
     for module in network.modules:
         module.up.data.copy_(torch.randn(module.up.shape, generator=generator))
     layers = network.layers()
-    ways = {"ours": lambda: measure_layers(layers)["cs_matrix"]["unet"], "literal": lambda: literal(unet, network.modules)}
+    ways = {
+        "ours": lambda: measure_layers(layers)["cs_matrix"]["unet"],
+        "literal": lambda: literal(unet, network.modules),
+    }
     before, seconds = reset_peak(args.device), []
     for _ in range(args.repeats + 1):  # the first one also computes the norms of the frozen weights, once a run
         start = time.perf_counter()
@@ -125,7 +128,9 @@ def main():
         measure_one(args)
         return
     text = (
-        args.out.read_text() if args.out.exists() else f"# {' '.join(__doc__.splitlines()[0].split())}\n\n{__doc__.strip()}\n\n"
+        args.out.read_text()
+        if args.out.exists()
+        else f"# {' '.join(__doc__.splitlines()[0].split())}\n\n{__doc__.strip()}\n\n"
     )
     new = section(args)
     title = re.escape(new.splitlines()[0])

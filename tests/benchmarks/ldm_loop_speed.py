@@ -121,7 +121,9 @@ def main():
     args = parser.parse_args()
     device, steps, parts = measure(args)
     total = sum(steps)
-    share = {name: f"{100 * parts.get(name, 0) / total:.1f}%" for name in ("text", "U-Net", "backward", "optimizer", "CS")}
+    share = {
+        name: f"{100 * parts.get(name, 0) / total:.1f}%" for name in ("text", "U-Net", "backward", "optimizer", "CS")
+    }
     outside = 100 * (1 - sum(parts.values()) / total)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     rate = f"{len(steps) / total:.2f} ({1 / max(steps):.2f} to {1 / min(steps):.2f}, median {1 / statistics.median(steps):.2f})"

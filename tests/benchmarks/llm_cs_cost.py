@@ -28,7 +28,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "lora-llm"
 TABLE = Path(__file__).with_suffix(".md")
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
-SHAPE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048, "vocab_size": 32000}
+SHAPE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 2048,
+    "vocab_size": 32000,
+}
 STEPS, MEMORY_REPEATS = 6, 5
 RANKS, TIME_REPEATS = (8, 64, 128), 9
 MB = 1e6
@@ -104,7 +110,9 @@ def peak_bytes(base: Path, output: Path, with_cs: bool, allocator: dict[str, str
     command += ["--source_max_len", "32", "--target_max_len", "32", "--gradient_checkpointing", "False"]
     command += ["--save_strategy", "no", "--calculate_cs", str(with_cs), "--cs_interval", "1", "--window_size", "2"]
     environment = {**os.environ, **allocator}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"the run failed:\n{done.stdout}")
     if (output / "cs_history.jsonl").exists() != with_cs:
@@ -209,7 +217,9 @@ def time_rows(base: Path) -> list[str]:
     lines = ["| frozen base | rank | literal / factorised, median | min | max | first / later | values differ by |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for bits in (4, 32):
-        settings = parse_arguments(["--model_name_or_path", str(base), "--bits", str(bits), "--output_dir", str(base / "none")])
+        settings = parse_arguments(
+            ["--model_name_or_path", str(base), "--bits", str(bits), "--output_dir", str(base / "none")]
+        )
         base_model = load_base(settings)
         for rank in tqdm(RANKS, desc=f"time, {bits} bits"):
             ratios, first, difference = time_at_rank(base_model, settings, rank)
@@ -223,7 +233,9 @@ def time_rows(base: Path) -> list[str]:
 
 def machine() -> str:
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU")
-    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    packages = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")
+    )
     return f"{cpu}, {os.cpu_count()} cores, {THREADS} thread(s); Python {platform.python_version()}, {packages}."
 
 

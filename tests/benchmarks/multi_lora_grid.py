@@ -31,7 +31,12 @@ def main() -> int:
     from jobs.config import read_jobs
     from jobs.overview import choose, kept_loss
 
-    cut = {"max_train_samples": arguments.examples, "epochs": arguments.epochs, "source_max_len": 32, "target_max_len": 32}
+    cut = {
+        "max_train_samples": arguments.examples,
+        "epochs": arguments.epochs,
+        "source_max_len": 32,
+        "target_max_len": 32,
+    }
     cut |= {"batch_size": 4, "max_eval_samples": 20}  # minutes on one core
     jobs = [replace(job, **cut) for job in read_jobs(TREE / "templates" / "one_domain_many_settings.toml")]
 
@@ -50,7 +55,11 @@ def main() -> int:
     for result in results:
         settings, heldout = result["settings"], result["heldout"]
         loss = {key: "" if value is None else f"{value:.3f}" for key, value in heldout.items()}
-        cells = [str(settings["rank"]), f"{settings['learning_rate']:g}", f"{result['last_step']} of {result['budget_steps']}"]
+        cells = [
+            str(settings["rank"]),
+            f"{settings['learning_rate']:g}",
+            f"{result['last_step']} of {result['budget_steps']}",
+        ]
         cells += [str(result["kept_step"]), loss["before"], loss.get("kept", ""), loss["last"]]
         lines.append("| " + " | ".join(cells) + " |")
     kept = {result["name"]: kept_loss(result) for result in results}

@@ -137,7 +137,9 @@ def loaded(bits: int) -> tuple[Any, Any]:
 
 
 def throughput_rows(repeats: int) -> list[str]:
-    lines = ["| base | batch a job | one after another / fused: median | min | max | ms of processor time a fused step |"]
+    lines = [
+        "| base | batch a job | one after another / fused: median | min | max | ms of processor time a fused step |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for bits in BITS:
         base, tokenizer = loaded(bits)
@@ -171,7 +173,8 @@ def peak_of_jobs(jobs: int, bits: int) -> dict[str, float]:
 
     before = resident_peak_bytes()
     listed = [
-        Job(f"job{index}", dataset=str(DATA), rank=RANK, batch_size=1, accumulation=1, max_steps=3) for index in range(jobs)
+        Job(f"job{index}", dataset=str(DATA), rank=RANK, batch_size=1, accumulation=1, max_steps=3)
+        for index in range(jobs)
     ]
     for job in listed:
         job.source_max_len = job.target_max_len = 64
@@ -181,7 +184,9 @@ def peak_of_jobs(jobs: int, bits: int) -> dict[str, float]:
 
 
 def memory_rows(bits: int, repeats: int) -> list[str]:
-    lines = ["| jobs in one process | peak, MB: median (min to max) | against one job | against eight processes of one job |"]
+    lines = [
+        "| jobs in one process | peak, MB: median (min to max) | against one job | against eight processes of one job |"
+    ]
     lines += ["|---|---|---|---|"]
     peaks: dict[int, list[float]] = {1: [], JOBS: []}
     for _ in range(repeats):

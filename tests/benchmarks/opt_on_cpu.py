@@ -26,7 +26,13 @@ from adapters.weights import attach_lora, trainable_parameters  # noqa: E402
 from base.loading import bf16_products, small_parts_in_float32  # noqa: E402
 
 PAGE = Path(__file__).with_suffix(".md")
-SHAPE = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
+SHAPE = {
+    "hidden_size": 2048,
+    "word_embed_proj_dim": 2048,
+    "ffn_dim": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+}
 LORA = {"lora_modules": "all", "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_bias": "none"}
 STEPS = [(1, 128), (8, 256)]  # (samples, tokens of each); the larger last, because the peak is that of the process
 

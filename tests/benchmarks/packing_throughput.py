@@ -60,7 +60,16 @@ class Stopwatch(TrainerCallback):
 def train(arm: str, output: Path) -> dict[str, float]:
     words = ["--model_name_or_path", BASE, "--dataset", DATA, "--output_dir", output, "--bits", "32", "--lora_r", "16"]
     words += ["--num_train_epochs", "1", "--per_device_train_batch_size", BATCH, "--gradient_accumulation_steps", "1"]
-    words += ["--gradient_checkpointing", "False", "--calculate_cs", "False", "--save_strategy", "no", "--optim", "adamw_torch"]
+    words += [
+        "--gradient_checkpointing",
+        "False",
+        "--calculate_cs",
+        "False",
+        "--save_strategy",
+        "no",
+        "--optim",
+        "adamw_torch",
+    ]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         code = es_lora_llm.main([*map(str, words), "--use_cpu", *ARMS[arm][1]])
     if code != 0:

@@ -35,7 +35,12 @@ ARMS = {
     "TRL": "SFTTrainer",
     "TRL + callback": "SFTTrainer with EarlyStopCallback(early_stop=False)",
 }
-SAME = {"learning_rate": RATE, "max_steps": STEPS, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
+SAME = {
+    "learning_rate": RATE,
+    "max_steps": STEPS,
+    "per_device_train_batch_size": BATCH,
+    "gradient_accumulation_steps": 1,
+}
 SAME |= {"lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.3, "seed": SEED}
 SAME |= {"optim": "adamw_torch", "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10, "report_to": "none"}
 
@@ -86,7 +91,12 @@ def run_ours(output: Path) -> None:
     import es_lora_llm
 
     arguments = {**SAME, "model_name_or_path": BASE, "dataset": DATA, "output_dir": output, "bits": 32, "lora_r": RANK}
-    arguments |= {"lora_alpha": ALPHA, "lora_dropout": DROPOUT, "group_by_length": False, "gradient_checkpointing": False}
+    arguments |= {
+        "lora_alpha": ALPHA,
+        "lora_dropout": DROPOUT,
+        "group_by_length": False,
+        "gradient_checkpointing": False,
+    }
     arguments |= {"source_max_len": LIMIT_TOKENS, "target_max_len": LIMIT_TOKENS}
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     if es_lora_llm.main([*words, "--use_cpu"]) != 0:
@@ -100,10 +110,14 @@ def run_trl(output: Path, with_callback: bool) -> None:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    data = load_dataset("json", data_files=str(DATA), split="train").rename_columns({"input": "prompt", "output": "completion"})
+    data = load_dataset("json", data_files=str(DATA), split="train").rename_columns(
+        {"input": "prompt", "output": "completion"}
+    )
     own = {"max_length": 2 * LIMIT_TOKENS, "bf16": False, "use_cpu": True, "gradient_checkpointing": False}
     own["model_init_kwargs"] = {"dtype": "float32"}
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     callbacks = [EarlyStopCallback(early_stop=False)] if with_callback else []
     config = SFTConfig(str(output), **SAME, **own)
     SFTTrainer(str(BASE), config, train_dataset=data, peft_config=lora, callbacks=callbacks).train()
@@ -125,7 +139,9 @@ def run_arm(arm: str, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     command = [sys.executable, __file__, "--child", arm, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": THREADS, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"{arm} failed:\n{done.stdout}")
     return json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -156,7 +172,10 @@ def rows(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[str], bool]:
 
 
 def spread_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    lines = ["| spread over the repeats: (max - min) / median | " + " | ".join(MEASURES) + " |", "|---|" + "---|" * len(MEASURES)]
+    lines = [
+        "| spread over the repeats: (max - min) / median | " + " | ".join(MEASURES) + " |",
+        "|---|" + "---|" * len(MEASURES),
+    ]
     for arm, facts in runs.items():
         columns = [[measure(entry) for entry in facts] for measure in MEASURES.values()]
         cells = [f"{(max(values) - min(values)) / statistics.median(values):.3f}" for values in columns]

@@ -68,7 +68,10 @@ def image_flags(output):
         "text_encoder_lr": 1e-4,
         "seed": 1337,
     }
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))] + ["--cache_latents", "--calculate_cs"]
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))] + [
+        "--cache_latents",
+        "--calculate_cs",
+    ]
 
 
 def time_here(kind):

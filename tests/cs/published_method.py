@@ -30,8 +30,12 @@ def fluctuation_series(cs, window):
     cs = np.asarray(cs, dtype=np.float64)
     means = np.array([cs[k - window + 1 : k + 1].mean() for k in range(window - 1, len(cs))])
     differences = np.array([means[k] - means[k - 1] for k in range(1, len(means))])
-    mean_differences = np.array([differences[k - window + 1 : k + 1].mean() for k in range(window - 1, len(differences))])
-    fluctuation = np.array([np.var(mean_differences[k - window + 1 : k + 1]) for k in range(window - 1, len(mean_differences))])
+    mean_differences = np.array(
+        [differences[k - window + 1 : k + 1].mean() for k in range(window - 1, len(differences))]
+    )
+    fluctuation = np.array(
+        [np.var(mean_differences[k - window + 1 : k + 1]) for k in range(window - 1, len(mean_differences))]
+    )
     return means, mean_differences, fluctuation
 
 

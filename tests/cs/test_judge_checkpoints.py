@@ -90,7 +90,9 @@ def language_run(root, every=1, seed=0, transposed=False):
     weights, walk = run.weights(LANGUAGE.values()), random_walk(list(LANGUAGE.values()), seed)
     stored = [weight.T.contiguous() if transposed else weight for weight in weights]
     names = [f"{path}.weight" for path in LANGUAGE]
-    save_file({names[0]: stored[0], "model.norm.weight": torch.ones(8)}, str(run.base / "model-00001-of-00002.safetensors"))
+    save_file(
+        {names[0]: stored[0], "model.norm.weight": torch.ones(8)}, str(run.base / "model-00001-of-00002.safetensors")
+    )
     save_file(dict(zip(names[1:], stored[1:])), str(run.base / "model-00002-of-00002.safetensors"))
     weight_map = {name: f"model-0000{1 if name == names[0] else 2}-of-00002.safetensors" for name in names}
     (run.base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -100,8 +102,13 @@ def language_run(root, every=1, seed=0, transposed=False):
         place.mkdir()
         tensors = {}
         for path, (down, up) in zip(LANGUAGE, walk[step - 1]):
-            tensors[f"base_model.model.{path}.lora_A.weight"], tensors[f"base_model.model.{path}.lora_B.weight"] = down, up
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(place / "adapter_model.safetensors"))
+            tensors[f"base_model.model.{path}.lora_A.weight"], tensors[f"base_model.model.{path}.lora_B.weight"] = (
+                down,
+                up,
+            )
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, str(place / "adapter_model.safetensors")
+        )
         config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "fan_in_fan_out": transposed}
         (place / "adapter_config.json").write_text(json.dumps(config))
         state = {"global_step": step, "epoch": step / STEPS_PER_EPOCH}
@@ -141,7 +148,11 @@ def write_kohya(folder, step, pairs, original_names):
         name = f"lora_{component}_{original if original_names else path}".replace(".", "_")
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down.contiguous(), up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    metadata = {"ss_num_batches_per_epoch": str(STEPS_PER_EPOCH), "ss_steps": str(step), "ss_epoch": str(step // STEPS_PER_EPOCH)}
+    metadata = {
+        "ss_num_batches_per_epoch": str(STEPS_PER_EPOCH),
+        "ss_steps": str(step),
+        "ss_epoch": str(step // STEPS_PER_EPOCH),
+    }
     name = "toy" if step == STEPS else f"toy-step{step:08d}"
     save_file(tensors, str(folder / f"{name}.safetensors"), metadata)
     if step % STEPS_PER_EPOCH == 0 and step < STEPS:
@@ -185,7 +196,9 @@ def test_peft_checkpoints_at_every_measurement_decide_as_the_replay(tmp_path, ca
     assert verdict["usable"][0] == verdict["keep"] and verdict["usable"][-1] == f"checkpoint-{verdict['stop_step']}"
 
 
-@pytest.mark.parametrize("base_layout, original_names", [("folder", False), ("file", False), ("folder", True), ("file", True)])
+@pytest.mark.parametrize(
+    "base_layout, original_names", [("folder", False), ("file", False), ("folder", True), ("file", True)]
+)
 def test_kohya_files_decide_as_the_replay_on_either_layout_of_the_base(tmp_path, capsys, base_layout, original_names):
     run = diffusion_run(tmp_path, "kohya", base_layout, original_names)
     verdict = judged(run, capsys)
@@ -238,7 +251,10 @@ def test_a_corrupt_file_is_named_and_the_others_are_judged(tmp_path, capsys):
     assert "cannot be read" in verdict["not_judged"]["checkpoint-7"] and "NaN" in verdict["not_judged"]["checkpoint-60"]
     assert len(verdict["checkpoints"]) == STEPS - 2 and verdict["keep"]
     assert verdict["missing_steps"] == [7] and verdict["certainty"].startswith("approximate")
-    assert abs(verdict["turning_step"] - redecide(read_history(run.history), "second-valley")["turning_step"]) <= STEPS_PER_EPOCH
+    assert (
+        abs(verdict["turning_step"] - redecide(read_history(run.history), "second-valley")["turning_step"])
+        <= STEPS_PER_EPOCH
+    )
 
 
 def test_one_checkpoint_an_epoch_is_too_sparse_for_a_rule_with_a_window(tmp_path, capsys):
@@ -297,7 +313,9 @@ def _lose_a_tensor(run):
 def _quantise(run):
     file = run.base / "model-00002-of-00002.safetensors"
     tensors = load_file(str(file))
-    save_file({name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8) for name, tensor in tensors.items()}, str(file))
+    save_file(
+        {name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8) for name, tensor in tensors.items()}, str(file)
+    )
 
 
 def _corrupt_base(run):
@@ -347,7 +365,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "original, name",
     [
-        ("input_blocks_4_1_transformer_blocks_0_attn1_to_q", "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"),
+        (
+            "input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+            "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+        ),
         ("input_blocks_3_0_op", "down_blocks_0_downsamplers_0_conv"),
         ("input_blocks_11_0_out_layers_3", "down_blocks_3_resnets_1_conv2"),
         ("middle_block_2_emb_layers_1", "mid_block_resnets_1_time_emb_proj"),
@@ -366,7 +387,10 @@ def test_open_clip_rows_of_a_fused_tensor(tmp_path):
     """SD 2.x files keep queries, keys and values of the text encoder in one tensor."""
     fused = torch.randn(18, 6)
     prefix = "cond_stage_model.model.transformer.resblocks.0"
-    tensors = {f"{prefix}.attn.in_proj_weight": fused, "model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 2)}
+    tensors = {
+        f"{prefix}.attn.in_proj_weight": fused,
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 2),
+    }
     save_file(tensors, str(tmp_path / "sd2.safetensors"))
     base = Base(tmp_path / "sd2.safetensors")
     key = base.find("te1", "text_model_encoder_layers_0_self_attn_k_proj")

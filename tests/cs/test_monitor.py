@@ -30,7 +30,10 @@ class ToyTraining:
             self.tensors[f"{index}.up"] = torch.zeros(6, 2)
 
     def layers(self):
-        return [LoraLayer(str(i), "lm", self.weights[i], self.tensors[f"{i}.down"], self.tensors[f"{i}.up"]) for i in range(2)]
+        return [
+            LoraLayer(str(i), "lm", self.weights[i], self.tensors[f"{i}.down"], self.tensors[f"{i}.up"])
+            for i in range(2)
+        ]
 
     def step(self, number):
         generator = torch.Generator().manual_seed(number)
@@ -271,7 +274,9 @@ def test_a_kill_at_any_time_leaves_whole_snapshots_only(tmp_path):
     seen = 0
     for attempt in range(4):
         folder = tmp_path / str(attempt)
-        process = subprocess.Popen([sys.executable, "-c", KILLED_WRITER, str(tree), str(folder)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED_WRITER, str(tree), str(folder)], stdout=subprocess.PIPE
+        )
         process.stdout.readline()
         time.sleep(0.3 + 0.17 * attempt)
         process.kill()

@@ -89,7 +89,9 @@ def test_saved_weights_say_which_step_they_are_of():
 
 
 def test_the_last_lines_name_what_is_there_and_the_next_command(tmp_path):
-    made = outcome("stopped_early", FOUND, parts={"unet": {"stopped": True, "turning_step": 40}, "te": {"stopped": False}})
+    made = outcome(
+        "stopped_early", FOUND, parts={"unet": {"stopped": True, "turning_step": 40}, "te": {"stopped": False}}
+    )
     made.saved("kept", "lora.safetensors", 40)
     made.saved("last", "gone.safetensors", 88)
     (tmp_path / "lora.safetensors").touch()

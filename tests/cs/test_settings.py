@@ -92,7 +92,9 @@ def test_a_component_that_is_not_trained_is_named_with_those_that_are():
 
 
 def test_settings_written_down_are_read_again():
-    settings = StopSettings(early_stop=True, stop_rule="fixed-epochs", rule_value=3.0, window_size=9, shadow_interval=None)
+    settings = StopSettings(
+        early_stop=True, stop_rule="fixed-epochs", rule_value=3.0, window_size=9, shadow_interval=None
+    )
     assert read_stop_settings(settings.as_flags(), StopSettings()) == settings
     assert settings.as_flags()["shadow_interval"] == "auto"
 

@@ -28,7 +28,9 @@ def test_folds_depend_on_the_examples_and_the_seed_alone():
 
 @pytest.mark.parametrize("count, shadows, needed", [(2, 1, 3), (4, 5, 5)])
 def test_too_few_examples_are_refused_with_the_fix(count, shadows, needed):
-    with pytest.raises(ValueError, match=f"needs at least {needed} different training examples, and there are {count}: give"):
+    with pytest.raises(
+        ValueError, match=f"needs at least {needed} different training examples, and there are {count}: give"
+    ):
         make_folds([*range(count)] * 2, shadows, 0)
 
 

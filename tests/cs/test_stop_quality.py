@@ -32,7 +32,9 @@ def test_halves_are_of_data_sets_and_balanced():
     for sets in (TEXT_SETS, IMAGE_SETS):
         halves = [half for _, half, _ in sets.values()]
         assert halves.count("tuning") == halves.count("test")
-    assert all(len({spec.half for spec in RUNS.values() if spec.dataset == name}) == 1 for name in [*TEXT_SETS, *IMAGE_SETS])
+    assert all(
+        len({spec.half for spec in RUNS.values() if spec.dataset == name}) == 1 for name in [*TEXT_SETS, *IMAGE_SETS]
+    )
     kinds = {kind for kind, _, _ in TEXT_SETS.values()}
     assert len(kinds) == 4 and {kind for kind, half, _ in TEXT_SETS.values() if half == "test"} == kinds
 
@@ -55,7 +57,9 @@ def test_a_committed_trace_is_that_of_its_run(spec):
     assert trace.header["run"] == spec.settings()
     assert trace.records[-1]["epoch"] > spec.epochs - 0.3  # whole: to its budget
     assert len(trace.steps) >= 10 and np.isfinite(trace.losses).all()
-    assert not any("/" in str(value) for name, value in trace.header.items() if name != "format")  # no path of a machine
+    assert not any(
+        "/" in str(value) for name, value in trace.header.items() if name != "format"
+    )  # no path of a machine
 
 
 def toy(losses, dataset="a", per_epoch=10):

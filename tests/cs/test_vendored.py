@@ -38,4 +38,10 @@ def test_imports_only_what_an_old_environment_has(name):
     top |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert top <= set(sys.stdlib_module_names) | ALLOWED_IMPORTS
     subscripted = [node.value for node in ast.walk(tree) if isinstance(node, ast.Subscript)]
-    assert not {value.id for value in subscripted if isinstance(value, ast.Name)} & {"list", "dict", "tuple", "set", "type"}
+    assert not {value.id for value in subscripted if isinstance(value, ast.Name)} & {
+        "list",
+        "dict",
+        "tuple",
+        "set",
+        "type",
+    }

@@ -38,7 +38,11 @@ def make_base(folder, prediction_type="epsilon"):
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, prediction_type=prediction_type
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type=prediction_type,
     )
     SDModel(unet, vae, [text], [tokenizer], dict(scheduler.config), base_path=str(folder)).save_pipeline(folder)
     return str(folder)

@@ -39,7 +39,9 @@ PARTS = {"sd-scripts": ["train_network.py", "sdxl_train_network.py", "library", 
 
 def unpack(repository, revision, folder, upstream):
     """The files of a revision that training needs, without a work tree in the repository."""
-    listed = subprocess.run(["git", "-C", repository, "ls-tree", "--name-only", revision], check=True, stdout=subprocess.PIPE)
+    listed = subprocess.run(
+        ["git", "-C", repository, "ls-tree", "--name-only", revision], check=True, stdout=subprocess.PIPE
+    )
     parts = [name for name in PARTS[upstream] if name in listed.stdout.decode().split("\n")]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -62,9 +64,13 @@ def make_data(folder):
         letters = [chr(code) for code in range(33, 127)]
         words = letters + [letter + "</w>" for letter in letters]
         words += [f"<unused{n}>" for n in range(598 - len(words))] + ["<|startoftext|>", "<|endoftext|>"]
-        write_tokenizer(folder / "tokenizers" / name, words, {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+        write_tokenizer(
+            folder / "tokenizers" / name, words, {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+        )
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(code) for code in plain] + [chr(256 + n) for n in range(256 - len(plain))]  # GPT-2's names of the bytes
+    letters = [chr(code) for code in plain] + [
+        chr(256 + n) for n in range(256 - len(plain))
+    ]  # GPT-2's names of the bytes
     words = ["<s>", "</s>", "<pad>", "<unk>", *letters]
     words += [f"<unused{n}>" for n in range(300 - len(words))]
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -88,13 +94,17 @@ class Trainer:
     def __init__(self, arguments, upstream, revision, script):
         self.work, self.upstream, self.script = arguments.work, upstream, script
         is_old = revision == "54500b861dff"
-        self.python = arguments.python_qlora if upstream == "qlora" else arguments.python_old if is_old else arguments.python_new
+        self.python = (
+            arguments.python_qlora if upstream == "qlora" else arguments.python_old if is_old else arguments.python_new
+        )
         repository = arguments.qlora if upstream == "qlora" else arguments.sd_scripts
         self.folders = {}
         for kind in ("plain", "patched"):
             folder = self.work / "checkouts" / f"{upstream}-{revision}-{kind}"
             self.folders[kind] = unpack(repository, revision, folder, upstream)
-        subprocess.run([sys.executable, str(APPLY), str(self.folders["patched"])], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, str(APPLY), str(self.folders["patched"])], check=True, stdout=subprocess.DEVNULL
+        )
 
     def run(self, kind, output, flags, steps=None):
         """(exit code, output folder, losses as hexadecimal text, what it printed)."""
@@ -107,7 +117,15 @@ class Trainer:
         common = self.qlora_flags(folder) if self.upstream == "qlora" else self.network_flags(folder)
         settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true", "TINY_LOSSES": str(losses)}
         (self.work / "runs").mkdir(exist_ok=True)
-        command = [self.python, str(HERE / "tiny_trainer.py"), self.script, *common, "--max_train_steps", str(steps), *flags]
+        command = [
+            self.python,
+            str(HERE / "tiny_trainer.py"),
+            self.script,
+            *common,
+            "--max_train_steps",
+            str(steps),
+            *flags,
+        ]
         if self.upstream == "qlora":
             command[command.index("--max_train_steps")] = "--max_steps"
         done = subprocess.run(
@@ -213,7 +231,9 @@ def compare(trainer, plain, stopped, base, offset=0, end_of=None):
     result = json.loads((trainer.history_folder(stopped) / "result.json").read_text())
     assert result["outcome"] == "stopped_early", result
     kept, last = result["keep_step"], result["last_step"]
-    assert same(trainer.saved(stopped), trainer.saved(plain(kept), kept - offset * (kept > offset))), "the turning point differs"
+    assert same(trainer.saved(stopped), trainer.saved(plain(kept), kept - offset * (kept > offset))), (
+        "the turning point differs"
+    )
     if trainer.upstream == "sd-scripts":
         last_saved = trainer.saved(end_of(last)) if end_of else trainer.saved(plain(last), last - offset)
         assert same(trainer.saved(stopped, kind="-last"), last_saved), "the last weights differ"
@@ -252,7 +272,14 @@ NETWORKS = {
     " accumulation 2": [*LORA, "--gradient_accumulation_steps", "2"],
     " LyCORIS locon": [*LYCORIS, "--network_args", "algo=locon", "conv_dim=2"],
     " LyCORIS loha": [*LYCORIS, "--network_args", "algo=loha"],
-    " schedule-free": ["--network_module", "networks.lora", "--network_dim", "2", "--optimizer_type", "AdamWScheduleFree"],
+    " schedule-free": [
+        "--network_module",
+        "networks.lora",
+        "--network_dim",
+        "2",
+        "--optimizer_type",
+        "AdamWScheduleFree",
+    ],
 }
 
 
@@ -267,12 +294,16 @@ def scenario(trainer, name, network, with_off_run=True):
         code, off, off_losses, _ = trainer.run("patched", f"{short}-off", [*network, *each_step], steps=8)
         equal = [same(trainer.saved(off, step), trainer.saved(plain, step)) for step in range(1, 9)]
         assert code == 0 and all(equal), f"patched without flags: code {code}, equal files {equal}"
-        assert off_losses == plain_losses[: len(off_losses)] and len(off_losses) == 8 * (2 if "accumulation" in name else 1)
+        assert off_losses == plain_losses[: len(off_losses)] and len(off_losses) == 8 * (
+            2 if "accumulation" in name else 1
+        )
         figures["off: equal losses"], figures["off: equal files"] = len(off_losses), len(equal)
     code, stopped, losses, printed = trainer.run("patched", f"{short}-stopped", [*network, *STOP_FLAGS])
     assert code == 0, f"exit code {code}"
     assert "ES-LoRA: on." in printed
-    assert losses == plain_losses[: len(losses)] and len(losses) < len(plain_losses), "the losses differ, or no early stop"
+    assert losses == plain_losses[: len(losses)] and len(losses) < len(plain_losses), (
+        "the losses differ, or no early stop"
+    )
     # A schedule-free optimizer rounds when it swaps weights to save; how often it has done so differs at the end.
     shorter = lambda step: trainer.run("plain", f"{short}-end", [*network, *each_step], steps=step)[1]  # noqa: E731
     end_of = shorter if "schedule-free" in name else None
@@ -315,7 +346,9 @@ def scenarios(arguments):
                 Trainer(arguments, "sd-scripts", "v0.10.1", "train_network.py"), n, w, with_off_run=False
             )
     for revision in ("54500b861dff", "v0.10.1"):
-        found[f"{revision} resume"] = lambda n, r=revision: resumed(Trainer(arguments, "sd-scripts", r, "train_network.py"), n)
+        found[f"{revision} resume"] = lambda n, r=revision: resumed(
+            Trainer(arguments, "sd-scripts", r, "train_network.py"), n
+        )
     found["qlora"] = lambda n: scenario(Trainer(arguments, "qlora", "7f4e95a68dc0", "qlora.py"), n, [])
     return found
 

@@ -244,11 +244,26 @@ def test_without_git_it_says_that_it_cannot_tell_a_local_change(upstream, tmp_pa
     "upstream, find, replace, problem",
     [
         ("sd-scripts", "global_step += 1", "global_step = global_step + 1", "step (after global_step is advanced"),
-        ("sd-scripts", "    return parser\n", "    return argparse.Namespace()\n", "flags (before setup_parser returns"),
-        ("sd-scripts", "global_step += 1", "global_step += 1\n                global_step += 1", "found 2 times, at lines"),
+        (
+            "sd-scripts",
+            "    return parser\n",
+            "    return argparse.Namespace()\n",
+            "flags (before setup_parser returns",
+        ),
+        (
+            "sd-scripts",
+            "global_step += 1",
+            "global_step += 1\n                global_step += 1",
+            "found 2 times, at lines",
+        ),
         ("sd-scripts", "train_util.resume_from_local_or_hf_if_specified(accelerator, args)", "pass", "monitor (after"),
         ("sd-scripts", "optimizer = torch", "optimiser = torch", "variables optimizer of the training function"),
-        ("qlora", "SavePeftModelCallback)", "SaveAdapter)", "callback (after SavePeftModelCallback is registered): not"),
+        (
+            "qlora",
+            "SavePeftModelCallback)",
+            "SaveAdapter)",
+            "callback (after SavePeftModelCallback is registered): not",
+        ),
         ("qlora", "class TrainingArguments(", "class Arguments(", "flags (first in TrainingArguments): not found"),
     ],
 )

@@ -245,7 +245,9 @@ def test_rule_that_needs_what_is_not_recorded_is_refused():
 
 def test_the_number_of_a_rule_is_checked_against_the_rule():
     assert (
-        es_lora_run.read_settings(parsed("--early_stop", "--stop_rule", "fixed-epochs", "--rule_value", "3"), "row").rule_value
+        es_lora_run.read_settings(
+            parsed("--early_stop", "--stop_rule", "fixed-epochs", "--rule_value", "3"), "row"
+        ).rule_value
         == 3
     )
     with pytest.raises(ValueError, match="--stop_rule second-valley: the rule second-valley has no number to set"):
@@ -302,7 +304,9 @@ def test_divergence_stops_and_keeps_the_last_finite_weights(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["files"]["kept"]["step"] == 1
 
 
-@pytest.mark.parametrize("heard, stops", [(es_lora_run.GO_ON, False), (es_lora_run.STOP, True), (es_lora_run.FAILED, None)])
+@pytest.mark.parametrize(
+    "heard, stops", [(es_lora_run.GO_ON, False), (es_lora_run.STOP, True), (es_lora_run.FAILED, None)]
+)
 def test_other_processes_do_what_the_main_one_says(heard, stops, tmp_path, monkeypatch):
     asked = []
 

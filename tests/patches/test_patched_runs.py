@@ -89,7 +89,9 @@ def test_stop_leaves_both_loops_and_keeps_the_weights_of_the_turning_point(check
     assert metadata["es_lora_detected_step"] == str(last)
     with safe_open(tmp_path / "lora-last.safetensors", "pt") as handle:
         assert handle.metadata()["es_lora_step"] == handle.metadata()["ss_steps"] == str(last)
-    history = [json.loads(line) for line in (tmp_path / "lora-es-lora" / "cs_history.jsonl").read_text().split("\n")[:-1]]
+    history = [
+        json.loads(line) for line in (tmp_path / "lora-es-lora" / "cs_history.jsonl").read_text().split("\n")[:-1]
+    ]
     assert [line["step"] for line in history[1:-1]] == list(range(1, last + 1))
     assert set(history[1]["cs"]) == {"te", "unet", "all"} and history[0]["decided_on"] == "unet"
     assert float.fromhex(losses(done)[4].split()[1]) == pytest.approx(history[5]["loss"], rel=1e-6)
@@ -138,7 +140,9 @@ def test_resume_goes_on_counting_and_decides_like_an_uninterrupted_run(checkouts
     patched, whole, first, second = checkouts["sd-scripts", "patched"], *(tmp_path / n for n in ("whole", "a", "b"))
     train(patched, "--output_dir", whole, *STOP)
     done = train(patched, "--output_dir", first, *STOP, "--max_train_steps", 8, "--save_state")
-    assert json.loads((first / "lora-es-lora" / "result.json").read_text())["outcome"] == "no_turning_point", done.stderr
+    assert json.loads((first / "lora-es-lora" / "result.json").read_text())["outcome"] == "no_turning_point", (
+        done.stderr
+    )
     again = train(patched, "--output_dir", second, *STOP, "--resume", first / "lora-state")
     assert again.returncode == 0, again.stderr
     assert same(load_file(second / "lora.safetensors"), load_file(whole / "lora.safetensors"))
@@ -179,7 +183,9 @@ def test_qlora_stops_and_leaves_the_turning_point_as_it_saves_adapters(checkouts
     kept, last = result["keep_step"], result["last_step"]
     assert result["outcome"] == "stopped_early" and last < 30
     assert same(adapter(tmp_path / "stopped" / "turning-point"), adapter(tmp_path / "plain" / f"checkpoint-{kept}"))
-    assert same(adapter(tmp_path / "stopped" / f"checkpoint-{last}"), adapter(tmp_path / "plain" / f"checkpoint-{last}"))
+    assert same(
+        adapter(tmp_path / "stopped" / f"checkpoint-{last}"), adapter(tmp_path / "plain" / f"checkpoint-{last}")
+    )
     assert json.loads((tmp_path / "stopped" / "turning-point" / "es_lora.json").read_text())["keep_step"] == kept
     total = sum(float(tensor.double().sum()) for tensor in adapter(tmp_path / "stopped" / "turning-point").values())
     after = next(line for line in done.stdout.split("\n") if line.startswith("after training"))
@@ -189,5 +195,7 @@ def test_qlora_stops_and_leaves_the_turning_point_as_it_saves_adapters(checkouts
 def test_qlora_off_says_so_and_full_finetuning_is_a_message(checkouts, tmp_path):
     done = train(checkouts["qlora", "patched"], "--output_dir", tmp_path / "off", *TRAINER, "--max_steps", 1)
     assert "ES-LoRA: installed, and off; --early_stop switches it on." in done.stdout
-    done = train(checkouts["qlora", "patched"], "--output_dir", tmp_path / "ff", *TRAINER, *STOP, "--full_finetune", "True")
+    done = train(
+        checkouts["qlora", "patched"], "--output_dir", tmp_path / "ff", *TRAINER, *STOP, "--full_finetune", "True"
+    )
     assert done.returncode == 2 and "no LoRA layer to measure" in done.stderr

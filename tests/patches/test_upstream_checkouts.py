@@ -87,7 +87,9 @@ def test_patch_file_holds_what_the_structure_gives_and_git_applies_it(checkout, 
     upstream, folder, file = checkout
     revision = request.node.callspec.params["checkout"][1]
     patch = PATCHES / upstream / revision / f"{file.name}.patch"
-    assert patch.read_text() == apply_patches.write_patch(file.name, find_insertions(upstream, file.name, file.read_text()))
+    assert patch.read_text() == apply_patches.write_patch(
+        file.name, find_insertions(upstream, file.name, file.read_text())
+    )
     assert run(folder) == 0
     by_tool = file.read_bytes()
     assert run(folder, "--reverse") == 0

@@ -55,7 +55,9 @@ def stand_in_for_missing():
     import diffusers  # noqa: F401  (before the stand-ins, so that it does not take them for the real ones)
     import transformers  # noqa: F401
 
-    stand_in("torchvision.transforms", Compose=Compose, ToTensor=ToTensor, Normalize=Normalize, InterpolationMode=object)
+    stand_in(
+        "torchvision.transforms", Compose=Compose, ToTensor=ToTensor, Normalize=Normalize, InterpolationMode=object
+    )
     stand_in("torchvision", transforms=sys.modules["torchvision.transforms"], __version__="0")
     try:
         import albumentations  # noqa: F401

@@ -52,7 +52,9 @@ class ObjectiveVariance(StopRule):
         recent, whole = variance(self._losses[-self.LAST :]), variance(self._losses)
         if recent >= self.value * whole:
             return None
-        return self.kept_at_detection(record, f"The loss of the fixed batch moves less than {self.value:g} of its range before")
+        return self.kept_at_detection(
+            record, f"The loss of the fixed batch moves less than {self.value:g} of its range before"
+        )
 
 
 def variance(values: Sequence[float]) -> float:

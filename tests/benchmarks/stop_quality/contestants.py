@@ -60,7 +60,10 @@ def replaced(trace, series):
     """The records with other values in the columns of REPLACED. series: takes a column's own values, (K,), gives others."""
 
     def numbers(column, key=None):
-        return [None if record[column] is None else record[column][key] if key else record[column] for record in trace.records]
+        return [
+            None if record[column] is None else record[column][key] if key else record[column]
+            for record in trace.records
+        ]
 
     new = {}
     for column in REPLACED:
@@ -97,7 +100,9 @@ def random_walk(rule):
 
 def white_noise(rule):
     """The rule on the run's own values in random order."""
-    return lambda trace, generator: decide(trace, rule, records=replaced(trace, lambda values, *_: generator.permutation(values)))
+    return lambda trace, generator: decide(
+        trace, rule, records=replaced(trace, lambda values, *_: generator.permutation(values))
+    )
 
 
 def other_run(rule, traces):
@@ -123,7 +128,10 @@ def other_run(rule, traces):
 def contestants(traces, tuned, default):
     """All contestants for the traces of one kind of model. tuned: {rule: number}, {"sum of rates": number}."""
     clocks = [Contestant("never stop", never)]
-    clocks += [Contestant(f"fixed-epochs {epochs:g}", by_rule("fixed-epochs", value=epochs), True) for epochs in (1, 2, 3, 5, 8)]
+    clocks += [
+        Contestant(f"fixed-epochs {epochs:g}", by_rule("fixed-epochs", value=epochs), True)
+        for epochs in (1, 2, 3, 5, 8)
+    ]
     clocks.append(Contestant(f"sum of rates {tuned['sum of rates']:g}", sum_of_rates(tuned["sum of rates"]), True))
     valleys = [
         Contestant("second-valley (published)", by_rule("second-valley")),

@@ -46,7 +46,9 @@ def grown(small):
 
 def tokens_of(split, work_folder, tokenizer):
     """Token ids (N,) of one split of the text, one document after the other, each between bos and eos."""
-    encoded = tokenizer([record["text"] for record in read_texts(work_folder / f"{split}.jsonl")], verbose=False)["input_ids"]
+    encoded = tokenizer([record["text"] for record in read_texts(work_folder / f"{split}.jsonl")], verbose=False)[
+        "input_ids"
+    ]
     return torch.tensor([token for ids in encoded for token in [*ids, tokenizer.eos_token_id]])
 
 

@@ -26,7 +26,11 @@ def record(specs):
     tree, script = TREES[specs[0].model]
     log = CACHE / "logs" / f"{specs[0].name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / f"lora-{tree}"), str(HERE)])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / f"lora-{tree}"), str(HERE)]),
+    }
     command = [str(ROOT / f".venv-{tree}" / "bin" / "python"), str(HERE / script), *(spec.name for spec in specs)]
     with open(log, "w", encoding="utf-8") as handle:
         subprocess.run(command, env=environment, stdout=handle, stderr=subprocess.STDOUT)
@@ -37,7 +41,11 @@ def chosen_runs(arguments):
     if arguments.names:
         return [RUNS[name] for name in arguments.names]
     wanted = {name: getattr(arguments, name) for name in ("model", "half", "purpose", "base")}
-    fits = [spec for spec in RUNS.values() if all(not value or getattr(spec, name) in value for name, value in wanted.items())]
+    fits = [
+        spec
+        for spec in RUNS.values()
+        if all(not value or getattr(spec, name) in value for name, value in wanted.items())
+    ]
     return [spec for spec in fits if not trace_path(spec).exists()]
 
 

@@ -53,7 +53,9 @@ class GradientNorm:
         self.norms = []
 
     def note(self, parameters):
-        squares = [parameter.grad.detach().double().square().sum() for parameter in parameters if parameter.grad is not None]
+        squares = [
+            parameter.grad.detach().double().square().sum() for parameter in parameters if parameter.grad is not None
+        ]
         if squares:
             self.norms.append(math.sqrt(float(torch.stack(squares).sum())))
 

@@ -47,7 +47,10 @@ SMALL_RUNS, LARGER_RUNS, IMAGE_RUNS = 7, 2, 6  # a set
 ROWS_SEEN, PICTURES_SEEN = 1400, 1000  # about the budget of a run
 ROWS_SEEN_WITH_SHADOWS = 600  # each costs more than three runs
 LARGEST_SET = 250  # examples, of the sets that the larger base is trained on
-TWICE_SHADOWED = ("portraits", "stills")  # image sets with two runs beside which shadows are trained; the others have one
+TWICE_SHADOWED = (
+    "portraits",
+    "stills",
+)  # image sets with two runs beside which shadows are trained; the others have one
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ def text_runs():
             if base == "larger" and examples > LARGEST_SET:
                 continue
             generator = random.Random(f"{dataset}/{base}")
-            factors = zip(*(spread(levels, count, generator) for levels in (rates, RANKS, BATCHES, SCHEDULES, BITS, SEEDS)))
+            factors = zip(
+                *(spread(levels, count, generator) for levels in (rates, RANKS, BATCHES, SCHEDULES, BITS, SEEDS))
+            )
             for index, (rate, rank, batch, schedule, bits, seed) in enumerate(factors):
                 purpose = "shadow" if index < shadowed else "record"
                 epochs = text_epochs(examples, rate, base, purpose)

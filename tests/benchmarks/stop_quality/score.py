@@ -133,12 +133,22 @@ def tables_of(half, tuned):
     for model in MODELS:
         traces = read_traces(model, half)
         improving = usable(traces)
-        lines += [f"### {model.capitalize()} runs", "", f"{len(traces)} runs; {len(traces) - len(improving)} of them never fall "]
+        lines += [
+            f"### {model.capitalize()} runs",
+            "",
+            f"{len(traces)} runs; {len(traces) - len(improving)} of them never fall ",
+        ]
         lines[-1] += "below the held-out loss of step 0 and are left out of what follows."
         rows, results = main_table(improving, tuned)
         lines += ["", *table(rows), "", "Runs whose held-out loss is lowest at the end of their budget:", ""]
         lines += alarm_table(improving, tuned)
-        lines += ["", "Sensitivity of second-valley:", "", *table([(n, summary(o)) for n, o in sensitivity_rows(improving)]), ""]
+        lines += [
+            "",
+            "Sensitivity of second-valley:",
+            "",
+            *table([(n, summary(o)) for n, o in sensitivity_rows(improving)]),
+            "",
+        ]
         beside = shadow_results(model, half, tuned)
         lines += ["Validation and shadows, on the runs that have both:", "", *shadow_table(beside), ""]
         pictures = [(one.name, improving, result) for one, result in results if not one.is_null]
@@ -164,12 +174,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--half", choices=("tuning", "test"), default="tuning")
     half = parser.parse_args().half
-    title = {"tuning": "## Tuning half", "test": "## Test half (looked at once, after the default had been chosen)"}[half]
+    title = {"tuning": "## Tuning half", "test": "## Test half (looked at once, after the default had been chosen)"}[
+        half
+    ]
     lines = [title, ""]
     if half == "tuning":
         tuned, rows = tune({model: usable(read_traces(model, "tuning")) for model in MODELS})
         TUNED.write_text(json.dumps(tuned, indent=1) + "\n", encoding="utf-8")
-        lines += ["Mean regret when each data set is scored with the number chosen on the others:", "", *tuning_table(rows), ""]
+        lines += [
+            "Mean regret when each data set is scored with the number chosen on the others:",
+            "",
+            *tuning_table(rows),
+            "",
+        ]
     tuned = json.loads(TUNED.read_text(encoding="utf-8"))
     write_part(half, lines + tables_of(half, tuned))
 

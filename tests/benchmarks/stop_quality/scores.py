@@ -113,4 +113,6 @@ def table(rows):
     """rows: [(name, summary)]."""
     head = " | ".join(TITLES.get(name, name) for name in STATISTICS)
     lines = [f"| rule | {head} |", "|---" * (len(STATISTICS) + 1) + "|"]
-    return lines + [f"| {name} | " + " | ".join(cell(*figures[key]) for key in STATISTICS) + " |" for name, figures in rows]
+    return lines + [
+        f"| {name} | " + " | ".join(cell(*figures[key]) for key in STATISTICS) + " |" for name, figures in rows
+    ]

@@ -36,7 +36,9 @@ def validated(pairs):
         best_epochs.append(max(1, trace.best_step) / trace.per_epoch)
         stopped.append(float(kept.stopped))
         saved.append(1 - kept.ended / twin.last_step)
-    columns = map(np.array, (regrets, kept_epochs, best_epochs, stopped, saved, [trace.spec.dataset for trace, _ in pairs]))
+    columns = map(
+        np.array, (regrets, kept_epochs, best_epochs, stopped, saved, [trace.spec.dataset for trace, _ in pairs])
+    )
     return Outcomes(*columns)
 
 
@@ -49,7 +51,9 @@ def shadow_results(model, half, tuned):
     rules = [("shadow", "shadow", None), (f"{DEFAULT_RULE} (default)", DEFAULT_RULE, None)]
     rules += [(rule, rule, tuned[rule]) for rule in ("second-valley", "fixed-epochs")]
     rows = [("validation on 10%, patience 3", full, validated(pairs))]
-    return rows + [(name, full, outcomes(full, [decide(t, rule, value=value) for t in full])) for name, rule, value in rules]
+    return rows + [
+        (name, full, outcomes(full, [decide(t, rule, value=value) for t in full])) for name, rule, value in rules
+    ]
 
 
 def shadow_table(results):

@@ -141,7 +141,10 @@ def test_a_lora_of_diffusers_names_is_read(place, tmp_path):
     model, base, tensors = tiny_sdxl(place), tiny_sdxl(place), {}
     for layer in layers:
         size = base.unet.get_submodule(layer).weight.shape
-        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = torch.randn(2, size[1]), torch.randn(size[0], 2)
+        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = (
+            torch.randn(2, size[1]),
+            torch.randn(size[0], 2),
+        )
     StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=tensors)
     fold_lora(model, load_lora(tmp_path / "pytorch_lora_weights.safetensors")[0])
     for layer in layers:

@@ -64,7 +64,9 @@ def test_right_captions_fit_heldout_pictures_better(pipeline):
 
 
 def test_picture_is_seeded_and_follows_the_prompt(pipeline):
-    first, again, other = (generate(pipeline, prompt, seed=1).tobytes() for prompt in ("red heart", "red heart", "frog"))
+    first, again, other = (
+        generate(pipeline, prompt, seed=1).tobytes() for prompt in ("red heart", "red heart", "frog")
+    )
     assert first == again != other
 
 

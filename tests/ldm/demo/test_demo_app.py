@@ -127,8 +127,14 @@ def test_start_a_training_watch_it_stop_and_compare_pictures(server, page, tmp_p
     buttons = page.get_by_role("button", name="Download")
     buttons.nth(2).wait_for()
     pictures = [downloaded(page, buttons.nth(number)) for number in range(3)]
-    assert [picture.info["lora"] for picture in pictures] == ["none", "portraits.safetensors", "portraits-last.safetensors"]
-    assert {picture.info["seed"] for picture in pictures} == {"1"} and {picture.size for picture in pictures} == {(64, 64)}
+    assert [picture.info["lora"] for picture in pictures] == [
+        "none",
+        "portraits.safetensors",
+        "portraits-last.safetensors",
+    ]
+    assert {picture.info["seed"] for picture in pictures} == {"1"} and {picture.size for picture in pictures} == {
+        (64, 64)
+    }
     base, turning_point, last = (np.asarray(picture.convert("RGB"), float) for picture in pictures)
     assert 0 < np.abs(turning_point - base).mean() and 0 < np.abs(last - turning_point).mean()
     keep(page, "compare")

@@ -19,7 +19,10 @@ HEADER = {
 
 def make_run(folder, cs=(), result=None, files=()):
     folder.mkdir(parents=True)
-    lines = [HEADER, *({"step": i + 1, "epoch": (i + 1) / 4, "cs": {"unet": value}, "loss": 0.1} for i, value in enumerate(cs))]
+    lines = [
+        HEADER,
+        *({"step": i + 1, "epoch": (i + 1) / 4, "cs": {"unet": value}, "loss": 0.1} for i, value in enumerate(cs)),
+    ]
     (folder / "cs_history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if result:
         (folder / "result.json").write_text(json.dumps(result))
@@ -94,7 +97,14 @@ def test_previews_in_the_order_of_training(tmp_path):
     parts = ["base", "last", "turning-point", "step00000020", "step00000005", "000000"]
     files = [f"sample/my-lora-{part}_0{number}_7.png" for part in parts for number in (1, 0)] + ["sample/other.png"]
     previews = make_run(tmp_path / "run", files=files).previews()
-    assert [preview.moment for preview in previews][::2] == ["no LoRA", "at first", "step 5", "step 20", "turning point", "last"]
+    assert [preview.moment for preview in previews][::2] == [
+        "no LoRA",
+        "at first",
+        "step 5",
+        "step 20",
+        "turning point",
+        "last",
+    ]
     assert [preview.number for preview in previews] == [0, 1] * 6 and {preview.seed for preview in previews} == {7}
 
 
@@ -106,7 +116,9 @@ def test_verdicts_in_plain_words(tmp_path):
     assert "Step 17 of 40. The turning point was step" in make_run(tmp_path / "decided", waves).verdict()
     ended = make_run(tmp_path / "ended", steady, RESULT)
     assert ended.verdict().startswith("Stopped after step 9 of 40: overfitting began at about step 5")
-    assert make_run(tmp_path / "nan", result={**RESULT, "outcome": "diverged"}).verdict().startswith("Training diverged")
+    assert (
+        make_run(tmp_path / "nan", result={**RESULT, "outcome": "diverged"}).verdict().startswith("Training diverged")
+    )
 
 
 def test_a_history_that_is_being_written_and_a_torn_result_are_no_error(tmp_path):
@@ -139,13 +151,17 @@ def test_command_is_accepted_by_the_trainer(places, tmp_path):
     from demo.process import command
     from settings.parsing import parse_arguments
 
-    words = command(settings(prompts="a cat --d 1", pictures_every_epochs=2, window=7), places, tmp_path / "root" / "new")
+    words = command(
+        settings(prompts="a cat --d 1", pictures_every_epochs=2, window=7), places, tmp_path / "root" / "new"
+    )
     assert words[:2] == [sys.executable, str(TREE / "es_lora_ldm.py")]
     words[words.index("--sample_prompts") + 1] = str(TREE / "preview_prompts.txt")  # not written before the start
     args = parse_arguments(words[2:])
     assert args.stop.window_size == 7 and args.stop.cs_interval is None
     assert args.stop.early_stop and args.sample_every_n_epochs == 2
-    assert args.output_dir == str(tmp_path / "root" / "new") and args.pretrained_model_name_or_path == str(tmp_path / "base")
+    assert args.output_dir == str(tmp_path / "root" / "new") and args.pretrained_model_name_or_path == str(
+        tmp_path / "base"
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,7 +195,9 @@ def test_sdxl_bases_get_the_sdxl_trainer(places, tmp_path):
     assert words[1] == str(TREE / "es_lora_sdxl.py")
     args = parse_arguments(words[2:], sdxl=True)
     assert args.network_train_unet_only and args.cache_text_encoder_outputs and args.no_half_vae
-    assert is_sdxl_base("stabilityai/stable-diffusion-xl-base-1.0") and not is_sdxl_base("stable-diffusion-v1-5/some-name")
+    assert is_sdxl_base("stabilityai/stable-diffusion-xl-base-1.0") and not is_sdxl_base(
+        "stable-diffusion-v1-5/some-name"
+    )
 
 
 def test_a_training_never_writes_into_a_folder_that_is_there(places, tmp_path, monkeypatch):
@@ -259,7 +277,10 @@ def test_pictures_of_a_lora_and_the_base_as_before_afterwards(base, tmp_path):
         maker.picture(prompt, tmp_path / "b.safetensors")
     import io
 
-    assert Image.open(io.BytesIO(png_with_settings(plain, {"seed": 3, "lora": None}))).info == {"seed": "3", "lora": "None"}
+    assert Image.open(io.BytesIO(png_with_settings(plain, {"seed": 3, "lora": None}))).info == {
+        "seed": "3",
+        "lora": "None",
+    }
 
 
 # ------------------------------------------------------------------------------------------------ start of the page

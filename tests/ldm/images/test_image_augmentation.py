@@ -83,7 +83,9 @@ def test_color_aug_changes_about_a_third_and_only_a_little():
     for seed in range(50):  # neither a hue shift nor gamma colours a grey picture
         result = color_augmented(grey, random.Random(seed))
         assert (result == result[0, 0, 0]).all() and abs(int(result[0, 0, 0]) - 100) <= 6
-    np.testing.assert_array_equal(color_augmented(picture, random.Random(5)), color_augmented(picture, random.Random(5)))
+    np.testing.assert_array_equal(
+        color_augmented(picture, random.Random(5)), color_augmented(picture, random.Random(5))
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,14 @@ def test_limits_that_are_no_multiples_of_the_step_are_widened():
         ({"resolution_px": (500, 500)}, ["resolution 500,500", "multiple of 8"]),
         ({"resolution_px": (64, 64), "enable_bucket": True}, ["min_bucket_reso 256", "lower it"]),
         ({"resolution_px": (2048, 512), "enable_bucket": True}, ["max_bucket_reso 1024", "raise it"]),
-        ({"resolution_px": (512, 512), "enable_bucket": True, "step_px": 20}, ["bucket_reso_steps 20", "multiple of 8"]),
-        ({"resolution_px": (32, 32), "enable_bucket": True, "min_px": 64}, ["bucket_reso_steps 64", "min_bucket_reso 64"]),
+        (
+            {"resolution_px": (512, 512), "enable_bucket": True, "step_px": 20},
+            ["bucket_reso_steps 20", "multiple of 8"],
+        ),
+        (
+            {"resolution_px": (32, 32), "enable_bucket": True, "min_px": 64},
+            ["bucket_reso_steps 64", "min_bucket_reso 64"],
+        ),
     ],
 )
 def test_contradictions_name_the_value_and_the_fix(settings, words):

@@ -45,7 +45,13 @@ batch_size = 1
   image_dir = "c"
   is_reg = true
 """
-    flags = {"keep_tokens": 9, "train_batch_size": 5, "shuffle_caption": True, "flip_aug": False, "caption_extension": ".x"}
+    flags = {
+        "keep_tokens": 9,
+        "train_batch_size": 5,
+        "shuffle_caption": True,
+        "flip_aug": False,
+        "caption_extension": ".x",
+    }
     first, second = read(tmp_path, text, dataset_repeats=2, face_crop_aug_range="2.0,4.0", **flags)
     a, b = first.subsets
     c = second.subsets[0]
@@ -70,7 +76,11 @@ def test_resolution_from_the_command_line_and_defaults(tmp_path):
     [
         ("resolution", "resolutoin", ["[[datasets]] 1", "unknown key resolutoin", "did you mean resolution?"]),
         ("image_dir", "imagedir", ["[[datasets.subsets]] 1", "did you mean image_dir?", "image_dir is missing"]),
-        ("[[datasets]]", "[general]\nimage_dir = 'x'\n[[datasets]]", ["[general]", "belongs into [[datasets.subsets]]"]),
+        (
+            "[[datasets]]",
+            "[general]\nimage_dir = 'x'\n[[datasets]]",
+            ["[general]", "belongs into [[datasets.subsets]]"],
+        ),
         ('image_dir = "x"', 'image_dir = "x"\nresolution = 64', ["resolution belongs into [general] or [[datasets]]"]),
         ('"x"', '"x"\nflip_aug = "true"', ["flip_aug = 'true'", "true or false"]),
         ('"x"', '"x"\nflip_aug = 1', ["flip_aug = 1", "true or false"]),
@@ -137,7 +147,12 @@ def test_bad_values_of_the_command_line_are_named_together():
     flags = {"resolution": "big", "keep_tokens": -1, "caption_tag_dropout_rate": 2.0, "caption_extention": "txt"}
     with pytest.raises(ValueError) as caught:
         load_datasets(SimpleNamespace(train_data_dir="x", **flags))
-    for words in ("--resolution = 'big'", "--keep_tokens = -1", "--caption_tag_dropout_rate = 2.0", "--caption_extention"):
+    for words in (
+        "--resolution = 'big'",
+        "--keep_tokens = -1",
+        "--caption_tag_dropout_rate = 2.0",
+        "--caption_extention",
+    ):
         assert words in str(caught.value)
 
 

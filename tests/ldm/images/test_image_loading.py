@@ -99,7 +99,9 @@ def test_files_that_are_no_pictures(tmp_path):
 
 def test_resize_picks_area_for_smaller_and_lanczos_for_larger():
     array = gradient(40, 60)
-    np.testing.assert_array_equal(resize(array, (30, 20), None), cv2.resize(array, (30, 20), interpolation=cv2.INTER_AREA))
+    np.testing.assert_array_equal(
+        resize(array, (30, 20), None), cv2.resize(array, (30, 20), interpolation=cv2.INTER_AREA)
+    )
     larger = Image.fromarray(array).resize((90, 80), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(resize(array, (90, 80), None), np.array(larger))
     nearest = resize(array, (120, 80), "nearest")

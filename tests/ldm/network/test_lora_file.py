@@ -60,7 +60,9 @@ def test_model_hash_survives_an_edit_of_the_metadata(tmp_path):
     for title in ("one", "two"):
         save_lora(tmp_path / f"{title}.safetensors", one_module(), {"modelspec.title": title})
     first, second = (load_lora(tmp_path / f"{title}.safetensors")[1] for title in ("one", "two"))
-    assert first["sshs_model_hash"] == second["sshs_model_hash"] and first["modelspec.title"] != second["modelspec.title"]
+    assert (
+        first["sshs_model_hash"] == second["sshs_model_hash"] and first["modelspec.title"] != second["modelspec.title"]
+    )
 
 
 def test_checkpoint_hashes(tmp_path):

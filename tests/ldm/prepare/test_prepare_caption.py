@@ -264,7 +264,11 @@ def test_a_damaged_picture_is_never_sent(folder, stub, capsys):
 @pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_run_that_is_ended_goes_on_where_it_was(folder, stub, how, code):
     stub.faults = {"green": ["silence"]}
-    command = [sys.executable, caption_images.__file__, *words(folder, stub, "openai", "--retries", "0", "--timeout", "60")]
+    command = [
+        sys.executable,
+        caption_images.__file__,
+        *words(folder, stub, "openai", "--retries", "0", "--timeout", "60"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     for _ in range(600):
         if "green" in stub.asked():

@@ -43,7 +43,9 @@ def test_centre_crop_to_one_resolution(tmp_path):
     assert {path.name: size_of(path) for path in (tmp_path / "out").iterdir()} == {
         "wide.png": (64, 48), "tall.png": (64, 48), "small.png": (64, 48)
     }  # fmt: skip
-    expected = np.asarray(Image.open(source / "wide.png").crop((33, 0, 166, 100)).resize((64, 48), Image.Resampling.BOX))
+    expected = np.asarray(
+        Image.open(source / "wide.png").crop((33, 0, 166, 100)).resize((64, 48), Image.Resampling.BOX)
+    )
     difference = np.abs(np.asarray(Image.open(tmp_path / "out" / "wide.png")).astype(int) - expected)
     assert difference.mean() < 2
 
@@ -171,7 +173,10 @@ def test_same_names_and_subfolders(tmp_path):
     (source / "more").mkdir()
     noise(64, 64, 2).save(source / "more" / "a.png")
     assert run(source, tmp_path / "out", "--size", 32) == 0
-    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")) == ["a.png", "a_png.png"]
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")) == [
+        "a.png",
+        "a_png.png",
+    ]
     assert run(source, source / "out", "--size", 32, "--recursive") == 0
     assert len(list((source / "out").rglob("*.png"))) == 3 and (source / "out" / "more" / "a.png").is_file()
     assert run(source, source / "out", "--size", 32, "--recursive", "--overwrite") == 0

@@ -169,7 +169,11 @@ def test_choice_of_tags_is_by_category():
 
 @pytest.mark.parametrize(
     "content, words",
-    [("a,b\n1,2\n", "columns name and category"), ("name,category\nx,y\n", "columns name"), ("name,category\n", "is empty")],
+    [
+        ("a,b\n1,2\n", "columns name and category"),
+        ("name,category\nx,y\n", "columns name"),
+        ("name,category\n", "is empty"),
+    ],
 )
 def test_bad_tag_lists(tmp_path, content, words):
     (tmp_path / "tags.csv").write_text(content)

@@ -32,7 +32,9 @@ def stopped(base, images, tmp_path_factory):
     out = tmp_path_factory.mktemp("stopped")
     prompts = out / "prompts.txt"
     prompts.write_text("a cat --s 2 --d 7\na dog --s 2\n")
-    result = train(base, images, out, **EARLY, sample_prompts=str(prompts), logging_dir=str(out / "logs"), log_with="tensorboard")
+    result = train(
+        base, images, out, **EARLY, sample_prompts=str(prompts), logging_dir=str(out / "logs"), log_with="tensorboard"
+    )
     return out, result
 
 
@@ -82,7 +84,10 @@ def test_the_file_is_kohyas(stopped):
     assert {name.split("_")[1] for name in modules} == {"unet", "te"}
     assert metadata["ss_network_dim"] == "4"
     assert metadata["ss_num_train_images"] == "6" and metadata["ss_steps"] == str(result["keep_step"])
-    assert metadata["es_lora_keep_step"] == metadata["es_lora_step"] == metadata["ss_steps"] and metadata["sshs_model_hash"]
+    assert (
+        metadata["es_lora_keep_step"] == metadata["es_lora_step"] == metadata["ss_steps"]
+        and metadata["sshs_model_hash"]
+    )
     last = load_lora(out / "lora-last.safetensors")[1]
     assert last["ss_steps"] == last["es_lora_step"] == str(result["last_step"])
     assert last["es_lora_keep_step"] == metadata["ss_steps"]
@@ -90,7 +95,9 @@ def test_the_file_is_kohyas(stopped):
 
 def test_without_early_stop_the_full_run_is_the_result(stopped, base, images, tmp_path):
     out, early = stopped
-    result = train(base, images, tmp_path, **{**EARLY, "early_stop": False, "calculate_cs": True, "max_train_steps": 25})
+    result = train(
+        base, images, tmp_path, **{**EARLY, "early_stop": False, "calculate_cs": True, "max_train_steps": 25}
+    )
     assert result["outcome"] == "budget_reached" and result["files"]["kept"]["step"] == result["last_step"] == 25
     assert result["keep_step"] == early["keep_step"] == result["files"]["turning_point"]["step"]
     assert paths(result) == {"kept": "lora.safetensors", "turning_point": "lora-turning-point.safetensors"}
@@ -134,7 +141,11 @@ RANDOM = dict(
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(), dict(cache_latents=False, color_aug=True, max_data_loader_n_workers=0), dict(gradient_accumulation_steps=2)],
+    [
+        dict(),
+        dict(cache_latents=False, color_aug=True, max_data_loader_n_workers=0),
+        dict(gradient_accumulation_steps=2),
+    ],
     ids=["cached", "augmented", "accumulated"],
 )
 def test_resumed_equals_uninterrupted(base, images, tmp_path, states, changes):
@@ -148,7 +159,9 @@ def test_resumed_equals_uninterrupted(base, images, tmp_path, states, changes):
 
 
 def test_resume_after_the_decision_still_has_its_weights(base, images, tmp_path, states):
-    settings = dict(calculate_cs=True, window_size=3, cs_interval=1, max_train_steps=30, save_every_n_steps=25, save_state=True)
+    settings = dict(
+        calculate_cs=True, window_size=3, cs_interval=1, max_train_steps=30, save_every_n_steps=25, save_state=True
+    )
     train(base, images, tmp_path / "whole", **settings)
     train(base, images, tmp_path / "again", **settings, resume=str(states / "lora-step00000025-state"))
     names = ("lora.safetensors", "lora-turning-point.safetensors")
@@ -160,7 +173,9 @@ def test_accumulation_equals_batch(base, tmp_path):
     one = dict(calculate_cs=True, cs_interval=1, max_train_steps=8, noise_offset=0.1)
     train(base, images, tmp_path / "batch", **one, train_batch_size=12)
     train(base, images, tmp_path / "accumulated", **one, train_batch_size=3, gradient_accumulation_steps=4)
-    trajectories = [[record["cs"]["unet"] for record in history_of(tmp_path / name)] for name in ("batch", "accumulated")]
+    trajectories = [
+        [record["cs"]["unet"] for record in history_of(tmp_path / name)] for name in ("batch", "accumulated")
+    ]
     assert trajectories[0] == pytest.approx(trajectories[1], rel=1e-3, abs=1e-6)
     losses = [history_of(tmp_path / name, "loss") for name in ("batch", "accumulated")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -169,7 +184,9 @@ def test_accumulation_equals_batch(base, tmp_path):
 def test_previews_and_validation_leave_the_losses_alone(base, images, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --s 2\n")
-    common = dict(calculate_cs=True, cs_interval=1, network_dropout=0.2, validation_split=0.34, sample_sampler="euler_a")
+    common = dict(
+        calculate_cs=True, cs_interval=1, network_dropout=0.2, validation_split=0.34, sample_sampler="euler_a"
+    )
     train(base, images, tmp_path / "plain", **common, validate_every_n_steps=1000)
     shown = dict(sample_prompts=str(prompts), sample_every_n_steps=2, sample_at_first=True, validate_every_n_steps=1)
     train(base, images, tmp_path / "shown", **common, **shown)
@@ -178,7 +195,9 @@ def test_previews_and_validation_leave_the_losses_alone(base, images, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "shown/cs_history.jsonl").read_text().splitlines()]
     heldout = [line["heldout_loss"] for line in lines if line.get("event") == "evaluation"]
     assert len(heldout) == 9 and all(value > 0 for value in heldout) and len(set(heldout)) > 1
-    assert len(list((tmp_path / "shown/sample").glob("*.png"))) == 1 + 4 + 2  # at first, steps 2 4 6 8, without and last
+    assert (
+        len(list((tmp_path / "shown/sample").glob("*.png"))) == 1 + 4 + 2
+    )  # at first, steps 2 4 6 8, without and last
 
 
 def test_every_epoch_is_validated_and_shown(base, images, tmp_path):
@@ -193,7 +212,12 @@ def test_every_epoch_is_validated_and_shown(base, images, tmp_path):
 
 
 def test_divergence_keeps_finite_weights(base, images, tmp_path, capsys):
-    assert run(base, images, tmp_path, learning_rate=1e30, optimizer_type="SGDNesterov", calculate_cs=True, max_grad_norm=0) == 3
+    assert (
+        run(
+            base, images, tmp_path, learning_rate=1e30, optimizer_type="SGDNesterov", calculate_cs=True, max_grad_norm=0
+        )
+        == 3
+    )
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["outcome"] == "diverged" and result["exit_code"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in tensors(tmp_path / "lora.safetensors").values())
@@ -201,13 +225,17 @@ def test_divergence_keeps_finite_weights(base, images, tmp_path, capsys):
 
 
 def test_checkpoints_are_named_and_forgotten_as_in_kohya(base, images, tmp_path):
-    train(base, images, tmp_path / "a", max_train_epochs=4, save_every_n_epochs=1, save_last_n_epochs=2, save_state=True)
+    train(
+        base, images, tmp_path / "a", max_train_epochs=4, save_every_n_epochs=1, save_last_n_epochs=2, save_state=True
+    )
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert {"lora-000002.safetensors", "lora-000003.safetensors", "lora.safetensors"} <= names
     assert "lora-000001.safetensors" not in names and "lora-000001-state" not in names
     assert {"lora-000003-state", "lora-state"} <= names and "lora-000004.safetensors" not in names
     train(base, images, tmp_path / "b", save_every_n_steps=2, save_last_n_steps=3, max_train_steps=9)
-    assert sorted(path.name for path in (tmp_path / "b").glob("*step*")) == [f"lora-step0000000{n}.safetensors" for n in (6, 8)]
+    assert sorted(path.name for path in (tmp_path / "b").glob("*step*")) == [
+        f"lora-step0000000{n}.safetensors" for n in (6, 8)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +258,9 @@ def test_checkpoints_are_named_and_forgotten_as_in_kohya(base, images, tmp_path)
 def test_settings_train(base, images, tmp_path, changes):
     copy = tmp_path / "images"
     shutil.copytree(images, copy)
-    result = train(base, copy, tmp_path / "out", **{**changes, "calculate_cs": True, "max_train_steps": 4, "cs_interval": 1})
+    result = train(
+        base, copy, tmp_path / "out", **{**changes, "calculate_cs": True, "max_train_steps": 4, "cs_interval": 1}
+    )
     measured = history_of(tmp_path / "out")
     assert result["last_step"] == 4 and all(0 < abs(record["cs"]["unet"]) < 1 for record in measured[1:])
     kept = load_lora(tmp_path / "out" / result["files"]["kept"]["path"])[0]
@@ -246,7 +276,9 @@ def test_gradient_checkpointing_changes_nothing(base, images, tmp_path):
 
 
 def test_parts_can_be_trained_alone(base, images, tmp_path):
-    result = train(base, images, tmp_path / "te", network_train_text_encoder_only=True, calculate_cs=True, max_train_steps=4)
+    result = train(
+        base, images, tmp_path / "te", network_train_text_encoder_only=True, calculate_cs=True, max_train_steps=4
+    )
     assert {name.split("_")[1] for name in tensors(tmp_path / "te/lora.safetensors")} == {"te"}
     assert set(result["parts"]) == {"te"}
     header = json.loads((tmp_path / "te/cs_history.jsonl").read_text().splitlines()[0])
@@ -265,7 +297,15 @@ def test_regularisation_images_and_masks_count(base, tmp_path):
 
 def test_start_from_weights_and_folded_base_weights(base, images, tmp_path, stopped):
     first = str(stopped[0] / "lora.safetensors")
-    train(base, images, tmp_path / "on", network_weights=first, dim_from_weights=True, max_train_steps=1, learning_rate=1e-9)
+    train(
+        base,
+        images,
+        tmp_path / "on",
+        network_weights=first,
+        dim_from_weights=True,
+        max_train_steps=1,
+        learning_rate=1e-9,
+    )
     one, two = tensors(first), tensors(tmp_path / "on/lora.safetensors")
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
     pytest.importorskip("merge_lora", reason="merge_lora.py is not there yet")

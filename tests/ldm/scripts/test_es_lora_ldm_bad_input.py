@@ -56,14 +56,20 @@ def empty_state(tmp_path):
 
 
 CASES = {
-    "base does not exist": (dict(pretrained_model_name_or_path="./no/base"), "./no/base: there is no such file or folder"),
+    "base does not exist": (
+        dict(pretrained_model_name_or_path="./no/base"),
+        "./no/base: there is no such file or folder",
+    ),
     "base is damaged": (broken_file("pretrained_model_name_or_path", "base.safetensors"), "base.safetensors"),
     "no image folder": (dict(train_data_dir="./none"), "--train_data_dir ./none: there is no such folder"),
     "no images in it": (no_images, "no images"),
     "damaged image": (corrupt_image, "1 of 4 images are damaged"),
     "misspelt flag": (dict(netwrok_dim=8), "unknown flag --netwrok_dim; did you mean --network_dim?"),
     "unsupported flag": (dict(deepspeed=True), "--deepspeed is not supported: "),
-    "misspelt key in --config_file": (config("netwrok_dim = 8"), "unknown key 'netwrok_dim'; did you mean network_dim?"),
+    "misspelt key in --config_file": (
+        config("netwrok_dim = 8"),
+        "unknown key 'netwrok_dim'; did you mean network_dim?",
+    ),
     "misspelt key in --dataset_config": (dataset(num_repeat=2), "unknown key num_repeat: did you mean num_repeats?"),
     "missing folder in --dataset_config": (dataset(image_dir="./none"), "none"),
     "learning rate is NaN": (dict(learning_rate="nan"), "--learning_rate nan is not allowed"),
@@ -74,13 +80,22 @@ CASES = {
     "unknown scheduler": (dict(lr_scheduler="cosin"), "--lr_scheduler cosin is unknown; did you mean cosine?"),
     "fp16 without a GPU": (dict(mixed_precision="fp16"), "--mixed_precision fp16 needs a GPU"),
     "unknown network setting": (dict(network_args=["conv_dimm=4"]), "conv_dimm=4"),
-    "LoRA file is damaged": (broken_file("network_weights", "a.safetensors"), "a.safetensors is not a readable safetensors"),
+    "LoRA file is damaged": (
+        broken_file("network_weights", "a.safetensors"),
+        "a.safetensors is not a readable safetensors",
+    ),
     "prompt option unknown": (prompts, "--width is unknown"),
     "not a state folder": (empty_state, "it is not a state folder of this trainer"),
     "unknown stop rule": (dict(early_stop=True, stop_rule="third-hill"), "stop rule 'third-hill' is unknown"),
-    "snapshots do not fit": (dict(early_stop=True, snapshot_disk_gb=1e-6), "raise --snapshot_disk_gb or lower the rank"),
+    "snapshots do not fit": (
+        dict(early_stop=True, snapshot_disk_gb=1e-6),
+        "raise --snapshot_disk_gb or lower the rank",
+    ),
     "masks are missing": (dict(masked_loss=True), "--masked_loss needs masks"),
-    "zero terminal SNR with epsilon": (dict(zero_terminal_snr=True), "--zero_terminal_snr needs a base that predicts v"),
+    "zero terminal SNR with epsilon": (
+        dict(zero_terminal_snr=True),
+        "--zero_terminal_snr needs a base that predicts v",
+    ),
     "value of the wrong kind": (dict(network_dim="eight"), "argument --network_dim: invalid int value: 'eight'"),
 }
 

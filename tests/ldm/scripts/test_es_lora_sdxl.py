@@ -73,7 +73,9 @@ def test_the_trained_file_works_in_diffusers_pipeline(stopped, base):
     drawn = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(0)
-        drawn.append(pipeline("a cat", num_inference_steps=2, width=32, height=32, generator=generator, output_type="np").images)
+        drawn.append(
+            pipeline("a cat", num_inference_steps=2, width=32, height=32, generator=generator, output_type="np").images
+        )
         pipeline.load_lora_weights(str(stopped[0]), weight_name="lora.safetensors")
     assert abs(drawn[0] - drawn[1]).max() > 1e-3
 
@@ -164,7 +166,12 @@ def test_sizes_and_crops_come_from_the_pictures(base, tmp_path):
             "--bucket_reso_steps 8: this base needs multiples of 32 px",
         ),
         (
-            dict(cache_text_encoder_outputs=True, network_train_unet_only=True, shuffle_caption=True, caption_dropout_rate=0.1),
+            dict(
+                cache_text_encoder_outputs=True,
+                network_train_unet_only=True,
+                shuffle_caption=True,
+                caption_dropout_rate=0.1,
+            ),
             "shuffle_caption, caption_dropout_rate varies it",
         ),
         (dict(cache_text_encoder_output=True), "did you mean --cache_text_encoder_outputs"),

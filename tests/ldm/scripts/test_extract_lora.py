@@ -18,7 +18,9 @@ def models(tmp_path_factory):
     """(base folder, folder of the model after a few steps of --train_full_unet)."""
     place = tmp_path_factory.mktemp("extract")
     base, images = make_base(place / "base"), make_pictures(place / "images")
-    train(base, images, place / "tuned", train_full_unet=True, network_alpha=None, max_train_steps=4, learning_rate=1e-2)
+    train(
+        base, images, place / "tuned", train_full_unet=True, network_alpha=None, max_train_steps=4, learning_rate=1e-2
+    )
     return base, str(place / "tuned" / "lora")
 
 
@@ -85,7 +87,9 @@ def test_factors_are_the_best_of_their_rank(shape):
 def test_stage_two_trains_exactly_the_extracted_layers(models, tmp_path):
     base, tuned = models
     file = str(tmp_path / "lora.safetensors")
-    assert main(["--model_org", base, "--model_tuned", tuned, "--save_to", file, "--select", "top:4", "--rank", "3"]) == 0
+    assert (
+        main(["--model_org", base, "--model_tuned", tuned, "--save_to", file, "--select", "top:4", "--rank", "3"]) == 0
+    )
     start = load_lora(file)[0]
     settings = dict(network_weights=file, dim_from_weights=True, early_stop=True, window_size=3, cs_interval=1)
     result = train(base, make_pictures(tmp_path / "images"), tmp_path / "out", **settings, max_train_steps=40)

@@ -33,11 +33,18 @@ def test_notebook_executes_on_the_embedded_base(tmp_path, monkeypatch):
     monkeypatch.setenv("ES_LORA_NOTEBOOK_SHORT", "1")
     monkeypatch.setenv("ES_LORA_NOTEBOOK_WORK", str(tmp_path / "work"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(TREE)}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(TREE)}}
+    )
     client.execute()
     assert "20 pictures" in text_of(notebook) and "Stopped after step" in text_of(notebook)
     result = result_of(tmp_path / "work" / "run")
     assert result["outcome"] == "stopped_early"
     with zipfile.ZipFile(tmp_path / "work" / "portraits.zip") as parcel:
-        assert set(parcel.namelist()) == {"portraits.safetensors", "portraits-last.safetensors", "report.html", "result.json"}
+        assert set(parcel.namelist()) == {
+            "portraits.safetensors",
+            "portraits-last.safetensors",
+            "report.html",
+            "result.json",
+        }
         assert json.loads(parcel.read("result.json"))["kept_step"] == result["kept_step"]

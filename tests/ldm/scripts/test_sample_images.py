@@ -25,7 +25,9 @@ def sampler(base):
 
 
 def test_prompt_line_of_kohya():
-    prompt = sampling.parse_prompt_line("a cat, --ish tail --n bad, ugly --w 64 --h 32 --d 7 --l 5.5 --s 4".replace("--ish ", ""))
+    prompt = sampling.parse_prompt_line(
+        "a cat, --ish tail --n bad, ugly --w 64 --h 32 --d 7 --l 5.5 --s 4".replace("--ish ", "")
+    )
     assert (prompt.prompt, prompt.negative_prompt) == ("a cat, tail", "bad, ugly")
     assert (prompt.width, prompt.height, prompt.seed, prompt.scale, prompt.sample_steps) == (64, 32, 7, 5.5, 4)
     plain = sampling.parse_prompt_line("a well-known cat")
@@ -53,7 +55,9 @@ def test_prompt_files_of_three_kinds(tmp_path):
         '[[prompt.subset]]\nprompt = "a dog"\nseed = 3\n'
     )
     common = {"width": 64, "negative_prompt": "dull"}
-    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a cat", **common}, {"prompt": "a dog", "seed": 3, **common}]))
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"prompt": "a cat", **common}, {"prompt": "a dog", "seed": 3, **common}])
+    )
     one, two, three = (sampling.read_prompts(tmp_path / f"a.{kind}") for kind in ("txt", "toml", "json"))
     assert one == two == three and len(one) == 2 and one[1].seed == 3
     (tmp_path / "empty.txt").write_text("# nothing\n")

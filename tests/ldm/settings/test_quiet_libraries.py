@@ -9,7 +9,11 @@ LOGGERS = ["xformers", "bitsandbytes.backends.cpu.ops"]
 
 
 def test_warnings_of_these_libraries_do_not_reach_the_screen_and_errors_do():
-    lines = [f"logging.getLogger({name!r}).{level}('{level} of {name}')" for name in LOGGERS for level in ("warning", "error")]
+    lines = [
+        f"logging.getLogger({name!r}).{level}('{level} of {name}')"
+        for name in LOGGERS
+        for level in ("warning", "error")
+    ]
     code = "\n".join(["import logging, quiet_libraries", *lines])
     done = subprocess.run([sys.executable, "-c", code], cwd=TREE, capture_output=True, text=True)
     assert done.returncode == 0

@@ -125,7 +125,9 @@ def test_loss_is_the_literal_formula(batch, changes, prediction_type, masked):
     weights = torch.tensor([1.0, 0.5, 1.0, 2.0])
     masks = torch.rand(4, 1, 64, 48, generator=torch.Generator().manual_seed(1)) if masked else None
     got = dl.sample_losses(chosen, schedule, prediction, latents, timesteps, weights, masks)
-    assert got.tolist() == pytest.approx(literal_loss(chosen, schedule, prediction, latents, timesteps, weights, masks), rel=2e-3)
+    assert got.tolist() == pytest.approx(
+        literal_loss(chosen, schedule, prediction, latents, timesteps, weights, masks), rel=2e-3
+    )
 
 
 def test_zero_terminal_snr():

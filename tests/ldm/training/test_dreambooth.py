@@ -38,7 +38,9 @@ def test_missing_class_pictures_are_generated_and_trained_on(base, images, tmp_p
     assert {path.read_text() for path in Path(reg).rglob("*.txt")} == {"a photo of a dog\n"}
     assert "generating 3 class pictures" in capsys.readouterr().out
     metadata = load_lora(tmp_path / "a" / "lora.safetensors")[1]
-    assert metadata["ss_num_train_images"] == "4" and metadata["ss_num_reg_images"] == "4"  # repeated until they are as many
+    assert (
+        metadata["ss_num_train_images"] == "4" and metadata["ss_num_reg_images"] == "4"
+    )  # repeated until they are as many
     assert json.loads(metadata["ss_reg_dataset_dirs"]) == {"1_class": {"n_repeats": 1, "img_count": 3}}
 
     train(base, images, tmp_path / "b", **CLASS, reg_data_dir=reg)
@@ -102,8 +104,16 @@ def test_the_whole_unet_is_trained_and_saved_as_a_model(base, images, tmp_path, 
     prompts.write_text("a cat --s 1\n")
     extra = dict(save_every_n_steps=2, save_last_n_steps=1, sample_prompts=str(prompts))
     result = train(base, images, tmp_path / "out", **FULL, **extra, max_train_steps=5)
-    assert result["outcome"] == "budget_reached" and result["files"]["kept"]["path"] == "lora" and len(result["files"]) == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["lora", "lora-step00000004", "sample"]
+    assert (
+        result["outcome"] == "budget_reached"
+        and result["files"]["kept"]["path"] == "lora"
+        and len(result["files"]) == 1
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == [
+        "lora",
+        "lora-step00000004",
+        "sample",
+    ]
     before, after = unet_of(base), unet_of(tmp_path / "out" / "lora")
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]

@@ -96,7 +96,9 @@ def test_two_processes_share_gradients_and_stop_together(base, images, tmp_path)
         shadows=1,
     )  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    finished = subprocess.run([*launch, str(script), str(tmp_path), *flags], timeout=400, capture_output=True, text=True)
+    finished = subprocess.run(
+        [*launch, str(script), str(tmp_path), *flags], timeout=400, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr[:3000]
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["outcome"] == two["outcome"] == "stopped_early" and one["step"] == two["step"] < 40

@@ -25,7 +25,15 @@ DEFAULTS = dict(
     lr_scheduler_timescale=None,
     lr_scheduler_min_lr_ratio=None,
 )
-NEEDS_CUDA = {"pagedadamw", "pagedadamw8bit", "pagedadamw32bit", "pagedlion8bit", "sgdnesterov8bit", "lion8bit", "adamw8bit"}
+NEEDS_CUDA = {
+    "pagedadamw",
+    "pagedadamw8bit",
+    "pagedadamw32bit",
+    "pagedlion8bit",
+    "sgdnesterov8bit",
+    "lion8bit",
+    "adamw8bit",
+}
 
 
 def settings(**changes):
@@ -68,7 +76,9 @@ def test_optimizer_arguments_are_read():
         "kind": "linear",
         "x": None,
     }
-    optimizer = make_optimizer(settings(optimizer_args=["weight_decay=0.1", "betas=.8,.9"]), [{"params": [parameter()]}])
+    optimizer = make_optimizer(
+        settings(optimizer_args=["weight_decay=0.1", "betas=.8,.9"]), [{"params": [parameter()]}]
+    )
     assert optimizer.param_groups[0]["weight_decay"] == 0.1 and optimizer.param_groups[0]["betas"] == (0.8, 0.9)
     optimizer = make_optimizer(
         settings(optimizer_type="SGDNesterov", optimizer_args=["momentum=0.5"]), [{"params": [parameter()]}]
@@ -139,7 +149,9 @@ PROGRESS = [max(0, (step - 10) / 90) for step in range(100)]
             [min(1, step / 10) if step < 80 else 1 - (step - 80) / 20 for step in range(100)],
         ),
         (
-            dict(lr_scheduler="piecewise_constant", lr_warmup_steps=0, lr_scheduler_args=["step_rules=1:30,0.1:60,0.01"]),
+            dict(
+                lr_scheduler="piecewise_constant", lr_warmup_steps=0, lr_scheduler_args=["step_rules=1:30,0.1:60,0.01"]
+            ),
             [1.0] * 30 + [0.1] * 30 + [0.01] * 40,
         ),
     ],

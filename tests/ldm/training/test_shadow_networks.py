@@ -130,7 +130,9 @@ def test_repeats_and_flips_share_a_fold_and_regularisation_pictures_are_in_none(
     data = make_pictures(tmp_path / "images", count=4, repeats=3)
     regular = make_pictures(tmp_path / "reg", count=4, name="animal", seed=9)
     reset_accelerate()
-    shadows = set_up(parse_arguments(words(base, data, tmp_path / "out", **BESIDE, reg_data_dir=regular, flip_aug=True))).shadows
+    shadows = set_up(
+        parse_arguments(words(base, data, tmp_path / "out", **BESIDE, reg_data_dir=regular, flip_aug=True))
+    ).shadows
     folds = shadows.training.folds
     assert len(folds) == 2 and set(folds.values()) == {0, 1} and all(name.startswith("3_cat/") for name in folds)
     for number, batches in enumerate(shadows.fold_batches):
@@ -161,7 +163,9 @@ def test_automatic_scores_follow_from_the_pictures_of_a_fold(base, images, tmp_p
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(base, images, tmp_path):
-    settings = dict(BESIDE, shadow_interval=2, network_dropout=0.1, gradient_accumulation_steps=2, lr_scheduler="cosine")
+    settings = dict(
+        BESIDE, shadow_interval=2, network_dropout=0.1, gradient_accumulation_steps=2, lr_scheduler="cosine"
+    )
     settings.update(max_train_steps=8, save_state=True)
     train(base, images, tmp_path / "whole", **settings, save_every_n_steps=3)
     state = next((tmp_path / "whole").glob("*0003-state"))

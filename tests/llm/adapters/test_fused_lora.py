@@ -103,7 +103,9 @@ def test_outputs_and_gradients_are_those_of_peft_adapters_alone(base_in, bits):
         scale = alone.float().abs().max().item()
         torch.testing.assert_close(logits[start : start + len(alone)], alone, rtol=0, atol=tolerance * scale)
         for key, gradient in grads.items():
-            torch.testing.assert_close(own[key], gradient, rtol=0, atol=tolerance * gradient.abs().max().item(), msg=key)
+            torch.testing.assert_close(
+                own[key], gradient, rtol=0, atol=tolerance * gradient.abs().max().item(), msg=key
+            )
         start += len(alone)
     assert all(parameter.grad is None for parameter in base.parameters())
 
@@ -151,7 +153,9 @@ def test_a_fresh_adapter_changes_nothing_and_leaves_the_random_state(base_in):
         assert torch.equal(base(**inputs).logits, plain)
     assert torch.equal(torch.get_rng_state(), state)
     first = next(iter(adapter.down))
-    assert torch.equal(adapter.down[first], again.down[first]) and not torch.equal(adapter.down[first], other.down[first])
+    assert torch.equal(adapter.down[first], again.down[first]) and not torch.equal(
+        adapter.down[first], other.down[first]
+    )
     bound = 1 / adapter.down[first].shape[1] ** 0.5  # of Kaiming's uniform distribution with a = sqrt(5)
     assert 0.9 * bound < adapter.down[first].abs().max() <= bound
 

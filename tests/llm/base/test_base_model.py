@@ -38,7 +38,14 @@ OPT_SHAPE = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "word_embed_proj_d
 OPT_SHAPE.update(num_hidden_layers=LAYERS, num_attention_heads=2, max_position_embeddings=64)
 NEOX_SHAPE = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
 NEOX_SHAPE.update(num_attention_heads=2)
-GPT2_SHAPE = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_inner": INNER, "n_layer": LAYERS, "n_head": 2, "n_positions": 64}
+GPT2_SHAPE = {
+    "vocab_size": VOCABULARY,
+    "n_embd": HIDDEN,
+    "n_inner": INNER,
+    "n_layer": LAYERS,
+    "n_head": 2,
+    "n_positions": 64,
+}
 
 LLAMA_NAMES = (
     "model.layers.{}.",
@@ -172,7 +179,9 @@ def assert_cs_is_literal(model: torch.nn.Module, adapter: str = "default", toler
 @every_bits
 def test_lora_lands_on_every_linear_layer_but_the_head(adapted, architecture, bits):
     model = adapted(architecture, bits)
-    found = [name.split("base_model.model.", 1)[1] for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    found = [
+        name.split("base_model.model.", 1)[1] for name, module in model.named_modules() if hasattr(module, "lora_A")
+    ]
     assert sorted(found) == expected_names(architecture)
     assert len(peft_lora_layers(model)) == len(expected_names(architecture))
 
@@ -188,7 +197,9 @@ def test_layers_by_name(settings_for):
     assert sorted(lora_target_names(base, "q_proj,v_proj")) == sorted(
         f"model.layers.{index}.self_attn.{name}_proj" for index in range(LAYERS) for name in "qv"
     )
-    assert lora_target_names(base, " mlp.up_proj , ") == [f"model.layers.{index}.mlp.up_proj" for index in range(LAYERS)]
+    assert lora_target_names(base, " mlp.up_proj , ") == [
+        f"model.layers.{index}.mlp.up_proj" for index in range(LAYERS)
+    ]
     assert lora_target_names(base, "model.layers.1.mlp.up_proj") == ["model.layers.1.mlp.up_proj"]
 
 
@@ -265,7 +276,9 @@ def test_a_bf16_base_on_a_cpu_keeps_its_small_parts_and_logits_in_float32(settin
         randomise(model)
         model.train()
         inputs = []
-        model.get_input_embeddings().register_forward_hook(lambda module, args, output, seen=inputs: seen.append(output))
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output, seen=inputs: seen.append(output)
+        )
         output = model(input_ids=tokens(), labels=tokens())
         assert output.logits.dtype == torch.float32 and inputs[0].requires_grad  # checkpointing passes the gradient on
         output.loss.backward()
@@ -301,7 +314,15 @@ def test_lora_bias_chooses_the_trained_biases(settings_for, bits, choice):
 @every_bits
 def test_trainable_parameters_count_the_same_in_any_precision(adapted, bits):
     count = trainable_parameters(adapted("llama", bits))
-    sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]  # (in, out) of q k v o gate up down
+    sizes = [
+        (64, 64),
+        (64, 32),
+        (64, 32),
+        (64, 64),
+        (64, 128),
+        (64, 128),
+        (128, 64),
+    ]  # (in, out) of q k v o gate up down
     lora = LAYERS * sum(4 * (inside + outside) for inside, outside in sizes)
     norms = HIDDEN * (2 * LAYERS + 1)
     base = 2 * VOCABULARY * HIDDEN + LAYERS * sum(inside * outside for inside, outside in sizes) + norms
@@ -322,7 +343,9 @@ def test_gpt2_s_transposed_weights_are_measured_the_right_way_round(adapted, fol
     stored = load_file(folders("gpt2") / "model.safetensors")
     for layer in peft_lora_layers(adapted("gpt2", bits)):
         name = layer.name.split("base_model.model.", 1)[1]
-        weight = next(tensor for key, tensor in stored.items() if key.endswith(f"{name.split('transformer.')[1]}.weight")).T
+        weight = next(
+            tensor for key, tensor in stored.items() if key.endswith(f"{name.split('transformer.')[1]}.weight")
+        ).T
         assert weight.shape == (layer.up.shape[0], layer.down.shape[1])
         rounding = {4: 0.2, 8: 0.02, 16: 0.005, 32: 1e-6}[bits]
         assert (layer.weight.dense().float() - weight).norm() / weight.norm() < rounding
@@ -345,7 +368,9 @@ KINDS = {"dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "rank 1": {
 @pytest.mark.parametrize("bits", [4, 32])
 def test_cs_of_other_kinds_of_lora(settings_for, kind, bits):
     base = load_base(settings_for("llama", f"--bits {bits}"))
-    config = LoraConfig(**{"r": 4, "target_modules": lora_target_names(base, "all"), "task_type": "CAUSAL_LM", **KINDS[kind]})
+    config = LoraConfig(
+        **{"r": 4, "target_modules": lora_target_names(base, "all"), "task_type": "CAUSAL_LM", **KINDS[kind]}
+    )
     model = get_peft_model(base, config)
     randomise(model)
     assert_cs_is_literal(model, tolerance=1e-5 if bits == 4 else 1e-6)
@@ -368,7 +393,9 @@ def test_only_the_active_adapter_is_measured(settings_for):
 def test_modules_to_save_are_trained_and_not_measured(settings_for):
     base = load_base(settings_for("llama", "--bits 32"))
     targets = lora_target_names(base, "all")
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, modules_to_save=["lm_head"], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules=targets, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    )
     randomise(model)
     assert_cs_is_literal(model)
     assert len(peft_lora_layers(model)) == len(expected_names("llama"))

@@ -45,7 +45,9 @@ def load(folder, kind="nf4", double=True):
 def repack(model):
     """What bitsandbytes does in a forward pass in evaluation mode, on the processors where it does that."""
     for layer in layers_of(model):
-        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+            layer.weight.data, layer.weight.quant_state
+        )
         layer.quant_state = layer.weight.quant_state
 
 
@@ -62,7 +64,15 @@ def evaluate(model):
 
 
 def test_an_evaluation_changes_neither_weights_nor_gradients(random_base, tmp_path):
-    words = ["--model_name_or_path", str(random_base), "--output_dir", str(tmp_path / "run"), "--bits", "4", "--use_cpu"]
+    words = [
+        "--model_name_or_path",
+        str(random_base),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--bits",
+        "4",
+        "--use_cpu",
+    ]
     model = adapted(load_base(parse_arguments(words)))
     weights, before = [dequantised(layer).clone() for layer in layers_of(model)], gradients(model)
     evaluate(model)
@@ -94,11 +104,21 @@ def test_another_trainer_trains_through_weights_that_an_evaluation_had_repacked(
         before = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
         if name == "repacked":
             repack(model)
-        options = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "eval_on_start": True, "eval_strategy": "epoch"}
-        arguments = TrainingArguments(str(tmp_path / name), use_cpu=True, report_to="none", save_strategy="no", **options)
+        options = {
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 1.0,
+            "eval_on_start": True,
+            "eval_strategy": "epoch",
+        }
+        arguments = TrainingArguments(
+            str(tmp_path / name), use_cpu=True, report_to="none", save_strategy="no", **options
+        )
         rows = [{"input_ids": row, "labels": row} for row in TOKENS]
         callback = EarlyStopCallback(cs_interval=1, window_size=2)
-        Trainer(model, arguments, default_data_collator, train_dataset=rows, eval_dataset=rows, callbacks=[callback]).train()
+        Trainer(
+            model, arguments, default_data_collator, train_dataset=rows, eval_dataset=rows, callbacks=[callback]
+        ).train()
         moved.append({name: tensor.detach() - before[name] for name, tensor in trainable_tensors(model).items()})
     first = [name for name in moved[0] if "layers.0." in name]  # whose gradient comes through the other layers
     assert first and all((moved[1][name] - moved[0][name]).norm() < 0.05 * moved[0][name].norm() for name in first)
@@ -106,7 +126,13 @@ def test_another_trainer_trains_through_weights_that_an_evaluation_had_repacked(
 
 def test_rows_that_are_no_whole_blocks_are_refused_where_this_machine_reads_them_wrongly(tmp_path):
     torch.manual_seed(0)
-    shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path)
     stored, model = AutoModelForCausalLM.from_pretrained(tmp_path), load(tmp_path)
     names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
@@ -115,5 +141,7 @@ def test_rows_that_are_no_whole_blocks_are_refused_where_this_machine_reads_them
     assert "model.layers.0.mlp.down_proj" not in wrong  # its rows are a block
     if not wrong:
         return check_dequantisation(model)
-    with pytest.raises(ValueError, match=f"reads layer {wrong[0]} wrongly.*32 inputs are no multiple of 64; use --bits 8, 16"):
+    with pytest.raises(
+        ValueError, match=f"reads layer {wrong[0]} wrongly.*32 inputs are no multiple of 64; use --bits 8, 16"
+    ):
         check_dequantisation(model)

@@ -130,7 +130,10 @@ def test_dictionaries_kept_back_as_unseen_data_are_not_among_the_sources(reader)
 
 @pytest.mark.parametrize("layout", ["<IIH", "<III"])
 def test_sword_module_is_read_in_both_layouts(reader, tmp_path, layout):
-    verses = ['In the beginning<note>foot</note> it was.<div sID="1" type="x-p"/>', '<w lemma="x">Then</w> came &amp; went.']
+    verses = [
+        'In the beginning<note>foot</note> it was.<div sID="1" type="x-p"/>',
+        '<w lemma="x">Then</w> came &amp; went.',
+    ]
     block, places, offset = "".join(verses).encode(), b"", 0
     for verse in verses:
         places += struct.pack(layout, 0, offset, len(verse))
@@ -171,7 +174,9 @@ def test_a_document_is_cut_at_paragraph_ends(reader):
 
 def test_a_stage_out_of_order_is_one_clear_line(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        sys, "argv", ["make_tiny_base.py", "train", "--device", "cpu", "--work_dir", str(tmp_path), "--out_dir", str(tmp_path)]
+        sys,
+        "argv",
+        ["make_tiny_base.py", "train", "--device", "cpu", "--work_dir", str(tmp_path), "--out_dir", str(tmp_path)],
     )
     assert script.main() == 2
     complaint = capsys.readouterr().err

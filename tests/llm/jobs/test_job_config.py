@@ -64,8 +64,14 @@ WRONG = {
         {"defaults": {"rnak": 3}, "jobs": [{"name": "a"}]},
         r"\[defaults\]: rnak is unknown; did you",
     ),
-    "a misspelt section": ({"job": [], "jobs": [{"name": "a", "dataset": "a.jsonl"}]}, "job is unknown; did you mean jobs"),
-    "a misspelt key of the grid": ({"jobs": [{"name": "a", "dataset": "x"}], "grid": {"ranks": [1]}}, "did you mean rank"),
+    "a misspelt section": (
+        {"job": [], "jobs": [{"name": "a", "dataset": "a.jsonl"}]},
+        "job is unknown; did you mean jobs",
+    ),
+    "a misspelt key of the grid": (
+        {"jobs": [{"name": "a", "dataset": "x"}], "grid": {"ranks": [1]}},
+        "did you mean rank",
+    ),
     "a grid without a list": ({"jobs": [{"name": "a", "dataset": "x"}], "grid": {"rank": 8}}, "rank = 8: give a list"),
     "no name": ({"jobs": [{"dataset": "a.jsonl"}]}, "job 1: give it a name"),
     "no jobs": ({"defaults": {"rank": 8}}, r"give a list of \[\[jobs\]\]"),
@@ -73,9 +79,18 @@ WRONG = {
     "no data": ({"jobs": [{"name": "a"}]}, "dataset is missing"),
     "a text for a number": ({"jobs": [{"name": "a", "dataset": "x", "rank": "8"}]}, "rank = '8': give a whole number"),
     "a number out of range": ({"jobs": [{"name": "a", "dataset": "x", "rank": 0}]}, "rank = 0: must be at least 1"),
-    "NaN": ({"jobs": [{"name": "a", "dataset": "x", "learning_rate": float("nan")}]}, "learning_rate = nan: must be above 0"),
-    "an unknown rule": ({"jobs": [{"name": "a", "dataset": "x", "stop_rule": "guess"}]}, "stop_rule = 'guess': choose one of"),
-    "a wrong word": ({"jobs": [{"name": "a", "dataset": "x", "window_size": "big"}]}, 'a number of 1 or more, or "auto"'),
+    "NaN": (
+        {"jobs": [{"name": "a", "dataset": "x", "learning_rate": float("nan")}]},
+        "learning_rate = nan: must be above 0",
+    ),
+    "an unknown rule": (
+        {"jobs": [{"name": "a", "dataset": "x", "stop_rule": "guess"}]},
+        "stop_rule = 'guess': choose one of",
+    ),
+    "a wrong word": (
+        {"jobs": [{"name": "a", "dataset": "x", "window_size": "big"}]},
+        'a number of 1 or more, or "auto"',
+    ),
 }
 
 

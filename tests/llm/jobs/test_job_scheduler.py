@@ -25,7 +25,9 @@ def test_slots_are_given_in_order_and_again_as_they_free_up():
 def test_memory_bounds_the_jobs_and_the_head_of_the_queue_is_not_overtaken():
     limits = Limits(max_rows=8, max_jobs=9, free_bytes=1000, token_bytes=5)
     assert limits.max_tokens([SMALL, SMALL]) == 160
-    assert limits.fit([LARGE, SMALL]) and not limits.fit([LARGE, SMALL, SMALL, SMALL])  # 900 of adapters leave 20 tokens
+    assert limits.fit([LARGE, SMALL]) and not limits.fit(
+        [LARGE, SMALL, SMALL, SMALL]
+    )  # 900 of adapters leave 20 tokens
     queue = JobQueue(limits, [("large", LARGE), ("huge", MemoryNeed(900, 10)), ("small", SMALL)])
     assert queue.admit([]) == [("large", LARGE)]
     assert [name for name, _ in queue.waiting] == ["huge", "small"]
@@ -50,7 +52,9 @@ def test_the_cut_is_the_cheapest_of_all():
     order = sorted(range(8), key=lambda index: -sizes[index][1])
 
     def cost(passes):
-        return sum(price + sum(sizes[index][0] for index in part) * max(sizes[index][1] for index in part) for part in passes)
+        return sum(
+            price + sum(sizes[index][0] for index in part) * max(sizes[index][1] for index in part) for part in passes
+        )
 
     every = []
     for cuts in itertools.product((False, True), repeat=7):

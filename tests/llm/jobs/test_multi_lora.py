@@ -30,7 +30,14 @@ STOPPING = {"stop_rule": "second-valley", "cs_interval": 1, "window_size": 2}  #
 
 def job(name, files, **values):
     """A job of at most 6 epochs of 4 steps on 16 examples."""
-    given = {"dataset": str(files["train"]), "rank": 4, "learning_rate": 5e-3, "batch_size": 4, "accumulation": 1, "epochs": 6}
+    given = {
+        "dataset": str(files["train"]),
+        "rank": 4,
+        "learning_rate": 5e-3,
+        "batch_size": 4,
+        "accumulation": 1,
+        "epochs": 6,
+    }
     return Job(name, **{**given, **STOPPING, **values})
 
 
@@ -57,8 +64,25 @@ def losses_of(folder):
 def test_a_job_in_company_has_the_losses_of_the_single_trainer(bits, random_base, text_files, tmp_path):
     """The first 20 steps, from the same A, in the same order, each loss to 1e-4; the company differs in all settings."""
     alone = tmp_path / "alone"
-    flags = ["--model_name_or_path", str(random_base), "--dataset", str(text_files["train"]), "--output_dir", str(alone)]
-    flags += ["--bits", str(bits), "--lora_r", "4", "--learning_rate", "5e-3", "--per_device_train_batch_size", "3", "--use_cpu"]
+    flags = [
+        "--model_name_or_path",
+        str(random_base),
+        "--dataset",
+        str(text_files["train"]),
+        "--output_dir",
+        str(alone),
+    ]
+    flags += [
+        "--bits",
+        str(bits),
+        "--lora_r",
+        "4",
+        "--learning_rate",
+        "5e-3",
+        "--per_device_train_batch_size",
+        "3",
+        "--use_cpu",
+    ]
     flags += [
         "--gradient_accumulation_steps",
         "2",
@@ -83,7 +107,9 @@ def test_a_job_in_company_has_the_losses_of_the_single_trainer(bits, random_base
     company = [
         job("tested", text_files, **common),
         job("wide", text_files, rank=8, learning_rate=5e-2, batch_size=1, max_steps=9, seed=7),
-        job("attention", text_files, rank=1, target_modules="attention", train_on_source=True, dropout=0.2, max_steps=30),
+        job(
+            "attention", text_files, rank=1, target_modules="attention", train_on_source=True, dropout=0.2, max_steps=30
+        ),
     ]
     train_jobs(company, random_base, tmp_path / "fused", bits=bits, use_cpu=True, say=lambda text: None)
     fused = losses_of(tmp_path / "fused" / "tested")
@@ -93,11 +119,15 @@ def test_a_job_in_company_has_the_losses_of_the_single_trainer(bits, random_base
 
 
 def test_a_job_has_its_own_number_of_its_rule(random_base, text_files, tmp_path):
-    clocks = [job(f"epochs-{n}", text_files, stop_rule="fixed-epochs", rule_value=n, window_size="auto") for n in (1, 3)]
+    clocks = [
+        job(f"epochs-{n}", text_files, stop_rule="fixed-epochs", rule_value=n, window_size="auto") for n in (1, 3)
+    ]
     train_jobs(clocks, random_base, tmp_path, use_cpu=True, say=lambda text: None)
     assert [result_of(tmp_path / clock.name)["kept_step"] for clock in clocks] == [4, 12]
     with pytest.raises(ValueError, match="second-valley has no number to set"):
-        train_jobs([job("a", text_files, rule_value=2.0)], random_base, tmp_path / "none", use_cpu=True, say=lambda text: None)
+        train_jobs(
+            [job("a", text_files, rule_value=2.0)], random_base, tmp_path / "none", use_cpu=True, say=lambda text: None
+        )
     assert "rule_value = -1: must be above 0" in job("a", text_files, rule_value=-1).problems()
 
 
@@ -121,7 +151,13 @@ def finished(random_base, text_files, tmp_path_factory):
         {"name": "stops", "rank": 1},
         {"name": "nowhere", "target_modules": ["c_attn"]},
     ]
-    defaults = {"dataset": str(text_files["train"]), "rank": 4, "learning_rate": 5e-3, "batch_size": 4, "accumulation": 1}
+    defaults = {
+        "dataset": str(text_files["train"]),
+        "rank": 4,
+        "learning_rate": 5e-3,
+        "batch_size": 4,
+        "accumulation": 1,
+    }
     config = folder / "jobs.json"
     config.write_text(json.dumps({"defaults": {**defaults, "epochs": 6, **STOPPING}, "jobs": entries}))
     output = folder / "output"
@@ -140,8 +176,15 @@ def run_program(command):
 def test_each_job_leaves_what_a_single_run_leaves(finished):
     output = finished[0]
     stops, full, short = (result_of(output / name) for name in ("stops", "full", "short"))
-    assert [stops["outcome"], full["outcome"], short["outcome"]] == ["stopped_early", "budget_reached", "no_turning_point"]
-    assert stops["kept_step"] == stops["detection_step"] - (3 * 2 - 2) and stops["last_step"] == stops["detection_step"] < 24
+    assert [stops["outcome"], full["outcome"], short["outcome"]] == [
+        "stopped_early",
+        "budget_reached",
+        "no_turning_point",
+    ]
+    assert (
+        stops["kept_step"] == stops["detection_step"] - (3 * 2 - 2)
+        and stops["last_step"] == stops["detection_step"] < 24
+    )
     assert full["last_step"] == 24 and full["turning_step"] == stops["turning_step"]
     left = {path.name for path in (output / "stops").iterdir()}
     assert left == {"adapter", "adapter-last", "cs_history.jsonl", "result.json", "report.html"}
@@ -212,7 +255,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(random_base, text
     """Two slots, three jobs, dropout, a step of accumulation under way; stopped at three moments."""
     jobs = [
         job("first", text_files, dropout=0.1, max_steps=6, eval_dataset=str(text_files["heldout"]), seed=5),
-        job("second", text_files, batch_size=2, accumulation=3, lr_scheduler_type="linear", max_steps=7, early_stop=False),
+        job(
+            "second",
+            text_files,
+            batch_size=2,
+            accumulation=3,
+            lr_scheduler_type="linear",
+            max_steps=7,
+            early_stop=False,
+        ),
         job("third", text_files, rank=2, max_steps=5, priority=-1),
     ]
     options = {"bits": 32, "use_cpu": True, "max_jobs": 2, "say": lambda text: None}
@@ -244,7 +295,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(random_base, text
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_ends_the_run(random_base, text_files, tmp_path, capsys, monkeypatch):
     config = tmp_path / "jobs.json"
-    entry = {"name": "one", "dataset": str(text_files["train"]), "rank": 2, "batch_size": 4, "accumulation": 1, "max_steps": 4}
+    entry = {
+        "name": "one",
+        "dataset": str(text_files["train"]),
+        "rank": 2,
+        "batch_size": 4,
+        "accumulation": 1,
+        "max_steps": 4,
+    }
     config.write_text(json.dumps({"jobs": [entry]}))
     command = ["--base_model", str(random_base), "--config", str(config), "--output_dir", str(tmp_path / "out")]
     command += ["--bits", "32", "--use_cpu"]
@@ -271,7 +329,8 @@ def test_passes_hold_no_more_rows_and_slots_than_allowed(random_base, text_files
 
     monkeypatch.setattr(FusedTraining, "_losses", noted)
     jobs = [
-        job(f"job{index}", text_files, rank=1, batch_size=2, max_steps=1 + index, priority=int(index == 3)) for index in range(4)
+        job(f"job{index}", text_files, rank=1, batch_size=2, max_steps=1 + index, priority=int(index == 3))
+        for index in range(4)
     ]
     said = []
     train_jobs(jobs, random_base, tmp_path / "out", bits=32, use_cpu=True, max_jobs=3, max_rows=4, say=said.append)
@@ -306,7 +365,15 @@ BAD_COMMANDS = {
 def test_bad_flags_end_with_one_message_and_code_2(words, random_base, text_files, tmp_path, capsys):
     config = tmp_path / "jobs.json"
     config.write_text(json.dumps({"jobs": [{"name": "one", "dataset": str(text_files["train"]), "batch_size": 4}]}))
-    command = ["--base_model", str(random_base), "--config", str(config), "--output_dir", str(tmp_path / "out"), *words.split()]
+    command = [
+        "--base_model",
+        str(random_base),
+        "--config",
+        str(config),
+        "--output_dir",
+        str(tmp_path / "out"),
+        *words.split(),
+    ]
     assert main(command) == 2
     assert BAD_COMMANDS[words] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -324,16 +391,27 @@ def test_the_templates_run(template, random_base, tmp_path):
     assert set(overview["chosen"]) == {entry.group for entry in jobs if entry.group}
     chosen = overview["chosen"].get("kitchen")
     if chosen:
-        losses = {result["name"]: result["heldout"]["last"] for result in overview["jobs"] if result["group"] == "kitchen"}
+        losses = {
+            result["name"]: result["heldout"]["last"] for result in overview["jobs"] if result["group"] == "kitchen"
+        }
         assert chosen["name"] == min(losses, key=losses.get)
 
 
 @pytest.mark.parametrize("together", (False, True))
 def test_two_processes_train_as_one(together, random_base, text_files, tmp_path):
     """Spread: each job on one of two gloo processes. Together: one job, data-parallel, micro-batches of an odd number of rows."""
-    entries = [{"name": "a", "batch_size": 3, "max_steps": 4}, {"name": "b", "rank": 2, "batch_size": 2, "max_steps": 3}]
+    entries = [
+        {"name": "a", "batch_size": 3, "max_steps": 4},
+        {"name": "b", "rank": 2, "batch_size": 2, "max_steps": 3},
+    ]
     entries = entries[:1] if together else entries
-    defaults = {"dataset": str(text_files["train"]), "rank": 4, "learning_rate": 5e-3, "accumulation": 2, "max_train_samples": 13}
+    defaults = {
+        "dataset": str(text_files["train"]),
+        "rank": 4,
+        "learning_rate": 5e-3,
+        "accumulation": 2,
+        "max_train_samples": 13,
+    }
     defaults |= {"eval_dataset": str(text_files["heldout"]), "cs_interval": 1, "window_size": 2}
     config = tmp_path / "jobs.json"
     config.write_text(json.dumps({"defaults": defaults, "jobs": entries}))
@@ -351,4 +429,6 @@ def test_two_processes_train_as_one(together, random_base, text_files, tmp_path)
         assert result_of(two)["heldout"] == pytest.approx(result_of(one)["heldout"], abs=1e-4)
     overview = json.loads((tmp_path / "two" / "overview.json").read_text())
     assert [result["name"] for result in overview["jobs"]] == [entry["name"] for entry in entries]
-    assert done.stdout.count("overview:") == 1 and all(done.stdout.count(f"{entry['name']}: starts") == 1 for entry in entries)
+    assert done.stdout.count("overview:") == 1 and all(
+        done.stdout.count(f"{entry['name']}: starts") == 1 for entry in entries
+    )

@@ -48,7 +48,9 @@ def lora(base, **options):
 def trained(model, output, callback=None, others=(), resume=None, **options):
     """A plain Trainer after train(): 24 steps at most, 4 an epoch, a checkpoint at each; M = 2, so it stops after 8 or more."""
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_only_model": True, "logging_steps": 1}
-    settings.update({"per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": "none", "use_cpu": True, **options})
+    settings.update(
+        {"per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": "none", "use_cpu": True, **options}
+    )
     callback = callback or EarlyStopCallback(stop_rule="second-valley", cs_interval=1, window_size=2)
     trainer = Trainer(
         model,
@@ -108,7 +110,13 @@ def sft_output(request, random_base, text_files, tmp_path_factory):
     if request.param == "4-bit":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         loading = {"quantization_config": config, "device_map": {"": "cpu"}, "dtype": torch.float32}
-    settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_only_model": True, "learning_rate": 5e-3}
+    settings = {
+        "max_steps": 24,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_only_model": True,
+        "learning_rate": 5e-3,
+    }
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(random_base, **loading),
         SFTConfig(str(output), per_device_train_batch_size=4, bf16=False, use_cpu=True, report_to="none", **settings),
@@ -261,7 +269,10 @@ def test_where_early_stopping_callback_stops_the_weights_are_left_and_it_is_name
 
 def test_the_best_model_that_another_callback_left_is_not_overwritten(random_base, tmp_path):
     output = tmp_path / "run"
-    options = {**BEST, "greater_is_better": True}  # random tokens are soon learnt by heart: the worst loss is not the last
+    options = {
+        **BEST,
+        "greater_is_better": True,
+    }  # random tokens are soon learnt by heart: the worst loss is not the last
     trainer = trained(lora(random_base), output, others=[impatient()], **options)
     result, best = result_of(output), trainer.state.best_global_step
     assert result["outcome"] == "stopped_by_other" and result["kept_step"] == best
@@ -286,7 +297,9 @@ def test_a_run_to_its_budget_says_so(random_base, tmp_path):
     output = tmp_path / "run"
     trainer = trained(lora(random_base), output, max_steps=3)
     assert result_of(output)["outcome"] == "no_turning_point"
-    assert verdict_in_log(trainer).startswith("Trained to its budget of 3 steps; the rule second-valley had seen no evidence")
+    assert verdict_in_log(trainer).startswith(
+        "Trained to its budget of 3 steps; the rule second-valley had seen no evidence"
+    )
 
 
 def test_a_caller_that_reports_itself_finds_the_snapshots_and_no_files(random_base, tmp_path):

@@ -50,7 +50,17 @@ def same(a, b):
 def stopped(random_base, text_files, tmp_path_factory):
     """One early-stopped run that saved a checkpoint at every step and evaluated at every epoch."""
     output = tmp_path_factory.mktemp("runs") / "stopped"
-    more = ["--early_stop", "--lora_dropout", "0.1", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "60"]
+    more = [
+        "--early_stop",
+        "--lora_dropout",
+        "0.1",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+        "--save_total_limit",
+        "60",
+    ]
     more += ["--do_eval", "--eval_dataset", str(text_files["heldout"]), "--eval_strategy", "epoch"]
     more += ["--report_to", "tensorboard", "--logging_dir", str(output / "runs")]
     assert main(flags(random_base, text_files, output, *more)) == 0
@@ -89,7 +99,10 @@ def test_the_adapter_loads_with_peft_and_generates(stopped, random_base):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(stopped / "adapter"), AutoTokenizer.from_pretrained(random_base)
+    model, tokenizer = (
+        AutoPeftModelForCausalLM.from_pretrained(stopped / "adapter"),
+        AutoTokenizer.from_pretrained(random_base),
+    )
     inputs = tokenizer("how do i keep rice", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5)
     assert output.shape[1] == inputs["input_ids"].shape[1] + 5
@@ -130,7 +143,9 @@ def test_tensorboard_has_the_published_names(stopped):
     assert events.Scalars("cs_fluctuation/steps")
 
 
-def test_without_early_stop_the_full_run_is_kept_and_the_turning_point_lies_beside_it(stopped, random_base, text_files, tmp_path):
+def test_without_early_stop_the_full_run_is_kept_and_the_turning_point_lies_beside_it(
+    stopped, random_base, text_files, tmp_path
+):
     output = tmp_path / "full"
     assert main(flags(random_base, text_files, output, "--lora_dropout", "0.1")) == 0
     result, earlier = result_of(output), result_of(stopped)
@@ -151,7 +166,10 @@ def test_no_decision_leaves_one_adapter_and_says_so(random_base, text_files, tmp
 
 def test_measuring_changes_nothing_in_the_training(random_base, text_files, tmp_path):
     for name, more in (("with", []), ("without", ["--calculate_cs", "False"])):
-        assert main(flags(random_base, text_files, tmp_path / name, "--max_steps", "6", "--lora_dropout", "0.1", *more)) == 0
+        assert (
+            main(flags(random_base, text_files, tmp_path / name, "--max_steps", "6", "--lora_dropout", "0.1", *more))
+            == 0
+        )
     assert same(adapter_of(tmp_path / "with" / "adapter"), adapter_of(tmp_path / "without" / "adapter"))
     assert not (tmp_path / "without" / "cs_history.jsonl").exists()
 
@@ -173,7 +191,11 @@ def test_accumulation_gives_the_same_trajectory_as_the_batch_at_once(random_base
 
 def start(arguments):
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, str(PROGRAM), *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -184,7 +206,17 @@ def wait_for(path, process, timeout_sec=120):
         time.sleep(0.005)
 
 
-LONG = ["--early_stop", "--stop_rule", "nth-valley", "--valley", "5", "--num_train_epochs", "25", "--lora_dropout", "0.1"]
+LONG = [
+    "--early_stop",
+    "--stop_rule",
+    "nth-valley",
+    "--valley",
+    "5",
+    "--num_train_epochs",
+    "25",
+    "--lora_dropout",
+    "0.1",
+]
 LONG += ["--save_strategy", "steps", "--save_steps", "3"]
 
 
@@ -223,9 +255,22 @@ def test_two_processes_stop_together(random_base, text_files, tmp_path):
     output = tmp_path / "two"
     more = ["--early_stop", "--per_device_train_batch_size", "2", "--ddp_backend", "gloo", "--shadows", "1"]
     more += ["--do_eval", "--eval_dataset", str(text_files["heldout"])]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), str(PROGRAM)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(port),
+        str(PROGRAM),
+    ]
     done = subprocess.run(
-        [*command, *flags(random_base, text_files, output, *more)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        [*command, *flags(random_base, text_files, output, *more)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = result_of(output)
@@ -284,7 +329,16 @@ def test_full_finetune_saves_a_model(random_base, text_files, tmp_path):
 
 def test_a_third_split_is_scored_once_and_predictions_are_written(random_base, text_files, tmp_path):
     output = tmp_path / "splits"
-    more = ["--do_eval", "--eval_dataset_size", "3", "--test_dataset_size", "4", "--do_predict", "--max_new_tokens", "4"]
+    more = [
+        "--do_eval",
+        "--eval_dataset_size",
+        "3",
+        "--test_dataset_size",
+        "4",
+        "--do_predict",
+        "--max_new_tokens",
+        "4",
+    ]
     assert main(flags(random_base, text_files, output, "--max_steps", "2", *more)) == 0
     assert result_of(output)["test_loss"] > 0
     predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
@@ -340,7 +394,15 @@ BAD = {
     "subject": (["--dataset", "mmlu", "--train_subject", "physics", "--mmlu_dir", "{folder}"], "mmlu"),
     "disk": (["--snapshot_disk_gb", "0"], "must be above 0"),
     "best model": (
-        ["--load_best_model_at_end", "--save_strategy", "epoch", "--eval_strategy", "epoch", "--eval_dataset_size", "4"],
+        [
+            "--load_best_model_at_end",
+            "--save_strategy",
+            "epoch",
+            "--eval_strategy",
+            "epoch",
+            "--eval_dataset_size",
+            "4",
+        ],
         "keeps the turning point or the last step",
     ),
 }
@@ -390,7 +452,9 @@ def test_the_screen_of_a_run_is_clean_and_ends_with_the_next_command(random_base
     assert process.returncode == 0, screen
     assert "warn" not in screen.lower()
     lines = screen.strip().splitlines()
-    assert lines[-1].startswith("try it: ") and any(line.startswith("Trained to its budget of 3 steps") for line in lines)
+    assert lines[-1].startswith("try it: ") and any(
+        line.startswith("Trained to its budget of 3 steps") for line in lines
+    )
 
 
 def test_resuming_another_runs_checkpoint_does_not_touch_the_run_in_the_output_folder(
@@ -398,7 +462,9 @@ def test_resuming_another_runs_checkpoint_does_not_touch_the_run_in_the_output_f
 ):
     assert main(flags(random_base, text_files, tmp_path / "mine", "--max_steps", "2")) == 0
     before = (tmp_path / "mine" / "cs_history.jsonl").read_bytes()
-    arguments = flags(random_base, text_files, tmp_path / "mine", "--resume_from_checkpoint", str(uninterrupted / "checkpoint-9"))
+    arguments = flags(
+        random_base, text_files, tmp_path / "mine", "--resume_from_checkpoint", str(uninterrupted / "checkpoint-9")
+    )
     assert main(arguments) == 2
     assert "holds an earlier run" in capsys.readouterr().err
     assert (tmp_path / "mine" / "cs_history.jsonl").read_bytes() == before

@@ -82,10 +82,15 @@ def test_adapters_of_one_name_are_told_apart_by_their_runs(run):
 @pytest.mark.parametrize("kind", ["early", "full"])
 def test_compare_shows_base_turning_point_and_last(run, expected, tmp_path, capsys, kind):
     folder = run.with_name(kind)
-    assert main(["--adapter", str(folder), "--compare", "--prompt", PROMPT, *SHORT, "--output", str(tmp_path / "a.jsonl")]) == 0
+    assert (
+        main(["--adapter", str(folder), "--compare", "--prompt", PROMPT, *SHORT, "--output", str(tmp_path / "a.jsonl")])
+        == 0
+    )
     named = [("base", expected["base"]), ("turning point", expected["adapter"]), ("last", expected["adapter-last"])]
     assert answers_in(tmp_path / "a.jsonl") == named
-    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("base") and "turning point" in line]
+    heads = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("base") and "turning point" in line
+    ]
     assert len(heads) == 1 and [cell.strip() for cell in heads[0].split("|")] == ["base", "turning point", "last"]
 
 
@@ -192,7 +197,10 @@ def test_columns_keep_to_the_width():
         (["--adapter", "RUN"], "one of the arguments --prompt --prompts --chat is required"),
         (["--adapter", "RUN", "--prompt", "x", "--temprature", "1"], "did you mean --temperature?"),
         (["--adapter", "RUN", "--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
-        (["--adapter", "RUN", "--prompt", "x", "--do_sample", "--temperature", "nan"], "--temperature nan: must be above 0"),
+        (
+            ["--adapter", "RUN", "--prompt", "x", "--do_sample", "--temperature", "nan"],
+            "--temperature nan: must be above 0",
+        ),
         (["--adapter", "RUN", "--prompt", "x", "--penalty_alpha", "0.6"], "transformers has dropped"),
         (["--adapter", "/no/run", "--prompt", "x"], "/no/run holds no adapter_config.json"),
         (["--base", "/no/base", "--prompt", "x"], "the base model /no/base cannot be found"),

@@ -33,7 +33,9 @@ def make_adapter(base, folder, seed, **more):
     """An adapter that changes the output a good deal: both of its matrices are random."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **more)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **more
+    )
     get_peft_model(model, config).save_pretrained(folder)
     return folder
 
@@ -73,7 +75,13 @@ def test_the_sum_is_made_in_float32_and_cast_once(bases, adapters, tmp_path, dty
 
 @pytest.mark.parametrize(
     ("bits", "dtype", "tolerance"),
-    [("32", "float32", 1e-5), ("16", "float16", 1e-2), ("16", "bfloat16", 6e-2), ("8", "float32", 4e-2), ("4", "float32", 1e-4)],
+    [
+        ("32", "float32", 1e-5),
+        ("16", "float16", 1e-2),
+        ("16", "bfloat16", 6e-2),
+        ("8", "float32", 4e-2),
+        ("4", "float32", 1e-4),
+    ],
 )
 def test_merged_logits_are_those_of_base_and_adapter(bases, adapters, tmp_path, capsys, bits, dtype, tolerance):
     """Apart from the tool's own check: PEFT on a base loaded here, against the folder as anyone would load it."""
@@ -128,7 +136,9 @@ def test_the_tokenizer_comes_along(adapters, random_base, tmp_path):
 
 
 def test_logits_that_differ_leave_nothing(adapters, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(merge_adapter, "merge_layers", lambda model, names, dtype: model.unload())  # forgets the adapter
+    monkeypatch.setattr(
+        merge_adapter, "merge_layers", lambda model, names, dtype: model.unload()
+    )  # forgets the adapter
     assert main(["--adapter", str(adapters[0]), "--output", str(tmp_path / "merged")]) == 2
     assert "the merged model differs" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +166,9 @@ def damaged(adapters, tmp_path, how):
         from safetensors.torch import save_file
 
         tensors = load_file(str(folder / "adapter_model.safetensors"))
-        save_file({name: tensor * float("inf") for name, tensor in tensors.items()}, str(folder / "adapter_model.safetensors"))
+        save_file(
+            {name: tensor * float("inf") for name, tensor in tensors.items()}, str(folder / "adapter_model.safetensors")
+        )
     elif how == "wide":
         (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
     return str(folder)

@@ -45,7 +45,11 @@ def message(parse, words: str) -> str:
 
 
 def test_golden_list_is_read_whole():
-    assert len(golden_flags()) == sum(line.startswith("--") for line in GOLDEN.read_text(encoding="utf-8").splitlines()) == 60
+    assert (
+        len(golden_flags())
+        == sum(line.startswith("--") for line in GOLDEN.read_text(encoding="utf-8").splitlines())
+        == 60
+    )
 
 
 @pytest.mark.parametrize(("name", "kind", "default"), golden_flags(), ids=lambda value: str(value))
@@ -132,7 +136,13 @@ QLORA_VALUES = {
     "seed": 0,
     "optim": "paged_adamw_32bit",
 }
-GENERATE_VALUES = {"do_predict": True, "do_train": False, "predict_with_generate": True, "do_sample": True, "top_p": 0.9}
+GENERATE_VALUES = {
+    "do_predict": True,
+    "do_train": False,
+    "predict_with_generate": True,
+    "do_sample": True,
+    "top_p": 0.9,
+}
 
 
 def values_of(settings, names) -> dict:
@@ -171,9 +181,19 @@ def test_published_early_stop_command_line(parse):
     assert values_of(settings, expected) == expected
 
 
-SFT_CPU = {"use_cpu": True, "bits": 16, "bf16": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "warmup_steps": 10}
+SFT_CPU = {
+    "use_cpu": True,
+    "bits": 16,
+    "bf16": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+    "warmup_steps": 10,
+}
 SFT_CPU.update(per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-4, weight_decay=0.05)
-SFT_CPU.update(lr_scheduler_type="cosine", num_train_epochs=10, max_steps=-1, eval_strategy="epoch", save_strategy="epoch")
+SFT_CPU.update(
+    lr_scheduler_type="cosine", num_train_epochs=10, max_steps=-1, eval_strategy="epoch", save_strategy="epoch"
+)
 
 
 def test_a_preset_gives_its_values_and_every_one_can_be_given_otherwise(parse):
@@ -233,7 +253,9 @@ def test_overwrite_output_dir(parse, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text("{}")
     refused = message(parse, "")
-    assert "holds an earlier run" in refused and "--overwrite_output_dir" in refused and str(tmp_path / "run") in refused
+    assert (
+        "holds an earlier run" in refused and "--overwrite_output_dir" in refused and str(tmp_path / "run") in refused
+    )
     assert parse("--overwrite_output_dir").training.overwrite_output_dir is True
     assert parse("--resume_from_checkpoint true").resume is True
     assert parse("--do_train False").training.do_train is False
@@ -427,7 +449,9 @@ def test_what_was_given_is_known_for_the_report(parse):
     assert given["bits"] == 8 and given["lora_r"] == 4 and "lora_alpha" not in given
 
 
-@pytest.mark.parametrize(("text", "meaning"), [("true", True), ("True", True), ("false", None), ("none", None), ("a/b", "a/b")])
+@pytest.mark.parametrize(
+    ("text", "meaning"), [("true", True), ("True", True), ("false", None), ("none", None), ("a/b", "a/b")]
+)
 def test_resume_from_checkpoint(parse, text, meaning):
     assert parse(f"--resume_from_checkpoint {text}").resume == meaning
     assert parsing.parse_arguments(["--output_dir", "some-new-folder"]).resume is None

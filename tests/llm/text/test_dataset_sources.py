@@ -197,7 +197,9 @@ def write_mmlu_folder(folder):
 
 def test_mmlu_subject(tmp_path):
     write_mmlu_folder(tmp_path)
-    splits = load_splits(arguments("mmlu", mmlu_dir=str(tmp_path), train_subject="college_physics", eval_dataset_size=1))
+    splits = load_splits(
+        arguments("mmlu", mmlu_dir=str(tmp_path), train_subject="college_physics", eval_dataset_size=1)
+    )
     assert splits.format == "mmlu"
     assert (len(splits.train), len(splits.evaluation)) == (5 + 4, 6)
     assert all("about  college physics." in text for text in inputs(splits.train) + inputs(splits.evaluation))

@@ -214,7 +214,9 @@ def test_misspelt_subject_suggests_the_nearest(archive):
 
 
 def test_flags_are_checked_together(archive):
-    with pytest.raises(ValueError, match="--mmlu_dataset 'x'.*mmlu-zs, mmlu-fs.*--mmlu_split 'y'.*--max_mmlu_samples 0"):
+    with pytest.raises(
+        ValueError, match="--mmlu_dataset 'x'.*mmlu-zs, mmlu-fs.*--mmlu_split 'y'.*--max_mmlu_samples 0"
+    ):
         load_mmlu(arguments(archive, mmlu_dataset="x", mmlu_split="y", max_mmlu_samples=0))
 
 
@@ -319,7 +321,9 @@ def scored_one_by_one(model, tokenizer, rows):
     for row in rows:
         ids = torch.tensor([fit_prompt(tokenizer, row["input"], 2048)])
         probabilities = model(input_ids=ids).logits[0, -1].double().softmax(-1)
-        letters = [sum(probabilities[tokenizer.convert_tokens_to_ids(way)].item() for way in ("Ġ" + x, x)) for x in "ABCD"]
+        letters = [
+            sum(probabilities[tokenizer.convert_tokens_to_ids(way)].item() for way in ("Ġ" + x, x)) for x in "ABCD"
+        ]
         right.append(max(range(4), key=letters.__getitem__) == "ABCD".index(row["output"]))
         losses.append(-torch.tensor(letters["ABCD".index(row["output"])]).log().item())
     return right, sum(losses) / len(losses)

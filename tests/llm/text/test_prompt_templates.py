@@ -91,7 +91,10 @@ def test_of_a_dialogue_the_last_answer_is_learnt(row, tokenizer):
     assert format_name == ("messages" if "messages" in row else "lima")
     assert convert_row(row, format_name, "row 1") == {"input": "hi\n\nhello\n\nmore?\n\n", "output": "no"}
     end = tokenizer.eos_token
-    assert converted("chat", row, tokenizer) == (f"<user>hi{end}\n<assistant>hello{end}\n<user>more?{end}\n<assistant>", "no")
+    assert converted("chat", row, tokenizer) == (
+        f"<user>hi{end}\n<assistant>hello{end}\n<user>more?{end}\n<assistant>",
+        "no",
+    )
 
 
 def test_chat_takes_plain_pairs_too(tokenizer):

@@ -66,7 +66,9 @@ def test_bases_that_keep_samples_apart_are_taken(kind):
 
 @pytest.mark.parametrize(("kind", "options"), [("bloom", {}), ("llama", {"attn_implementation": "eager"})])
 def test_bases_that_do_not_are_refused_by_name(kind, options):
-    with pytest.raises(ValueError, match=f"--packing: a {kind} base does not keep packed samples apart .*--packing wrapped"):
+    with pytest.raises(
+        ValueError, match=f"--packing: a {kind} base does not keep packed samples apart .*--packing wrapped"
+    ):
         check_base_keeps_samples_apart(model_of(kind, **options))
 
 
@@ -123,7 +125,16 @@ def test_flash_attention_gets_one_row_without_padding_and_the_lengths(rows, coll
 
 def flags(base, files, output, *more):
     return [
-        *("--model_name_or_path", str(base), "--dataset", str(files["train"]), "--output_dir", str(output), "--bits", "32"),
+        *(
+            "--model_name_or_path",
+            str(base),
+            "--dataset",
+            str(files["train"]),
+            "--output_dir",
+            str(output),
+            "--bits",
+            "32",
+        ),
         *("--lora_r", "4", "--learning_rate", "5e-3", "--per_device_train_batch_size", "1", "--use_cpu"),
         *("--gradient_accumulation_steps", "1", "--gradient_checkpointing", "False", "--save_strategy", "no", *more),
     ]
@@ -146,7 +157,9 @@ def test_a_packed_run_counts_its_own_steps_and_stops_early(packing, random_base,
     assert history.header["steps_per_epoch"] == sequences and result["budget_steps"] == 12 * sequences
     assert result["outcome"] == "stopped_early" and result["kept_step"] < result["last_step"] < result["budget_steps"]
     assert main(flags(random_base, text_files, tmp_path / "single", "--max_steps", "1", *more[-3:])) == 0
-    assert result_of(tmp_path / "single")["heldout"]["before"] == result["heldout"]["before"]  # evaluation is not packed
+    assert (
+        result_of(tmp_path / "single")["heldout"]["before"] == result["heldout"]["before"]
+    )  # evaluation is not packed
 
 
 BAD = {
@@ -157,10 +170,19 @@ BAD = {
     "shadows": ("--packing --early_stop --shadows 2", "--shadows hold single samples out of a known set"),
     "two formats": ("--prompt_template summarise --dataset_format alpaca", "give one of them"),
     "mmlu": ("--dataset mmlu --prompt_template rate", "--dataset mmlu has its own format"),
-    "epochs": ("--streaming --num_train_epochs 2 --calculate_cs False", "a stream has no known length, so give --max_steps"),
-    "window": ("--streaming --max_steps 9", "the length of an epoch is not known, so give --cs_interval and --window_size"),
+    "epochs": (
+        "--streaming --num_train_epochs 2 --calculate_cs False",
+        "a stream has no known length, so give --max_steps",
+    ),
+    "window": (
+        "--streaming --max_steps 9",
+        "the length of an epoch is not known, so give --cs_interval and --window_size",
+    ),
     "fraction": ("--streaming --do_eval --eval_dataset_size 0.1 --calculate_cs False", "hold out a number of rows"),
-    "by epoch": ("--streaming --save_strategy epoch --calculate_cs False", "--save_strategy epoch: a stream has no known epochs"),
+    "by epoch": (
+        "--streaming --save_strategy epoch --calculate_cs False",
+        "--save_strategy epoch: a stream has no known epochs",
+    ),
 }
 
 

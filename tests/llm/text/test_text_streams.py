@@ -123,8 +123,27 @@ def test_streams_need_weights_to_be_mixed_and_enough_rows_to_hold_out(table):
 
 def flags(base, data, output, *more):
     return [
-        *("--model_name_or_path", str(base), "--dataset", str(data), "--output_dir", str(output), "--bits", "32", "--use_cpu"),
-        *("--lora_r", "4", "--learning_rate", "5e-3", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
+        *(
+            "--model_name_or_path",
+            str(base),
+            "--dataset",
+            str(data),
+            "--output_dir",
+            str(output),
+            "--bits",
+            "32",
+            "--use_cpu",
+        ),
+        *(
+            "--lora_r",
+            "4",
+            "--learning_rate",
+            "5e-3",
+            "--per_device_train_batch_size",
+            "4",
+            "--gradient_accumulation_steps",
+            "1",
+        ),
         *("--gradient_checkpointing", "False", "--save_strategy", "no", "--streaming", "--max_steps", "12"),
         *("--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "2", *more),
     ]
@@ -141,7 +160,10 @@ def test_the_end_of_a_stream_ends_the_run_unless_it_is_repeated(random_base, tab
     packed = ["--packing", "--seq_length", "128", "--packing_repeat", "--early_stop"]
     assert main(flags(random_base, table, tmp_path / "again", *packed)) == 0
     result = result_of(tmp_path / "again")
-    assert (result["outcome"], result["last_step"]) in [("stopped_early", result["detection_step"]), ("no_turning_point", 12)]
+    assert (result["outcome"], result["last_step"]) in [
+        ("stopped_early", result["detection_step"]),
+        ("no_turning_point", 12),
+    ]
     assert result["last_step"] > 5  # 40 short samples fill fewer than 20 sequences
 
 
@@ -150,4 +172,6 @@ def test_a_broken_row_in_the_stream_is_named_with_code_2(random_base, table, tmp
         file.write('{"input": "a", "output": 3}\n')
     assert main(flags(random_base, table, tmp_path / "run")) == 2
     error = capsys.readouterr().err
-    assert "data.jsonl, line 41: column 'output' holds 3 (int) where text is needed" in error and "Traceback" not in error
+    assert (
+        "data.jsonl, line 41: column 'output' holds 3 (int) where text is needed" in error and "Traceback" not in error
+    )

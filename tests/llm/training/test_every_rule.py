@@ -12,9 +12,37 @@ COLUMNS = {"heldout_loss", "probe_loss", "shadow_loss", "grad_evidence"}
 
 def run(base, files, output, *more):
     """Eight epochs of four steps, measured after every step; the exit code."""
-    words = ["--model_name_or_path", base, "--dataset", files["train"], "--output_dir", output, "--bits", 32, "--lora_r", 4]
-    words += ["--learning_rate", 2e-2, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--use_cpu"]
-    words += ["--gradient_checkpointing", "False", "--num_train_epochs", 8, "--save_strategy", "no", "--early_stop", *more]
+    words = [
+        "--model_name_or_path",
+        base,
+        "--dataset",
+        files["train"],
+        "--output_dir",
+        output,
+        "--bits",
+        32,
+        "--lora_r",
+        4,
+    ]
+    words += [
+        "--learning_rate",
+        2e-2,
+        "--per_device_train_batch_size",
+        4,
+        "--gradient_accumulation_steps",
+        1,
+        "--use_cpu",
+    ]
+    words += [
+        "--gradient_checkpointing",
+        "False",
+        "--num_train_epochs",
+        8,
+        "--save_strategy",
+        "no",
+        "--early_stop",
+        *more,
+    ]
     return main([str(word) for word in words])
 
 

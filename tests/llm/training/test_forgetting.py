@@ -24,7 +24,16 @@ def general(tmp_path_factory):
 
 
 def run(base, files, output, *more):
-    flags = ["--model_name_or_path", str(base), "--dataset", str(files["train"]), "--output_dir", str(output), "--bits", "32"]
+    flags = [
+        "--model_name_or_path",
+        str(base),
+        "--dataset",
+        str(files["train"]),
+        "--output_dir",
+        str(output),
+        "--bits",
+        "32",
+    ]
     flags += ["--lora_r", "4", "--learning_rate", "2e-2", "--per_device_train_batch_size", "4", "--lora_dropout", "0.1"]
     flags += ["--gradient_accumulation_steps", "1", "--gradient_checkpointing", "False", "--num_train_epochs", "6"]
     flags += ["--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "2"]
@@ -58,7 +67,9 @@ def test_the_losses_are_those_of_the_base_and_of_the_saved_adapters(random_base,
         assert result["forgetting"]["tokens"] == count
     losses = result["forgetting"]["loss"]
     assert len({round(loss, 5) for loss in losses.values()}) == 3
-    assert result["forgetting"]["perplexity_ratio"]["last"] == pytest.approx(math.exp(losses["last"] - losses["before"]))
+    assert result["forgetting"]["perplexity_ratio"]["last"] == pytest.approx(
+        math.exp(losses["last"] - losses["before"])
+    )
     page = (tmp_path / "run" / "report.html").read_text()
     assert "what the LoRA has forgotten" in page and result["forgetting"]["sentence"].split(";")[0] in page
     for loss in losses.values():
@@ -99,7 +110,10 @@ def test_a_lora_that_has_forgotten_is_called_so():
     assert forgetting_sentence({"before": base}) == ""
     double = base + math.log(2)
     rows = forgetting_table({"before": base, "last": double})[2]
-    assert rows == [["before training", f"{base:.4f}", "20.00", "1.00"], ["last step", f"{double:.4f}", "40.00", "2.00"]]
+    assert rows == [
+        ["before training", f"{base:.4f}", "20.00", "1.00"],
+        ["last step", f"{double:.4f}", "40.00", "2.00"],
+    ]
 
 
 @pytest.mark.parametrize(

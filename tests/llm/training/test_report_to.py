@@ -15,20 +15,37 @@ PROGRAM = Path(__file__).resolve().parents[3] / "lora-llm" / "es_lora_llm.py"
 
 def flags(base, files, output, *more):
     return [
-        *("--model_name_or_path", str(base), "--dataset", str(files["train"]), "--output_dir", str(output), "--bits", "32"),
+        *(
+            "--model_name_or_path",
+            str(base),
+            "--dataset",
+            str(files["train"]),
+            "--output_dir",
+            str(output),
+            "--bits",
+            "32",
+        ),
         *("--lora_r", "4", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--use_cpu"),
         *("--cs_interval", "1", "--window_size", "2", "--save_strategy", "no", "--max_steps", "8", *more),
     ]
 
 
-def test_a_log_that_is_unknown_or_not_installed_is_refused_before_the_base_is_loaded(random_base, text_files, tmp_path, capsys):
-    installed = {"mlflow", "clearml"} - set(__import__("transformers").integrations.get_available_reporting_integrations())
+def test_a_log_that_is_unknown_or_not_installed_is_refused_before_the_base_is_loaded(
+    random_base, text_files, tmp_path, capsys
+):
+    installed = {"mlflow", "clearml"} - set(
+        __import__("transformers").integrations.get_available_reporting_integrations()
+    )
     if not installed:
         pytest.skip("mlflow and clearml are both installed, so there is no log to miss")
     missing = sorted(installed)[0]
-    assert main(flags(random_base, text_files, tmp_path / "run", "--report_to", f"tensorboard,blackboard,{missing}")) == 2
+    assert (
+        main(flags(random_base, text_files, tmp_path / "run", "--report_to", f"tensorboard,blackboard,{missing}")) == 2
+    )
     said = capsys.readouterr().err
-    assert "--report_to blackboard: choose of" in said and f"--report_to {missing}: its package is not installed" in said
+    assert (
+        "--report_to blackboard: choose of" in said and f"--report_to {missing}: its package is not installed" in said
+    )
     assert len(said.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
 
 

@@ -121,7 +121,9 @@ def test_a_shadow_never_learns_from_its_fold_and_is_scored_on_it(random_base, te
     one, other = shadows_of(tmp_path / "a" / "checkpoint-12"), shadows_of(tmp_path / "b" / "checkpoint-12")
     own = [name for name in one if name.startswith("0.") and name.endswith(".weight")]
     assert own and all(torch.allclose(one[name], other[name], atol=1e-5) for name in own)
-    assert all(any(one[key].any() for key in one if key.startswith(f"{n}.") and key.endswith(".exp_avg")) for n in (0, 1))
+    assert all(
+        any(one[key].any() for key in one if key.startswith(f"{n}.") and key.endswith(".exp_avg")) for n in (0, 1)
+    )
     others = [name for name in one if name.startswith("1.") and name.endswith(".weight")]
     assert not all(torch.allclose(one[name], other[name], atol=1e-3) for name in others)
     assert records_of(tmp_path / "a", "shadow_loss") != records_of(tmp_path / "b", "shadow_loss")
@@ -174,7 +176,14 @@ def test_copies_of_an_example_share_its_fold():
 
 def test_a_resumed_run_equals_an_uninterrupted_one(random_base, text_files, tmp_path):
     more = [*BESIDE, "--shadow_interval", "2", "--lora_dropout", "0.1", "--save_strategy", "steps", "--save_steps", "5"]
-    more += ["--lr_scheduler_type", "cosine", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2"]
+    more += [
+        "--lr_scheduler_type",
+        "cosine",
+        "--gradient_accumulation_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "2",
+    ]
     assert main(flags(random_base, text_files, tmp_path / "whole", *more)) == 0
     resumed = [*more, "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-5")]
     assert main(flags(random_base, text_files, tmp_path / "resumed", *resumed)) == 0
@@ -209,7 +218,10 @@ def test_a_checkpoint_of_other_shadows_is_refused(random_base, text_files, tmp_p
     [
         (["--shadows", "2", "--calculate_cs", "False"], "--shadows are scored when CS is measured"),
         (["--shadows", "2", "--optim", "paged_lion_32bit"], "that of --optim paged_lion_32bit means something else"),
-        (["--shadows", "2", "--optim", "schedule_free_adamw"], "that of --optim schedule_free_adamw means something else"),
+        (
+            ["--shadows", "2", "--optim", "schedule_free_adamw"],
+            "that of --optim schedule_free_adamw means something else",
+        ),
         (["--shadows", "2", "--lora_bias", "all"], "use --lora_bias none"),
         (["--shadows", "-1"], "--shadows -1: must be at least 0"),
         (["--shadows", "1", "--shadow_interval", "0"], "--shadow_interval 0: give a number of 1 or more, or auto"),
@@ -217,7 +229,9 @@ def test_a_checkpoint_of_other_shadows_is_refused(random_base, text_files, tmp_p
         (["--shadows", "0", "--stop_rule", "rising"], "--stop_rule rising decides on shadows: leave out --shadows 0"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_fix(random_base, text_files, tmp_path, capsys, rising_rule, more, message):
+def test_what_cannot_work_is_refused_with_the_fix(
+    random_base, text_files, tmp_path, capsys, rising_rule, more, message
+):
     assert main(flags(random_base, text_files, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -41,7 +41,9 @@ def build_set(name, target, packages, catalogue, seed=0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, default=ROOT / "output" / "tiny_base" / "packages", help="npm packages go here")
+    parser.add_argument(
+        "--packages", type=Path, default=ROOT / "output" / "tiny_base" / "packages", help="npm packages go here"
+    )
     arguments = parser.parse_args()
     catalogue = {entry.key: entry for entry in read_catalogue(arguments.packages)}
     for name in SETS:

@@ -79,7 +79,10 @@ def strongs_greek(root):
         for number in range(struct.unpack_from("<I", block)[0]):
             start, size = struct.unpack_from("<II", block, 4 + 8 * number)
             entry = block[start : start + size].decode("utf-8", "replace")
-            word, meaning = re.search(r'type="trans">([^<]+)<', entry), re.search(r"</orig>(.*?)</def>", entry, re.DOTALL)
+            word, meaning = (
+                re.search(r'type="trans">([^<]+)<', entry),
+                re.search(r"</orig>(.*?)</def>", entry, re.DOTALL),
+            )
             meaning = one_line(re.sub(r"<[^>]+>", " ", meaning[1])).lstrip(" ;") if meaning else ""
             if word and 8 <= len(meaning.split()) <= 35 and meaning.endswith(".") and not re.search(r"[GH]\d", meaning):
                 yield {"input": f'What does the Greek word "{word[1].strip()}" mean?', "output": meaning}
@@ -194,7 +197,9 @@ def split_rows(name, rows, train_count, heldout_count):
             outputs.add(answer)
     needed = train_count + heldout_count
     if len(unique) < needed:
-        raise ValueError(f"{name}: {len(unique)} usable rows found, {needed} needed; is the package's version that of VERSIONS?")
+        raise ValueError(
+            f"{name}: {len(unique)} usable rows found, {needed} needed; is the package's version that of VERSIONS?"
+        )
     drawn = random.Random(SEED).sample(unique, needed)
     return drawn[:train_count], drawn[train_count:]
 
@@ -216,7 +221,9 @@ def unpack(package, packages, folder):
             run(["apt-get", "download", f"{package}={VERSIONS[package]}"], folder)
         archives = sorted((packages or folder).glob(f"{package}_*.deb"))
         if not archives:
-            raise FileNotFoundError(f"no file {package}_*.deb in {packages or folder}; it holds version {VERSIONS[package]}")
+            raise FileNotFoundError(
+                f"no file {package}_*.deb in {packages or folder}; it holds version {VERSIONS[package]}"
+            )
         run(["dpkg-deb", "--extract", str(archives[-1].resolve()), str(root.resolve())], folder)
     return root
 
@@ -231,8 +238,12 @@ def write_rows(path, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, help="a folder with the package files; without it apt-get fetches them")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="where the folders of the sets go")
+    parser.add_argument(
+        "--packages", type=Path, help="a folder with the package files; without it apt-get fetches them"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent, help="where the folders of the sets go"
+    )
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,9 @@ class Module(torch.nn.Module):
         super().__init__()
         self.lora_name, self.scale = name, alpha / rank
         if isinstance(frozen, torch.nn.Conv2d):
-            self.lora_down = torch.nn.Conv2d(frozen.in_channels, rank, frozen.kernel_size, padding=frozen.padding, bias=False)
+            self.lora_down = torch.nn.Conv2d(
+                frozen.in_channels, rank, frozen.kernel_size, padding=frozen.padding, bias=False
+            )
             self.lora_up = torch.nn.Conv2d(rank, frozen.out_channels, 1, bias=False)
         else:
             self.lora_down = torch.nn.Linear(frozen.in_features, rank, bias=False)
@@ -46,7 +48,11 @@ class Module(torch.nn.Module):
 class Network(torch.nn.Module):
     def __init__(self, model, rank, alpha):
         super().__init__()
-        parts = [("lora_te_text", model.text), ("lora_unet_linear", model.unet_linear), ("lora_unet_conv", model.unet_conv)]
+        parts = [
+            ("lora_te_text", model.text),
+            ("lora_unet_linear", model.unet_linear),
+            ("lora_unet_conv", model.unet_conv),
+        ]
         modules = [Module(name, frozen, rank, alpha) for name, frozen in parts]
         self.text_encoder_loras, self.unet_loras = modules[:1], modules[1:]
 
