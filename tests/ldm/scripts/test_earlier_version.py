@@ -53,4 +53,4 @@ def test_the_page_reads_its_run_folder(tmp_path):
         shutil.copy(EARLIER / name, folder)
     run = Run("run", folder)
     assert set(run.weights()) == {"turning point", "last"} and run.history() is not None
-    assert run.verdict().startswith("Stopped after step 11 of 36: overfitting began at about step 7.")
+    assert run.verdict().startswith("Stopped after step 11 of 48: overfitting began at about step 7.")
