@@ -36,7 +36,9 @@ def read_history(path: Union[str, Path]) -> History:
     """
     path = Path(path) / HISTORY_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no history at {path}; give a {HISTORY_NAME} or the folder of a run with --calculate_cs")
+        raise FileNotFoundError(
+            f"no history at {path}; give a {HISTORY_NAME} or the folder of a run with --calculate_cs"
+        )
     text = path.read_text(encoding="utf-8")
     lines = text.split("\n")
     parsed: List[Dict[str, Any]] = []

@@ -16,7 +16,13 @@ from tqdm import tqdm
 
 from images.augmentation import face_in_name
 from images.buckets import BucketSelector, Placement, Size
-from images.dataset_settings import DatasetSettings, SubsetSettings, command_line_values, make_settings, settings_from_toml
+from images.dataset_settings import (
+    DatasetSettings,
+    SubsetSettings,
+    command_line_values,
+    make_settings,
+    settings_from_toml,
+)
 from images.folders import ImageRecord, read_records, subsets_of_folder
 from images.loading import UnreadableImageError, open_image
 

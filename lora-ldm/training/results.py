@@ -33,7 +33,7 @@ def finish(run: Run, ending: Ending) -> Outcome:
         with run.optimization.weights_to_use():
             pictures = save_results(run, ending, outcome)
         if state is not None:
-            outcome.saved("state", state, run.progress.step)
+            outcome.saved("state", state.name, run.progress.step)
         settings = {name: value for name, value in plain_settings(args).items() if value not in (None, False, "")}
         outcome.write(names.folder, settings, PACKAGES)
         if run.monitor is not None:
@@ -107,9 +107,8 @@ def save(run: Run, outcome: Outcome, what: str, step: int, tensors: Optional[dic
     tensors: those of that step, None: the live ones.
     """
     part = "" if what == "kept" else f"-{what.replace('_', '-')}"
-    outcome.saved(what, run.files.names.path(part), step)
-    verdict = {f"es_lora_{name}": str(value) for name, value in outcome.facts(what).items() if value is not None}
-    run.files.save(part, run.network.state_for_file(tensors=tensors), step, verdict)
+    outcome.saved(what, run.files.names.path(part).name, step)
+    run.files.save(part, run.network.state_for_file(tensors=tensors), step, outcome.metadata(what))
 
 
 def write_run_report(outcome: Outcome, monitor: EarlyStopMonitor, settings: dict[str, Any], pictures: Pictures) -> None:

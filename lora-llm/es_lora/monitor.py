@@ -78,7 +78,9 @@ class EarlyStopMonitor:
         if tensors is not None:
             bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors().values())
             disk_bytes = plan.stop.snapshot_disk_gb * 1e9
-            self.snapshots = SnapshotStore(self.folder / SNAPSHOT_FOLDER, self.rule.lookback() + 1, bytes_each, disk_bytes)
+            self.snapshots = SnapshotStore(
+                self.folder / SNAPSHOT_FOLDER, self.rule.lookback() + 1, bytes_each, disk_bytes
+            )
         self.header = {"format": HISTORY_FORMAT, **plan.header(), **(header or {})}
         self._lines: List[Dict[str, Any]] = []
         if resume_from is not None:
@@ -89,7 +91,9 @@ class EarlyStopMonitor:
         if not self.layers:
             raise ValueError("no LoRA layer to measure; CS needs at least one frozen weight with a LoRA update")
         if self.plan.component not in components:
-            raise ValueError(f"component {self.plan.component!r} has no LoRA layers; choose one of {sorted(components)}")
+            raise ValueError(
+                f"component {self.plan.component!r} has no LoRA layers; choose one of {sorted(components)}"
+            )
         if self.reduction not in ("matrix", "row"):
             raise ValueError(f"CS reduction {self.reduction!r} is unknown; use 'matrix' or 'row'")
         recorded = {*MEASURED, *self.columns, *(["grad_evidence"] if self.evidence is not None else [])}
@@ -112,7 +116,12 @@ class EarlyStopMonitor:
         Raises NonFiniteWeightsError, before anything is recorded, where the weights have diverged.
         """
         measured = measure_layers(self.layers)
-        record: Dict[str, Any] = {"step": step, "epoch": round(epoch, 6), "cs": measured[f"cs_{self.reduction}"], **measured}
+        record: Dict[str, Any] = {
+            "step": step,
+            "epoch": round(epoch, 6),
+            "cs": measured[f"cs_{self.reduction}"],
+            **measured,
+        }
         record["fluctuation"] = self.series.update(record["cs"][self.plan.component]).fluctuation
         record["grad_evidence"] = self.evidence.value() if self.evidence is not None else None
         measured_now = {name: function() for name, function in self.columns.items()}
@@ -136,7 +145,9 @@ class EarlyStopMonitor:
                 kept, self.snapshots.every = decision.detected_step, 1
                 self.snapshots.put(self.measurements - 1, kept, self.tensors())
             if kept != decision.keep_step:
-                decision = replace(decision, keep_step=kept, reason=f"{decision.reason} The nearest step still kept is {kept}.")
+                decision = replace(
+                    decision, keep_step=kept, reason=f"{decision.reason} The nearest step still kept is {kept}."
+                )
             self.snapshots.pin(kept)
         self.decision = decision
         facts = {"detected_at": decision.detected_step, "usable": list(decision.usable), "reason": decision.reason}

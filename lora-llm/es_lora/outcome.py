@@ -28,7 +28,7 @@ import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from es_lora.command_line import shown_path
 from es_lora.files import write_text_whole
@@ -91,13 +91,12 @@ class Outcome:
         """Whether the weights of the turning point are the last ones: they are scored and saved once."""
         return self.decision is not None and self.decision.keep_step == self.last_step
 
-    def saved(self, what: str, path: Union[str, Path], step: Optional[int] = None, averaged: bool = False) -> None:
-        """Note a file: "kept" lies under the normal name, "last", "turning_point" and "state" beside it.
+    def saved(self, what: str, path: str, step: Optional[int] = None, averaged: bool = False) -> None:
+        """Note a file by its path relative to the output folder, and the step whose weights it holds.
 
-        path: relative to the output folder, or anywhere in it.
+        what: "kept" lies under the normal name, "last", "turning_point" and "state" beside it.
         """
-        place = Path(path).name if Path(path).is_absolute() else str(path)
-        self.files[what] = SavedWeights(place, step, averaged)
+        self.files[what] = SavedWeights(path, step, averaged)
 
     # -------------------------------------------------------------------------------------- in words
 
@@ -113,7 +112,9 @@ class Outcome:
     def _stopped_early(self) -> str:
         stopped = f"Stopped early at step {self.last_step} of {self.total_steps}."
         if self.keeps_last:
-            return f"{stopped} The last weights are those of the turning point, {self._turning_point()}.{self._compared()}"
+            return (
+                f"{stopped} The last weights are those of the turning point, {self._turning_point()}.{self._compared()}"
+            )
         return f"{stopped} The weights of the turning point, {self._turning_point()}, are kept.{self._compared()}"
 
     def _stopped_by_other(self) -> str:

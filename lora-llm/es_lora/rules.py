@@ -51,12 +51,16 @@ class StopRule:
 
     def __init__(self, settings: RuleSettings):
         if settings.window < 1 or settings.cs_interval < 1:
-            raise ValueError(f"window {settings.window} and cs_interval {settings.cs_interval}: both must be at least 1")
+            raise ValueError(
+                f"window {settings.window} and cs_interval {settings.cs_interval}: both must be at least 1"
+            )
         value = settings.value
         if value is not None and not self.value_help:
             raise ValueError(f"the rule {self.name} has no number to set (it was given {value:g}); leave it out")
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"the rule {self.name} was given {value:g}; its number, {self.value_help}, must be above 0")
+            raise ValueError(
+                f"the rule {self.name} was given {value:g}; its number, {self.value_help}, must be above 0"
+            )
         self.settings = settings
         self.value = self.default_value if value is None else value
 
@@ -297,9 +301,7 @@ class GradientAgreement(StopRule):
         return memorising_evidence(record["step"], per_epoch) if comes_again_unchanged else 1.0
 
     def reason(self, evidence: float, bound: float) -> str:
-        return (
-            f"The gradients of different examples no longer agree (evidence {evidence:.3g}; memorising alone leaves {bound:.3g})"
-        )
+        return f"The gradients of different examples no longer agree (evidence {evidence:.3g}; memorising alone leaves {bound:.3g})"
 
     def update(self, record: Dict[str, Any]) -> Optional[Decision]:
         evidence, bound = self.read(record, "grad_evidence"), self.bound(record)

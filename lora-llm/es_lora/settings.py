@@ -38,7 +38,9 @@ class StopSettings:
     )
     window_size: Optional[int] = _flag(None, "measurements in the window M, or auto: about one epoch", number_or_auto)
     stop_rule: str = _flag(DEFAULT_RULE, f"the rule that decides: {', '.join(RULES)}")
-    rule_value: Optional[float] = _flag(None, "the rule's number: epochs, a patience, valleys (default: the rule's own)", float)
+    rule_value: Optional[float] = _flag(
+        None, "the rule's number: epochs, a patience, valleys (default: the rule's own)", float
+    )
     cs_reduction: str = _flag("row", "row (mean cosine of the rows) or matrix (flattened)", choices=("row", "matrix"))
     cs_component: Optional[str] = _flag(None, "whose CS decides: a trained part, or all (default: unet, where trained)")
     shadows: Optional[int] = _flag(
@@ -92,7 +94,9 @@ class StopSettings:
         if not (math.isfinite(self.snapshot_disk_gb) and self.snapshot_disk_gb > 0):
             found.append(f"--snapshot_disk_gb {self.snapshot_disk_gb:g}: must be above 0")
         if self.shadows == 0 and self.calculate_cs and self.needs_shadows:
-            found.append(f"--stop_rule {self.stop_rule} decides on shadows: leave out --shadows 0, or give --shadows 1 or more")
+            found.append(
+                f"--stop_rule {self.stop_rule} decides on shadows: leave out --shadows 0, or give --shadows 1 or more"
+            )
         return found
 
     @property

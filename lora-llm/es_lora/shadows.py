@@ -167,7 +167,9 @@ class ShadowTraining:
     def cost(self, whole_seconds: float) -> Dict[str, Any]:
         """What the shadows have cost of a run of so many seconds, for result.json and the last words."""
         factor = whole_seconds / max(1e-9, whole_seconds - self.seconds)
-        sentence = f"Shadows took {self.seconds:.1f} of {whole_seconds:.1f} seconds: {factor:.2f} times the run without them."
+        sentence = (
+            f"Shadows took {self.seconds:.1f} of {whole_seconds:.1f} seconds: {factor:.2f} times the run without them."
+        )
         facts = {"count": self.count, "interval": self.interval, "seconds": round(self.seconds, 3)}
         return {**facts, "cost_factor": round(factor, 3), "sentence": sentence}
 

@@ -83,7 +83,9 @@ class SnapshotStore:
         """{name: tensor} of a kept step, on the CPU. Raises FileNotFoundError where it is not kept."""
         self.wait()
         if not self.path(step).is_file():
-            raise FileNotFoundError(f"no snapshot of step {step} in {self.folder}; kept are {[s for _, s in self.kept]}")
+            raise FileNotFoundError(
+                f"no snapshot of step {step} in {self.folder}; kept are {[s for _, s in self.kept]}"
+            )
         return load_file(str(self.path(step)))
 
     def copy_to(self, folder: Path) -> None:

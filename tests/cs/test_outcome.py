@@ -63,7 +63,7 @@ def test_a_divergence_says_whose_weights_are_kept():
 @pytest.mark.parametrize("name", EXIT_CODES)
 def test_every_outcome_has_a_sentence_and_a_result(name, tmp_path):
     made = outcome(name, FOUND, diverged="x", stopped_by="y", heldout={"before": float("nan"), "kept": 3.0})
-    made.saved("kept", tmp_path / "adapter", 40)
+    made.saved("kept", "adapter", 40)
     result = made.write(tmp_path, {"seed": 1}, ("torch", "not-installed"))
     read = json.loads((tmp_path / "result.json").read_text())
     assert read["outcome"] == name and read["exit_code"] == EXIT_CODES[name] and read["verdict"] == made.sentence()

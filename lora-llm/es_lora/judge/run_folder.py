@@ -87,7 +87,9 @@ def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
     named = {file: match for file in files for match in [pattern.match(file.stem)] if match}
     runs = sorted({match[1] for match in named.values() if match[2] or match[3]})
     if len(runs) > 1:
-        raise ValueError(f"{folder} holds the checkpoints of {len(runs)} runs ({', '.join(runs)}); give a folder of one run")
+        raise ValueError(
+            f"{folder} holds the checkpoints of {len(runs)} runs ({', '.join(runs)}); give a folder of one run"
+        )
     last = runs[0] + ("-last" if runs and (folder / f"{runs[0]}-last.safetensors").is_file() else "") if runs else None
     found = []
     for file, match in named.items():

@@ -45,7 +45,9 @@ def measure_run(run: Run, base: Base, progress: bool = False) -> None:
         print("\r", end="", file=sys.stderr)
     run.checkpoints = readable
     if not readable:
-        raise ValueError("no checkpoint can be read: " + "; ".join(f"{name}: {why}" for name, why in run.problems.items()))
+        raise ValueError(
+            "no checkpoint can be read: " + "; ".join(f"{name}: {why}" for name, why in run.problems.items())
+        )
 
 
 def _measure(checkpoint: Checkpoint, measurer: Measurer, layers: Optional[Set[Key]]) -> Set[Key]:
@@ -91,7 +93,9 @@ def find_spacing(run: Run) -> Spacing:
     elif interval > planned and per_epoch < MEASUREMENTS_PER_EPOCH * interval:
         sparse = f"the checkpoints lie {interval} steps ({interval / per_epoch:.2g} epochs) apart"
     elif len(missing) > max(1, MISSING_SHARE * (len(missing) + len(measured))):
-        sparse = f"{len(missing)} of {len(missing) + len(measured)} checkpoints, one every {interval} steps, are missing"
+        sparse = (
+            f"{len(missing)} of {len(missing) + len(measured)} checkpoints, one every {interval} steps, are missing"
+        )
     return Spacing(interval, planned, window, missing, measured, sparse)
 
 
@@ -110,11 +114,18 @@ def build_history(run: Run, spacing: Spacing) -> History:
         "steps_per_epoch": run.steps_per_epoch,
     }
     if header["decided_on"] not in components:
-        raise ValueError(f"the history decides on {header['decided_on']!r}; the checkpoints hold {', '.join(components)}")
+        raise ValueError(
+            f"the history decides on {header['decided_on']!r}; the checkpoints hold {', '.join(components)}"
+        )
     series, records = FluctuationSeries(spacing.window), []
     for checkpoint in spacing.measured:
         cs = checkpoint.columns[f"cs_{header['reduction']}"]
-        record = {"step": checkpoint.step, "epoch": checkpoint.step / run.steps_per_epoch, "cs": cs, **checkpoint.columns}
+        record = {
+            "step": checkpoint.step,
+            "epoch": checkpoint.step / run.steps_per_epoch,
+            "cs": cs,
+            **checkpoint.columns,
+        }
         record["fluctuation"] = series.update(cs[header["decided_on"]]).fluctuation
         records.append({**recorded.get(checkpoint.step, {}), **record})
     return History(header, records, run.history.events if run.history else [])
@@ -125,7 +136,9 @@ def choose_rule(history: History, rule: Optional[str]) -> str:
 
     Raises ValueError where the rule asked for needs a column that weights alone do not give.
     """
-    columns = WEIGHT_COLUMNS | {name for record in history.records for name, value in record.items() if value is not None}
+    columns = WEIGHT_COLUMNS | {
+        name for record in history.records for name, value in record.items() if value is not None
+    }
     if rule is not None:
         asked = rule_for(history, rule)
         lacking = [column for column in asked.needs if column not in columns]
