@@ -33,7 +33,7 @@ def finish(run: Run, ending: Ending) -> Outcome:
         with run.optimization.weights_to_use():
             pictures = save_results(run, ending, outcome)
         if state is not None:
-            outcome.saved("state", state.name, run.progress.step)
+            outcome.saved("state", state, run.progress.step)
         settings = {name: value for name, value in plain_settings(args).items() if value not in (None, False, "")}
         outcome.write(names.folder, settings, PACKAGES)
         if run.monitor is not None:
