@@ -2,13 +2,14 @@
 """Put early stopping into an existing sd-scripts or qlora checkout, or take it out again.
 
     python apply_patches.py CHECKOUT              apply (does nothing where it is already applied)
-    python apply_patches.py CHECKOUT --check      say what the checkout is and whether it is patched; changes nothing
-    python apply_patches.py CHECKOUT --dry-run    show what would be done; changes nothing
-    python apply_patches.py CHECKOUT --reverse    give the checkout back byte for byte
-    python apply_patches.py CHECKOUT --yes        apply to a revision that is not in the table, at the places shown
+    python apply_patches.py CHECKOUT --check      say what the checkout is and whether it is
+    patched; changes nothing python apply_patches.py CHECKOUT --dry-run    show what would be done;
+    changes nothing python apply_patches.py CHECKOUT --reverse    give the checkout back byte for
+    byte python apply_patches.py CHECKOUT --yes        apply to a revision that is not in the table,
+    at the places shown
 
-Needs Python 3.8 and nothing else. Exit codes: 0 done, or nothing to do; 1 an unknown revision that waits for --yes;
-2 refused, nothing changed.
+Needs Python 3.8 and nothing else. Exit codes: 0 done, or nothing to do; 1 an unknown revision that
+waits for --yes; 2 refused, nothing changed.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def with_lf(content: bytes) -> bytes:
     return content.replace(b"\r\n", b"\n")
 
 
-# ------------------------------------------------------------------------------------------------ patches
+# ------------------------------------------------------------------------------------------ patches
 
 
 def parse_patch(text: str) -> Tuple[str, List[Insertion]]:
@@ -90,7 +91,8 @@ def write_patch(name: str, insertions: Sequence[Insertion]) -> str:
 
 
 def insert_lines(content: bytes, insertions: Sequence[Insertion]) -> Tuple[bytes, List[List[int]]]:
-    """(content with the new lines in the file's own line ends, [[first new line, how many], ...])."""
+    """(content with the new lines in the file's own line ends, [[first new line, how many],
+    ...])."""
     end = b"\r\n" if b"\r\n" in content else b"\n"
     lines, new, ranges, done = content.split(b"\n"), [], [], 0
     for insertion in insertions:
@@ -108,12 +110,13 @@ def remove_lines(content: bytes, ranges: Sequence[Sequence[int]]) -> bytes:
     return b"\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------ the checkout
+# ------------------------------------------------------------------------------------- the checkout
 
 
 @dataclass
 class Checkout:
-    """What stands in a folder: upstream, file to be patched, revision (None: unknown), insertions, receipt."""
+    """What stands in a folder: upstream, file to be patched, revision (None: unknown), insertions,
+    receipt."""
 
     root: Path
     upstream: str = ""
@@ -139,7 +142,8 @@ def known_revisions() -> Dict[str, Dict]:
 
 
 def read_checkout(root: Path) -> Checkout:
-    """Recognise a folder. Raises Refusal where it is neither upstream, or where its receipt does not fit."""
+    """Recognise a folder. Raises Refusal where it is neither upstream, or where its receipt does
+    not fit."""
     if not root.is_dir():
         raise Refusal(f"{root} is no folder; give the folder of an sd-scripts or qlora checkout")
     if (root / RECEIPT).is_file():
@@ -209,7 +213,8 @@ def _places(checkout: Checkout) -> str:
 
 
 def _find_by_structure(checkout: Checkout) -> None:
-    """Insertions for a revision that no hash knows. Raises Refusal for local changes and for points that do not fit."""
+    """Insertions for a revision that no hash knows. Raises Refusal for local changes and for points
+    that do not fit."""
     changed = changed_since_commit(checkout)
     if changed:
         raise Refusal(f"{checkout.file} has local changes; commit them, or put them aside (git stash), and try again")
@@ -221,7 +226,7 @@ def _find_by_structure(checkout: Checkout) -> None:
         raise Refusal(f"{checkout.title()}, and not every place for early stopping is clear. {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------ doing
+# -------------------------------------------------------------------------------------------- doing
 
 
 def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:

@@ -1,9 +1,10 @@
-"""Early stopping inside kohya's train_network.py and qlora.py: all that is more than the calls put there.
+"""Early stopping inside kohya's train_network.py and qlora.py: all that is more than the calls put
+there.
 
-Copied into the patched checkout beside es_lora_run.py, es_lora_layers.py and the vendored files. The calls are few:
-`add_arguments`, `start`, `after_step`, `stopped` and `before_last_save` in sd-scripts; `training_argument` and
-`add_callback` in qlora. Without --calculate_cs or --early_stop nothing is measured and nothing is different.
-Python 3.8, torch 1.13.
+Copied into the patched checkout beside es_lora_run.py, es_lora_layers.py and the vendored files.
+The calls are few: `add_arguments`, `start`, `after_step`, `stopped` and `before_last_save` in
+sd-scripts; `training_argument` and `add_callback` in qlora. Without --calculate_cs or --early_stop
+nothing is measured and nothing is different. Python 3.8, torch 1.13.
 """
 
 import json
@@ -24,7 +25,7 @@ from es_lora_run import STEP_NAME, EarlyStopRun, add_arguments, read_settings, s
 
 __all__ = ["add_arguments", "start", "training_argument", "add_callback"]
 
-# ------------------------------------------------------------------------------------------------ sd-scripts
+# --------------------------------------------------------------------------------------- sd-scripts
 
 
 class NoEarlyStop:
@@ -42,7 +43,8 @@ class NoEarlyStop:
 
 
 def start(args: Any, accelerator: Any, network: Any, optimizer: Any, train_dataloader: Any) -> Any:
-    """The early stop of a run of sd-scripts. Ends the program with code 2 and one line where a flag is wrong."""
+    """The early stop of a run of sd-scripts. Ends the program with code 2 and one line where a flag
+    is wrong."""
     try:
         settings = read_settings(args, "matrix")
         if settings is None:
@@ -94,7 +96,8 @@ class NetworkEarlyStop:
         return self.run.stopped
 
     def _tensors_to_save(self) -> Dict[str, torch.Tensor]:
-        """What a file saved now would hold: of a schedule-free optimizer the averaged weights, swapped in to save.
+        """What a file saved now would hold: of a schedule-free optimizer the averaged weights,
+        swapped in to save.
 
         Swapping there and back rounds, so the training weights are put back bit for bit.
         """
@@ -109,7 +112,8 @@ class NetworkEarlyStop:
         return averaged
 
     def after_step(self, accelerator: Any, global_step: int, loss: torch.Tensor) -> None:
-        """After every completed optimizer step. global_step: the trainer's own count, for its trackers."""
+        """After every completed optimizer step. global_step: the trainer's own count, for its
+        trackers."""
         self._trained = True
         if self.run.after_step(loss, self._learning_rate, accelerator.device):
             record = self.run.monitor.last_record if self.run.monitor is not None else None
@@ -120,10 +124,12 @@ class NetworkEarlyStop:
     def before_last_save(
         self, save_model: Callable, network: Any, metadata: Dict, step: int, epoch: int
     ) -> Tuple[int, int]:
-        """Prepare the trainer's last save, on the main process: gives the (step, epoch) to save under.
+        """Prepare the trainer's last save, on the main process: gives the (step, epoch) to save
+        under.
 
-        On a stop the last weights are saved as NAME-last, and the turning point's stand in the network when the trainer
-        saves it as NAME. Without --early_stop the turning point is saved as NAME-turning-point, and NAME is the end.
+        On a stop the last weights are saved as NAME-last, and the turning point's stand in the
+        network when the trainer saves it as NAME. Without --early_stop the turning point is saved
+        as NAME-turning-point, and NAME is the end.
         """
         run, kept, last = self.run, self.run.kept_step(), self.run.step
         outcome = run.outcome()
@@ -154,7 +160,8 @@ class NetworkEarlyStop:
 
 
 def _schedule_free_switches(optimizer: Any, args: Any) -> Tuple[Optional[Callable], Optional[Callable]]:
-    """(to training, to evaluation weights), (None, None) where this trainer does not swap weights to save."""
+    """(to training, to evaluation weights), (None, None) where this trainer does not swap weights
+    to save."""
     from library import train_util
 
     switches = getattr(train_util, "get_optimizer_train_eval_fn", None)
@@ -175,11 +182,12 @@ def _carry_in_states(accelerator: Any, run: EarlyStopRun) -> None:
     accelerator.save_state = save_state_and_monitor
 
 
-# ------------------------------------------------------------------------------------------------ qlora
+# -------------------------------------------------------------------------------------------- qlora
 
 
 def add_callback(trainer: Any, checkpoint_dir: Optional[str]) -> None:
-    """Put early stopping into qlora's Trainer. checkpoint_dir: the checkpoint that this run carries on from, if any.
+    """Put early stopping into qlora's Trainer. checkpoint_dir: the checkpoint that this run carries
+    on from, if any.
 
     qlora passes over unknown flags in silence, so the first line says whether early stopping is on.
     """
@@ -196,10 +204,12 @@ def add_callback(trainer: Any, checkpoint_dir: Optional[str]) -> None:
 
 
 class QloraEarlyStop(TrainerCallback):
-    """Measures after every step, stops the Trainer and leaves the turning point in `turning-point/adapter_model`.
+    """Measures after every step, stops the Trainer and leaves the turning point in
+    `turning-point/adapter_model`.
 
-    The last weights stay where qlora puts them (checkpoint-N/adapter_model). With --early_stop the model holds the
-    turning point when the Trainer returns, so that evaluation and prediction are of it.
+    The last weights stay where qlora puts them (checkpoint-N/adapter_model). With --early_stop the
+    model holds the turning point when the Trainer returns, so that evaluation and prediction are of
+    it.
     """
 
     def __init__(self, settings: StopSettings, checkpoint_dir: Optional[str]):
@@ -262,7 +272,8 @@ class QloraEarlyStop(TrainerCallback):
 
 
 def _save_adapter(model: Any, folder: Path, facts: Dict[str, Any]) -> None:
-    """qlora's checkpoint layout (FOLDER/adapter_model), step and verdict beside it; the folder appears whole."""
+    """qlora's checkpoint layout (FOLDER/adapter_model), step and verdict beside it; the folder
+    appears whole."""
 
     def write(aside: Path) -> None:
         model.save_pretrained(str(aside / "adapter_model"))

@@ -1,4 +1,5 @@
-"""The LoRA layers of a kohya, LyCORIS or PEFT network, as the CS metric wants them: frozen weight, down and up, live.
+"""The LoRA layers of a kohya, LyCORIS or PEFT network, as the CS metric wants them: frozen weight,
+down and up, live.
 
 Copied into a patched trainer beside es_lora_hook.py. Python 3.8, torch 1.13.
 """
@@ -12,11 +13,12 @@ from cs_fluctuation import LoraLayer
 from es_lora.peft_models import peft_lora_layers
 from es_lora.weights import DenseUpdateLayer, dense_weight, keep_as_loaded, without_dropout
 
-# ------------------------------------------------------------------------------------------------ kohya and LyCORIS
+# -------------------------------------------------------------------------------- kohya and LyCORIS
 
 
 def _frozen_module(module: torch.nn.Module) -> Optional[torch.nn.Module]:
-    """The layer that a LoRA module was put over: LyCORIS keeps it in a list, kohya only through its old forward."""
+    """The layer that a LoRA module was put over: LyCORIS keeps it in a list, kohya only through its
+    old forward."""
     held = getattr(module, "org_module", None)
     if held is None:
         return getattr(getattr(module, "org_forward", None), "__self__", None)
@@ -24,7 +26,8 @@ def _frozen_module(module: torch.nn.Module) -> Optional[torch.nn.Module]:
 
 
 def _layers_of_module(module: torch.nn.Module, component: str) -> List[Any]:
-    """The measurable layers of one kohya or LyCORIS module: none, one, or one a part where a fused weight is split."""
+    """The measurable layers of one kohya or LyCORIS module: none, one, or one a part where a fused
+    weight is split."""
     name = getattr(module, "lora_name", type(module).__name__)
     weight = getattr(_frozen_module(module), "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or weight.device.type == "meta":
@@ -82,7 +85,7 @@ def network_layers(network: torch.nn.Module) -> Tuple[List[Any], int]:
     return layers, left_out
 
 
-# ------------------------------------------------------------------------------------------------ PEFT
+# --------------------------------------------------------------------------------------------- PEFT
 
 
 def peft_layers(model: torch.nn.Module) -> List[LoraLayer]:
@@ -103,7 +106,8 @@ def all_tensors(network: torch.nn.Module) -> Dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def put_in(live: Dict[str, torch.Tensor], tensors: Dict[str, torch.Tensor]) -> None:
-    """Copy tensors into the live ones of the same names. Raises KeyError for a name that is not there."""
+    """Copy tensors into the live ones of the same names. Raises KeyError for a name that is not
+    there."""
     for name, tensor in tensors.items():
         live[name].copy_(tensor)
 

@@ -1,6 +1,8 @@
-"""One training run with early stopping, whatever the trainer: the flags, the plan, the monitor, the verdict.
+"""One training run with early stopping, whatever the trainer: the flags, the plan, the monitor, the
+verdict.
 
-Copied into a patched trainer beside es_lora_hook.py, which knows the trainers. Python 3.8, torch 1.13.
+Copied into a patched trainer beside es_lora_hook.py, which knows the trainers. Python 3.8, torch
+1.13.
 """
 
 import argparse
@@ -28,7 +30,7 @@ PACKAGES = ("torch", "transformers", "diffusers", "peft", "accelerate", "bitsand
 RECORDED = {*MEASURED, "grad_evidence"}
 STEP_NAME = "es_lora_step.json"  # in a saved state: the optimizer steps done, which upstream does not carry everywhere
 
-# ------------------------------------------------------------------------------------------------ flags
+# -------------------------------------------------------------------------------------------- flags
 
 USUAL = StopSettings(calculate_cs=False)
 LEFT_OUT = ("shadows", "shadow_rank", "shadow_interval")  # they need passes of their own through the model
@@ -52,7 +54,8 @@ def training_argument(name: str) -> Any:
 def read_settings(args: Any, reduction: str) -> Optional[StopSettings]:
     """The early-stop flags out of the trainer's arguments, None where it is off.
 
-    reduction: the trainer's usual one. Raises ValueError with every problem at once; values may come from a TOML file.
+    reduction: the trainer's usual one. Raises ValueError with every problem at once; values may
+    come from a TOML file.
     """
     settings, problems = dataclasses.replace(USUAL, cs_reduction=reduction).given(vars(args))
     needs = RULES[settings.stop_rule].needs if settings.stop_rule in RULES else ()
@@ -68,7 +71,7 @@ def say(text: str) -> None:
     print(f"ES-LoRA: {text}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ one run
+# ------------------------------------------------------------------------------------------ one run
 
 GO_ON, STOP, FAILED = range(3)  # what the main process tells the others after a measurement
 
@@ -84,11 +87,13 @@ def heard_by_all(answer: int, device: Any) -> int:
 
 
 class EarlyStopRun:
-    """Plan, monitor and verdict of one training run. The monitor lives on the main process, its answers on all.
+    """Plan, monitor and verdict of one training run. The monitor lives on the main process, its
+    answers on all.
 
-    folder: where history, snapshots and report go. layers: live LoRA layers. tensors: what a snapshot holds.
-    steps_per_epoch, more_steps: optimizer steps of an epoch, and still to come. batches_per_epoch: backward passes of
-    an epoch on one process. resume_from: a saved state's folder.
+    folder: where history, snapshots and report go. layers: live LoRA layers. tensors: what a
+    snapshot holds.
+    steps_per_epoch, more_steps: optimizer steps of an epoch, and still to come. batches_per_epoch:
+    backward passes of an epoch on one process. resume_from: a saved state's folder.
     """
 
     def __init__(self, settings: StopSettings, folder: Path, layers: List[Any], tensors: Callable, steps_per_epoch: int,
@@ -133,7 +138,8 @@ class EarlyStopRun:
         return math.ceil(step / self.steps_per_epoch)
 
     def after_step(self, loss: Optional[torch.Tensor], learning_rate: Optional[float], device: Any) -> bool:
-        """Count a completed optimizer step and, where it is due, measure; whether it was measured."""
+        """Count a completed optimizer step and, where it is due, measure; whether it was
+        measured."""
         self.step += 1
         if loss is not None:
             self._losses.append(loss.detach())
@@ -177,7 +183,8 @@ class EarlyStopRun:
         self.monitor.state_saved(folder)
 
     def kept_step(self) -> Optional[int]:
-        """The step whose weights are the result: the turning point; after divergence the last finite snapshot."""
+        """The step whose weights are the result: the turning point; after divergence the last
+        finite snapshot."""
         if self.diverged is not None and self.settings.early_stop:
             return self.monitor.latest_snapshot_step()
         return self.monitor.decision.keep_step if self.monitor.decision is not None else None
@@ -194,7 +201,8 @@ class EarlyStopRun:
         )
 
     def finish(self, outcome: Outcome) -> None:
-        """Write result.json and report.html, delete the snapshots, and say what there is. outcome: with its files."""
+        """Write result.json and report.html, delete the snapshots, and say what there is. outcome:
+        with its files."""
         self.monitor.close()
         outcome.write(self.folder, self.settings.as_flags(), PACKAGES)
         if self.monitor.measurements:
@@ -218,7 +226,8 @@ def _resumed_step(folder: Optional[Path]) -> int:
 
 
 def _put_aside(path: Path) -> None:
-    """A training that starts anew under an old name replaces the old result; its history is kept beside the new one."""
+    """A training that starts anew under an old name replaces the old result; its history is kept
+    beside the new one."""
     number = 1
     while path.exists():
         aside = path.with_name(f"{path.stem}.{number}{path.suffix}")

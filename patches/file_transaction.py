@@ -1,7 +1,8 @@
 """Several files of one folder change together or not at all.
 
-Before the first change, everything needed to go back is on disk in a journal folder, which appears whole. While it is
-there the change is unfinished: an exception goes back at once, and after a kill the next run does.
+Before the first change, everything needed to go back is on disk in a journal folder, which appears
+whole. While it is there the change is unfinished: an exception goes back at once, and after a kill
+the next run does.
 """
 
 import json
@@ -33,7 +34,8 @@ def _write_whole(path: Path, content: bytes, mode: Optional[int] = None) -> None
 
 
 class Transaction:
-    """`with Transaction(root) as change: change.write(name, bytes); change.delete(name)` - done in order at the end."""
+    """`with Transaction(root) as change: change.write(name, bytes); change.delete(name)` - done in
+    order at the end."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -114,7 +116,8 @@ def roll_back_interrupted(root: Path, dry_run: bool = False) -> bool:
 
 
 def remove_empty_folders(root: Path, names: Iterable[str]) -> None:
-    """Remove the folders below `root` that files of these names lay in, as far as nothing is in them any more."""
+    """Remove the folders below `root` that files of these names lay in, as far as nothing is in
+    them any more."""
     folders = {parent for name in names for parent in (root / name).parents if root in parent.parents}
     for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
         for empty in (folder / "__pycache__", folder):

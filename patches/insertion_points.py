@@ -1,8 +1,10 @@
-"""Where early stopping goes into a trainer, found by structure: no line of any trainer is needed to know the place.
+"""Where early stopping goes into a trainer, found by structure: no line of any trainer is needed to
+know the place.
 
-Each point is a function that looks at the parsed file and gives the places that fit, as (line, indentation, names):
-the new lines go after `line`. A point must fit exactly once. The patch files of the known revisions hold what these
-points give there (a test compares the two), so a revision that nobody has seen is treated like one that somebody has.
+Each point is a function that looks at the parsed file and gives the places that fit, as (line,
+indentation, names): the new lines go after `line`. A point must fit exactly once. The patch files
+of the known revisions hold what these points give there (a test compares the two), so a revision
+that nobody has seen is treated like one that somebody has.
 """
 
 import ast
@@ -18,7 +20,8 @@ class InsertionPointError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """New lines go after `line` (1-based; 0: before the first), indented by `indentation` spaces."""
+    """New lines go after `line` (1-based; 0: before the first), indented by `indentation`
+    spaces."""
 
     line: int
     indentation: int
@@ -43,7 +46,8 @@ class Insertion:
 
 
 def _called(node: ast.AST) -> str:
-    """The name of what an expression statement (or an assignment) calls: "f" for f(...), x.f(...)."""
+    """The name of what an expression statement (or an assignment) calls: "f" for f(...),
+    x.f(...)."""
     value = getattr(node, "value", None)
     function = getattr(value, "func", None)
     return getattr(function, "attr", getattr(function, "id", ""))
@@ -67,11 +71,12 @@ def _imports(tree: ast.Module) -> List[Place]:
     return [_after(found[-1])] if found else []
 
 
-# ------------------------------------------------------------------------------------------------ sd-scripts
+# --------------------------------------------------------------------------------------- sd-scripts
 
 
 def _steps(tree: ast.Module) -> Iterator[Tuple[ast.FunctionDef, List[ast.For], ast.AugAssign]]:
-    """(function, the loops around it, statement) of each `global_step += 1` under a test of `sync_gradients`."""
+    """(function, the loops around it, statement) of each `global_step += 1` under a test of
+    `sync_gradients`."""
 
     def walk(node, function, loops, synchronised):
         for child in ast.iter_child_nodes(node):
@@ -157,7 +162,7 @@ SD_SCRIPTS = (
     Point("flags", "before setup_parser returns its parser", _parser_return, (f"{HOOK}.add_arguments({{parser}})",)),
 )
 
-# ------------------------------------------------------------------------------------------------ qlora
+# -------------------------------------------------------------------------------------------- qlora
 
 
 def _first_training_argument(tree: ast.Module) -> List[Place]:
@@ -167,7 +172,8 @@ def _first_training_argument(tree: ast.Module) -> List[Place]:
 
 
 def _after_adapter_callback(tree: ast.Module) -> List[Place]:
-    """After the statement of the function's body that registers SavePeftModelCallback, an `if` around it included."""
+    """After the statement of the function's body that registers SavePeftModelCallback, an `if`
+    around it included."""
     found = []
     for function in _functions(tree):
         for statement in function.body:
@@ -179,7 +185,8 @@ def _after_adapter_callback(tree: ast.Module) -> List[Place]:
 
 
 def _checkpoint_variable(tree: ast.Module) -> List[Place]:
-    """The callback's place, with the name of the folder that a previous run left (get_last_checkpoint)."""
+    """The callback's place, with the name of the folder that a previous run left
+    (get_last_checkpoint)."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and _called(node) == "get_last_checkpoint":
             target = node.targets[0].elts[0] if isinstance(node.targets[0], ast.Tuple) else node.targets[0]
@@ -223,7 +230,8 @@ POINTS: Dict[str, Tuple[Point, ...]] = {"sd-scripts": SD_SCRIPTS, "qlora": QLORA
 def find_insertions(upstream: str, file_name: str, source: str) -> List[Insertion]:
     """All insertions into a trainer's source, in the order of its lines.
 
-    Raises InsertionPointError, naming every point that is missing or found more than once, and where.
+    Raises InsertionPointError, naming every point that is missing or found more than once, and
+    where.
     """
     try:
         tree = ast.parse(source)
@@ -248,7 +256,8 @@ def find_insertions(upstream: str, file_name: str, source: str) -> List[Insertio
 
 
 def _missing_names(tree: ast.Module, upstream: str) -> Optional[str]:
-    """The inserted calls use variables of the training function; one that it does not have is a problem."""
+    """The inserted calls use variables of the training function; one that it does not have is a
+    problem."""
     if upstream != "sd-scripts":
         return None
     function = next(_steps(tree))[0]

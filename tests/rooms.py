@@ -69,7 +69,8 @@ def upward(tree: Path) -> list[tuple[str, str]]:
 
 
 def taken_names(tree: Path) -> set[str]:
-    """Names of the tree's folders and modules that an installed package or the standard library has as well."""
+    """Names of the tree's folders and modules that an installed package or the standard library has
+    as well."""
     installed = set(importlib.metadata.packages_distributions()) | set(sys.stdlib_module_names)
     paths = [path for path in tree.rglob("*") if path.is_dir() or path.suffix == ".py"]
     names = {path.stem for path in paths if "__pycache__" not in path.parts}

@@ -1,7 +1,7 @@
 """Builds train.jsonl and heldout.jsonl of this folder from Debian's dict-devil package.
 
-    python prepare.py                                  # fetches the package with apt-get (nothing is installed)
-    python prepare.py --deb dict-devil_1.0-13.1_all.deb
+    python prepare.py                                  # fetches the package with apt-get (nothing
+    is installed) python prepare.py --deb dict-devil_1.0-13.1_all.deb
 
 Deterministic: the same package gives the same two files, byte for byte.
 """
@@ -33,7 +33,8 @@ SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b[A-Z][a-z]\.)(?<!\bMrs
 
 
 def parse_entries(text):
-    """{headword: definition} of the dictd text: the first prose paragraph of each entry, cut to whole sentences."""
+    """{headword: definition} of the dictd text: the first prose paragraph of each entry, cut to
+    whole sentences."""
     entries = {}
     for paragraph in re.split(r"\n\s*\n", text):
         match = HEADWORD.fullmatch(paragraph.strip("\n"))
@@ -46,7 +47,8 @@ def parse_entries(text):
 
 
 def tidy(definition):
-    """One line of prose of MIN_WORDS to MAX_WORDS words ending in a full stop, or "" where there is none."""
+    """One line of prose of MIN_WORDS to MAX_WORDS words ending in a full stop, or "" where there is
+    none."""
     prose = re.sub(r"\s+", " ", definition.replace("[sic]", "").replace("_", "")).strip()
     prose = re.sub(r" ([,.;])", r"\1", prose)
     kept = []
@@ -57,24 +59,31 @@ def tidy(definition):
             break
         kept.append(sentence)
     short = " ".join(kept)
-    balanced = short.count("(") == short.count(")") and short.count("[") == short.count("]") and short.count('"') % 2 == 0
+    balanced = (
+        short.count("(") == short.count(")") and short.count("[") == short.count("]") and short.count('"') % 2 == 0
+    )
     return short if balanced and short.endswith((".", "!", "?")) and len(short.split()) >= MIN_WORDS else ""
 
 
 def split_entries(entries):
-    """(train rows, held-out rows): a seeded draw over the sorted headwords; no definition occurs twice."""
+    """(train rows, held-out rows): a seeded draw over the sorted headwords; no definition occurs
+    twice."""
     first_of = {definition: headword for headword, definition in reversed(sorted(entries.items()))}
     headwords = sorted(first_of.values())
     needed = TRAIN_COUNT + HELDOUT_COUNT
     if len(headwords) < needed:
         raise ValueError(f"{len(headwords)} usable entries found, {needed} needed: is this the {PACKAGE} dictionary?")
     drawn = random.Random(SEED).sample(headwords, needed)
-    rows = [{"input": f'Define "{word.lower()}" as the Devil\'s Dictionary does.', "output": entries[word]} for word in drawn]
+    rows = [
+        {"input": f'Define "{word.lower()}" as the Devil\'s Dictionary does.', "output": entries[word]}
+        for word in drawn
+    ]
     return rows[:TRAIN_COUNT], rows[TRAIN_COUNT:]
 
 
 def dictionary_text(deb_path=None):
-    """The dictionary's text out of the package file, fetched with apt-get where no path is given."""
+    """The dictionary's text out of the package file, fetched with apt-get where no path is
+    given."""
     with tempfile.TemporaryDirectory() as folder:
         if deb_path is None:
             run(["apt-get", "download", f"{PACKAGE}={VERSION}"], folder)

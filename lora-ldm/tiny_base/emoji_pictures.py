@@ -1,7 +1,9 @@
-"""Openly licensed captioned pictures out of npm packages: emoji artwork with Unicode's names and keywords.
+"""Openly licensed captioned pictures out of npm packages: emoji artwork with Unicode's names and
+keywords.
 
-The artwork of the base model is Noto (PNG, 64 px) and Fluent flat (SVG). The names and keywords come from emojibase.
-Nothing here needs a GPU; the packages are fetched once into a folder and read from there afterwards.
+The artwork of the base model is Noto (PNG, 64 px) and Fluent flat (SVG). The names and keywords
+come from emojibase. Nothing here needs a GPU; the packages are fetched once into a folder and read
+from there afterwards.
 """
 
 import io
@@ -63,7 +65,8 @@ class EmojiEntry:
 
 
 def fetch_package(name, cache_folder):
-    """Unpack the pinned version of an npm package under `cache_folder` (once) and return its `package` folder."""
+    """Unpack the pinned version of an npm package under `cache_folder` (once) and return its
+    `package` folder."""
     version = PACKAGE_VERSIONS[name]
     target = Path(cache_folder) / f"{name.replace('@', '').replace('/', '-')}-{version}"
     if not target.is_dir():
@@ -83,18 +86,21 @@ def fetch_package(name, cache_folder):
 
 
 def emoji_key(hexcode):
-    """Spell a code point sequence in the one way used as key here: upper case, no FE0F, no ZWJ differences."""
+    """Spell a code point sequence in the one way used as key here: upper case, no FE0F, no ZWJ
+    differences."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
 def concept_of(key):
-    """Drop skin tone and gender, so that near-copies of one picture fall on the same side of a split."""
+    """Drop skin tone and gender, so that near-copies of one picture fall on the same side of a
+    split."""
     parts = [_GENDERS.get(part, part) for part in key.split("-")]
     return "-".join(part for part in parts if part and part != "200D" and not "1F3FB" <= part <= "1F3FF")
 
 
 def read_catalogue(cache_folder):
-    """Read every emoji that has a group, flags and bare components excluded, as a list of EmojiEntry."""
+    """Read every emoji that has a group, flags and bare components excluded, as a list of
+    EmojiEntry."""
     folder = fetch_package("emojibase-data", cache_folder) / "en"
     groups = {g["order"]: g["key"] for g in json.loads((folder / "messages.json").read_text("utf8"))["groups"]}
     entries = []
@@ -154,7 +160,8 @@ def read_twemoji(cache_folder, keys, size_px=SIZE_PX):
 
 
 def read_fluent_3d(cache_folder, keys, size_px=SIZE_PX):
-    """Return {emoji key: RGBA image} of the Fluent 3D artwork (256 px originals) for the given keys that it has."""
+    """Return {emoji key: RGBA image} of the Fluent 3D artwork (256 px originals) for the given keys
+    that it has."""
     folder = fetch_package("@lobehub/fluent-emoji-3d", cache_folder) / "assets"
     paths = {emoji_key(path.stem): path for path in folder.glob("*.webp")}
     resized = {}
@@ -177,7 +184,8 @@ def heldout_caption(entry, style):
 
 
 def training_captions(entry, style, count, rng):
-    """Draw `count` captions of one picture: the name, keywords in random order, and mostly the style's name."""
+    """Draw `count` captions of one picture: the name, keywords in random order, and mostly the
+    style's name."""
     captions = []
     for _ in range(count):
         tags = list(entry.tags)
@@ -199,8 +207,9 @@ def split_concepts(concepts, seed):
     """Assign every concept to a role, reproducibly.
 
     Returns:
-        {concept: role} with role "train", "validation" (both styles kept for choosing the checkpoint),
-        "new_concept" (both styles held out for the figures) or "new_picture" (one style held out, the other trained on).
+        {concept: role} with role "train", "validation" (both styles kept for choosing the
+        checkpoint), "new_concept" (both styles held out for the figures) or "new_picture" (one
+        style held out, the other trained on).
     """
     ordered = sorted(set(concepts))
     random.Random(seed).shuffle(ordered)
@@ -217,8 +226,9 @@ def collect_pictures(cache_folder, seed=0, captions_a_picture=24):
     """Read both base styles.
 
     Returns:
-        (records, pictures): records is a list of dicts with key, style, role ("train", "validation", "new_concept",
-        "new_picture"), weight (sampling), can_flip, caption, captions; pictures is uint8 (N, 64, 64, 4) RGBA.
+        (records, pictures): records is a list of dicts with key, style, role ("train",
+        "validation", "new_concept", "new_picture"), weight (sampling), can_flip, caption, captions;
+        pictures is uint8 (N, 64, 64, 4) RGBA.
     """
     catalogue = read_catalogue(cache_folder)
     roles = split_concepts([entry.concept for entry in catalogue], seed)
@@ -229,7 +239,8 @@ def collect_pictures(cache_folder, seed=0, captions_a_picture=24):
             if entry.key not in artwork:
                 continue
             role = roles[entry.concept]
-            # Which of the two styles of a "new_picture" concept is held out alternates by the concept's spelling.
+            # Which of the two styles of a "new_picture" concept is held out alternates by the
+            # concept's spelling.
             if role == "new_picture" and style != ("noto", "flat")[sum(map(ord, entry.concept)) % 2]:
                 role = "train"
             records.append(
@@ -246,7 +257,8 @@ def collect_pictures(cache_folder, seed=0, captions_a_picture=24):
                 }
             )
             pictures.append(np.asarray(artwork[entry.key]))
-    # A person in four skin tones and three genders is not twelve times as worth learning as a pumpkin.
+    # A person in four skin tones and three genders is not twelve times as worth learning as a
+    # pumpkin.
     sizes = Counter((record["style"], record["concept"]) for record in records)
     for record in records:
         record["weight"] = sizes[record["style"], record["concept"]] ** -0.5

@@ -28,7 +28,8 @@ def load_pipeline(model_dir):
 
 
 def save_heldout(model_dir, records, pictures_uint8):
-    """Write the pictures that were never trained on, skin tone copies left out: heldout.png and heldout.json."""
+    """Write the pictures that were never trained on, skin tone copies left out: heldout.png and
+    heldout.json."""
     from emoji_pictures import on_white
 
     chosen = [i for i, r in enumerate(records) if r["role"] in HELDOUT_ROLES and not r["is_tone_variant"]]
@@ -74,8 +75,9 @@ def caption_gaps(pipeline, latents, rows, draws=4):
     """How much higher the denoising loss is with shuffled captions than with the right ones.
 
     Returns:
-        {which pictures: {"right", "shuffled", "gap_percent", "pictures"}} for all, for each kind of held-out picture,
-        and with captions shuffled among pictures of the same style only, where the name of the style cannot help.
+        {which pictures: {"right", "shuffled", "gap_percent", "pictures"}} for all, for each kind of
+        held-out picture, and with captions shuffled among pictures of the same style only, where
+        the name of the style cannot help.
     """
     tokens = tokenize(pipeline.tokenizer, [row["caption"] for row in rows])
     concepts, styles = [row["concept"] for row in rows], [row["style"] for row in rows]
@@ -100,7 +102,8 @@ def measure(model_dir, dataset_folder):
     """All figures of the exported folder.
 
     Returns:
-        dict: parameters and bytes, PSNR of the autoencoder per style, caption gap per kind of held-out picture.
+        dict: parameters and bytes, PSNR of the autoencoder per style, caption gap per kind of
+        held-out picture.
     """
     pipeline = load_pipeline(model_dir)
     rows, rgb = read_heldout(model_dir)
@@ -123,7 +126,8 @@ def measure(model_dir, dataset_folder):
 
 
 def generate_batch(pipeline, prompts, seed):
-    """One 64 px picture a prompt, all from the same seed, with the settings used for all figures."""
+    """One 64 px picture a prompt, all from the same seed, with the settings used for all
+    figures."""
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     return pipeline(
         list(prompts),
@@ -141,7 +145,8 @@ def generate(pipeline, prompt, seed):
 
 
 def seconds_a_picture(pipeline, repeats=5):
-    """Median wall time and processor time of one picture at the settings above, and the number of threads."""
+    """Median wall time and processor time of one picture at the settings above, and the number of
+    threads."""
     generate(pipeline, "red heart", 0)
     wall, processor = [], []
     for seed in range(repeats):
@@ -158,7 +163,8 @@ def seconds_a_picture(pipeline, repeats=5):
 
 
 def save_grid(model_dir, prompts, columns=8, zoom=2, name="grid.png"):
-    """One picture a prompt, first seed, no choosing. Writes the labelled grid and returns the seconds it took."""
+    """One picture a prompt, first seed, no choosing. Writes the labelled grid and returns the
+    seconds it took."""
     pipeline = load_pipeline(model_dir)
     side, text_px = 64 * zoom, 16
     rows = math.ceil(len(prompts) / columns)

@@ -1,11 +1,13 @@
-"""Build the embedded diffusion base from npm packages: collect, tokenizer, vae, unet, export, evaluate.
+"""Build the embedded diffusion base from npm packages: collect, tokenizer, vae, unet, export,
+evaluate.
 
     python make_tiny_base.py                        every stage in turn
     python make_tiny_base.py vae unet --device cuda --vae_minutes 4 --unet_minutes 5
     python make_tiny_base.py export evaluate        from weights that are there already
 
-Needs `npm` on the path for the stage collect and requirements-extras.txt (resvg-py). Everything between the stages lies
-in --work_dir; the finished model goes to --model_dir (default: the folder of this script).
+Needs `npm` on the path for the stage collect and requirements-extras.txt (resvg-py). Everything
+between the stages lies in --work_dir; the finished model goes to --model_dir (default: the folder
+of this script).
 """
 
 import argparse
@@ -34,8 +36,8 @@ from tiny_models import (
 HERE = Path(__file__).resolve().parent
 STAGES = ("collect", "tokenizer", "vae", "unet", "export", "evaluate")
 
-# Fixed before the first picture was seen. The first 24 ask for things that have a picture in the training styles or
-# among the held-out ones; the last 8 ask for combinations that no picture shows.
+# Fixed before the first picture was seen. The first 24 ask for things that have a picture in the
+# training styles or among the held-out ones; the last 8 ask for combinations that no picture shows.
 GRID_PROMPTS = (
     "red heart",
     "cat face",
@@ -211,7 +213,8 @@ def unet(args):
 
 
 def use_plain_attention(denoiser):
-    """Attention as two matrix products: nearly twice as fast as the fused kernel in the backward pass on a CPU."""
+    """Attention as two matrix products: nearly twice as fast as the fused kernel in the backward
+    pass on a CPU."""
     from diffusers.models.attention_processor import AttnProcessor
 
     denoiser.set_attn_processor(AttnProcessor())
@@ -225,7 +228,8 @@ def encode_plain(image_model, pictures_uint8, device):
 
 
 def export(args):
-    """Weights and tokenizer -> a folder that StableDiffusionPipeline.from_pretrained reads; the held-out pictures."""
+    """Weights and tokenizer -> a folder that StableDiffusionPipeline.from_pretrained reads; the
+    held-out pictures."""
     from diffusers import StableDiffusionPipeline
     from evaluate_tiny_base import save_heldout
     from transformers import CLIPTokenizer

@@ -1,7 +1,9 @@
-"""The three small networks and the tokenizer of the embedded base, in the shapes of Stable Diffusion 1.x.
+"""The three small networks and the tokenizer of the embedded base, in the shapes of Stable
+Diffusion 1.x.
 
-Same classes and module names as the big family (CLIP text encoder, AutoencoderKL with 8x reduction and 4 channels,
-cross-attention U-Net with epsilon prediction), so that whatever finds LoRA targets by name finds them here too.
+Same classes and module names as the big family (CLIP text encoder, AutoencoderKL with 8x reduction
+and 4 channels, cross-attention U-Net with epsilon prediction), so that whatever finds LoRA targets
+by name finds them here too.
 """
 
 import json
@@ -13,7 +15,8 @@ VOCABULARY_SIZE = 3200
 TEXT_TOKENS = 77
 TEXT_WIDTH = 128
 START, END = "<|startoftext|>", "<|endoftext|>"
-# What Stable Diffusion 1.x multiplies its latents by; programs that write the number down work on this model too.
+# What Stable Diffusion 1.x multiplies its latents by; programs that write the number down work on
+# this model too.
 LATENT_SCALE = 0.18215
 
 
@@ -95,7 +98,7 @@ def parameter_count(*modules):
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------
 
 
 def learn_bpe(texts, vocabulary_size=VOCABULARY_SIZE):
@@ -104,7 +107,8 @@ def learn_bpe(texts, vocabulary_size=VOCABULARY_SIZE):
     Every byte is in it, in the middle and at the end of a word, so that no text is unknown.
 
     Returns:
-        (vocabulary, merges): {token: id} of exactly `vocabulary_size` entries and the list of merged pairs.
+        (vocabulary, merges): {token: id} of exactly `vocabulary_size` entries and the list of
+        merged pairs.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 

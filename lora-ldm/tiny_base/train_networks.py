@@ -1,4 +1,5 @@
-"""Training loops of the autoencoder and of the denoiser with its text encoder. Both end by the clock.
+"""Training loops of the autoencoder and of the denoiser with its text encoder. Both end by the
+clock.
 
 The learning rate follows the share of the time that is used, so a run of any length ends annealed.
 """
@@ -63,7 +64,8 @@ class MovingAverage:
 
 
 def _autocast(device):
-    """bfloat16 on a GPU only: processors without bfloat16 units compute it tens of times slower than float32."""
+    """bfloat16 on a GPU only: processors without bfloat16 units compute it tens of times slower
+    than float32."""
     return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.device(device).type == "cuda")
 
 
@@ -82,7 +84,7 @@ def _apply(optimizer, loss, parameters, clock, average):
     average.update()
 
 
-# --- autoencoder -------------------------------------------------------------------------------------------------
+# --- autoencoder ----------------------------------------------------------------------------------
 
 _TO_CHROMA = ((-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))  # BT.601 Cb and Cr
 
@@ -90,7 +92,8 @@ _TO_CHROMA = ((-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))  # BT.601 Cb and
 def reconstruction_loss(output, target):
     """Absolute and squared error, edges, and chroma.
 
-    Without the chroma term a small autoencoder settles on the mean hue long before it learns colours.
+    Without the chroma term a small autoencoder settles on the mean hue long before it learns
+    colours.
 
     Args:
         output, target: (B, 3, H, W) in [-1, 1].
@@ -170,7 +173,8 @@ def normalise_latents(vae, pictures, sample=1024):
 
 @torch.no_grad()
 def encode_variations(vae, pictures, can_flip, variations):
-    """Latents of several slightly moved copies. Returns float16 (variations, N, 4, 8, 8), scaled to unit spread."""
+    """Latents of several slightly moved copies. Returns float16 (variations, N, 4, 8, 8), scaled to
+    unit spread."""
     sets = []
     for _ in tqdm(range(variations), desc="latents", mininterval=5):
         parts = []
@@ -182,7 +186,7 @@ def encode_variations(vae, pictures, can_flip, variations):
     return torch.stack(sets)
 
 
-# --- denoiser ----------------------------------------------------------------------------------------------------
+# --- denoiser -------------------------------------------------------------------------------------
 
 
 def denoising_loss(unet, text_encoder, scheduler, latents, tokens, noise, timesteps, weighted=False):
@@ -203,7 +207,8 @@ def denoising_loss(unet, text_encoder, scheduler, latents, tokens, noise, timest
 
 
 def drawn_examples(latents, tokens, weights, batch_size):
-    """(latents (B, 4, 8, 8), token ids (B, 77)): pictures by weight, each in a random variation and caption."""
+    """(latents (B, 4, 8, 8), token ids (B, 77)): pictures by weight, each in a random variation and
+    caption."""
     chosen = torch.multinomial(weights, batch_size, replacement=True)
     variation = torch.randint(len(latents), chosen.shape, device=latents.device)
     caption = torch.randint(tokens.shape[1], chosen.shape, device=latents.device)
@@ -211,7 +216,8 @@ def drawn_examples(latents, tokens, weights, batch_size):
 
 
 def scored_average(average, validation, curve, step, best):
-    """Append (step, validation loss of the averaged weights) to the curve; their states where it is lowest, else best."""
+    """Append (step, validation loss of the averaged weights) to the curve; their states where it is
+    lowest, else best."""
     average.swap()
     curve.append((step, round(validation(), 5)))
     if curve[-1][1] == min(loss for _, loss in curve):
@@ -240,12 +246,15 @@ def train_unet(
     """Train U-Net and text encoder together in place.
 
     Args:
-        latents: float16 (variations, N, 4, 8, 8); tokens: int16 (N, captions, 77); weights: (N,) sampling weights;
-        empty_tokens: int64 (77,) of the empty caption; validation: function () -> loss on pictures not trained on.
+        latents: float16 (variations, N, 4, 8, 8); tokens: int16 (N, captions, 77); weights: (N,)
+        sampling weights;
+        empty_tokens: int64 (77,) of the empty caption; validation: function () -> loss on pictures
+        not trained on.
 
     Returns:
-        (figures, best): steps, seconds, losses and the curve of the validation loss; and the averaged weights
-        (U-Net state, text encoder state) at its lowest point. The modules themselves end with the last average.
+        (figures, best): steps, seconds, losses and the curve of the validation loss; and the
+        averaged weights (U-Net state, text encoder state) at its lowest point. The modules
+        themselves end with the last average.
     """
     device = latents.device
     parameters = [*unet.parameters(), *text_encoder.parameters()]
@@ -286,13 +295,15 @@ def train_unet(
 
 @torch.no_grad()
 def caption_losses(unet, text_encoder, scheduler, latents, tokens, other_tokens, draws=4, seed=0):
-    """Denoising loss with the right captions and with captions of other pictures, on the same noise.
+    """Denoising loss with the right captions and with captions of other pictures, on the same
+    noise.
 
     Args:
         latents: (N, 4, 8, 8) scaled; tokens, other_tokens: int64 (N, 77).
 
     Returns:
-        (right, other): two tensors (N,), means over `draws` noises with timesteps spread evenly over the pictures.
+        (right, other): two tensors (N,), means over `draws` noises with timesteps spread evenly
+        over the pictures.
     """
     generator = torch.Generator().manual_seed(seed)
     count, device = len(latents), latents.device
@@ -309,7 +320,8 @@ def caption_losses(unet, text_encoder, scheduler, latents, tokens, other_tokens,
 
 @torch.no_grad()
 def psnr_db(vae, pictures_rgb):
-    """Peak signal-to-noise ratio of the autoencoder over a set, in dB, from the mean squared error of each picture.
+    """Peak signal-to-noise ratio of the autoencoder over a set, in dB, from the mean squared error
+    of each picture.
 
     Args:
         pictures_rgb: float (N, 3, 64, 64) in [-1, 1].

@@ -1,7 +1,9 @@
-"""Plain English out of named Debian packages: download, unpack, drop the markup, split off the held-out part.
+"""Plain English out of named Debian packages: download, unpack, drop the markup, split off the
+held-out part.
 
-Every source is in the public domain or under a permissive licence; SOURCES is the list that README.md explains. The
-packages are only downloaded and unpacked, never installed. Used by `make_tiny_base.py collect`.
+Every source is in the public domain or under a permissive licence; SOURCES is the list that
+README.md explains. The packages are only downloaded and unpacked, never installed. Used by
+`make_tiny_base.py collect`.
 """
 
 import gzip
@@ -22,10 +24,11 @@ SHORTEST_PROSE_CHARS = 60  # of a paragraph of a web page: below are menus, capt
 
 
 def sword_module(root):
-    """Documents of a SWORD module (zText or zCom driver): one a compressed block, that is a book or a chapter.
+    """Documents of a SWORD module (zText or zCom driver): one a compressed block, that is a book or
+    a chapter.
 
-    Layout (CrossWire's z-drivers): `*.?zs` holds (offset, packed size, size) of each zlib block as three uint32;
-    `*.?zv` holds (block, offset, size) of each verse.
+    Layout (CrossWire's z-drivers): `*.?zs` holds (offset, packed size, size) of each zlib block as
+    three uint32; `*.?zv` holds (block, offset, size) of each verse.
     """
     for packed in sorted(root.rglob("*.[bc]zz")):
         blob = packed.read_bytes()
@@ -44,9 +47,11 @@ def sword_module(root):
 
 
 def verse_places(verses, blocks):
-    """(block, offset, size) of each verse; the size is a uint16, or a uint32 in the newer drivers (zCom4, zText4).
+    """(block, offset, size) of each verse; the size is a uint16, or a uint32 in the newer drivers
+    (zCom4, zText4).
 
-    The module's configuration is not always right about which, so the one is taken whose places all exist.
+    The module's configuration is not always right about which, so the one is taken whose places all
+    exist.
     """
     for layout in ("<IIH", "<III"):
         if len(verses) % struct.calcsize(layout) == 0:
@@ -70,8 +75,8 @@ def osis_paragraphs(osis):
 def r_data(root):
     """Documents of an R package's data: every string vector of at least 1,000 characters, joined.
 
-    `Rdata.rdb` is a row of (4 bytes big-endian length, zlib stream); within, a CHARSXP of R's XDR serialisation is
-    flags (type 9 in the low byte), int32 length, bytes (R Internals, section 1.8).
+    `Rdata.rdb` is a row of (4 bytes big-endian length, zlib stream); within, a CHARSXP of R's XDR
+    serialisation is flags (type 9 in the low byte), int32 length, bytes (R Internals, section 1.8).
     """
     for database in sorted(root.rglob("data/Rdata.rdb")):
         blob = database.read_bytes()
@@ -123,7 +128,8 @@ def dictd_entries(root):
 
 
 class ProseParser(HTMLParser):
-    """Collects running text, one paragraph a block element; code, tables, menus and scripts are left out."""
+    """Collects running text, one paragraph a block element; code, tables, menus and scripts are
+    left out."""
 
     SKIPPED = {"script", "style", "pre", "nav", "table", "head", "form", "button", "footer", "svg"}
     BLOCKS = {
@@ -197,7 +203,8 @@ def web_pages(*folders):
 
 
 def split_paragraphs(text, join_lines=False):
-    """Paragraphs between blank lines; the lines of one are joined, or kept as lines with blanks collapsed."""
+    """Paragraphs between blank lines; the lines of one are joined, or kept as lines with blanks
+    collapsed."""
     separator = " " if join_lines else "\n"
     paragraphs = (
         separator.join(" ".join(line.split()) for line in paragraph.splitlines() if line.strip())
@@ -231,7 +238,8 @@ SOURCES = {  # package: (reader, licence)
 
 
 def fetch_package(package, folder):
-    """Downloads a Debian package through apt-get (which checks its hash), unpacks it; its archive and folder."""
+    """Downloads a Debian package through apt-get (which checks its hash), unpacks it; its archive
+    and folder."""
     archives = sorted(folder.glob(f"{package}_*.deb"))
     if not archives:
         finished = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True)
@@ -261,10 +269,11 @@ def pieces(paragraphs):
 
 
 def collect(work_dir, heldout_percent, seed):
-    """Writes `train.jsonl` and `heldout.jsonl` ({"source", "text"} a line) and `sources.json` into work_dir.
+    """Writes `train.jsonl` and `heldout.jsonl` ({"source", "text"} a line) and `sources.json` into
+    work_dir.
 
-    A paragraph that occurred before, anywhere, is dropped, so that repeated boilerplate is not on both sides. Whether a
-    piece is held out depends only on the seed and its text.
+    A paragraph that occurred before, anywhere, is dropped, so that repeated boilerplate is not on
+    both sides. Whether a piece is held out depends only on the seed and its text.
     """
     packages_dir = work_dir / "packages"
     packages_dir.mkdir(parents=True, exist_ok=True)

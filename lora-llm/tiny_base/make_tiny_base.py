@@ -1,12 +1,12 @@
 """Makes the embedded base language model of this folder, stage by stage:
 
-    python make_tiny_base.py collect      # Debian packages -> train.jsonl, heldout.jsonl   (network: apt-get download)
-    python make_tiny_base.py tokenizer    # byte-level BPE, token ids, unigram counts
-    python make_tiny_base.py train        # --device cpu|cuda
-    python make_tiny_base.py evaluate     # held-out perplexity of the model and of the unigram; samples
+    python make_tiny_base.py collect      # Debian packages -> train.jsonl, heldout.jsonl
+    (network: apt-get download) python make_tiny_base.py tokenizer    # byte-level BPE, token ids,
+    unigram counts python make_tiny_base.py train        # --device cpu|cuda python
+    make_tiny_base.py evaluate     # held-out perplexity of the model and of the unigram; samples
 
-Each stage reads what the one before left in --work_dir; what belongs beside the model goes to --out_dir. README.md says
-which settings, machine and time made the committed weights.
+Each stage reads what the one before left in --work_dir; what belongs beside the model goes to
+--out_dir. README.md says which settings, machine and time made the committed weights.
 """
 
 import argparse
@@ -40,7 +40,8 @@ PROMPTS = (
 
 
 def model_config():
-    """A Llama of 6.2 million parameters: small enough for a LoRA run in minutes on two CPU cores."""
+    """A Llama of 6.2 million parameters: small enough for a LoRA run in minutes on two CPU
+    cores."""
     ids = {name + "_id": place for place, name in enumerate(SPECIAL_TOKENS) if name != "unk_token"}
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -68,7 +69,8 @@ def require(path):
 
 
 def collect(args):
-    """Stage 1: text, its split, the list of sources, and the passages that later measure forgetting."""
+    """Stage 1: text, its split, the list of sources, and the passages that later measure
+    forgetting."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
     collect_text.collect(args.work_dir, args.heldout_percent, args.seed)
     collect_text.write_text(args.out_dir / "sources.json", (args.work_dir / "sources.json").read_text(encoding="utf-8"))
@@ -80,7 +82,8 @@ def collect(args):
 
 
 def choose_passages(records, seed):
-    """PASSAGES held-out texts of 500 to 1,400 characters, as evenly over the sources as their number allows."""
+    """PASSAGES held-out texts of 500 to 1,400 characters, as evenly over the sources as their
+    number allows."""
     by_source = {}
     for place in np.random.default_rng(seed).permutation(len(records)):
         passage = ""
@@ -96,7 +99,8 @@ def choose_passages(records, seed):
 
 
 def make_tokenizer(args):
-    """Stage 2: train the tokenizer on the training split only; encode both splits; count unigrams."""
+    """Stage 2: train the tokenizer on the training split only; encode both splits; count
+    unigrams."""
     splits = {side: read_texts(args.work_dir / f"{side}.jsonl") for side in ("train", "heldout")}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -148,7 +152,8 @@ def whole_windows(tokens):
 
 
 def shuffled_windows(tokens, batch_size, seed):
-    """Endless batches (batch_size, CONTEXT_TOKENS); each epoch cuts the text at a new offset and shuffles."""
+    """Endless batches (batch_size, CONTEXT_TOKENS); each epoch cuts the text at a new offset and
+    shuffles."""
     random = np.random.default_rng(seed)
     while True:
         offset = int(random.integers(CONTEXT_TOKENS))
@@ -166,7 +171,8 @@ def learning_rate_factor(progress, warmup=0.02, floor=0.02):
 
 
 def train(args):
-    """Stage 3: AdamW, cosine schedule; the schedule ends with the tokens or with the minutes, whichever is first."""
+    """Stage 3: AdamW, cosine schedule; the schedule ends with the tokens or with the minutes,
+    whichever is first."""
     torch.manual_seed(args.seed)
     tokens = load_tokens(args.work_dir / "train_tokens.npy").to(args.device)
     validation = load_tokens(args.work_dir / "heldout_tokens.npy")[: 64 * CONTEXT_TOKENS].to(args.device)
@@ -257,7 +263,8 @@ def save_model(model, out_dir):
 
 @torch.no_grad()
 def mean_loss(model, tokens, batch_size=16):
-    """Mean next-token loss in nats over consecutive windows; the first token of each is not scored."""
+    """Mean next-token loss in nats over consecutive windows; the first token of each is not
+    scored."""
     windows = whole_windows(tokens)
     total, training = 0.0, model.training
     model.eval()
@@ -269,7 +276,8 @@ def mean_loss(model, tokens, batch_size=16):
 
 
 def unigram_loss(counts, tokens):
-    """Mean loss in nats of the training split's unigram, add-one smoothed, over the tokens that mean_loss scores."""
+    """Mean loss in nats of the training split's unigram, add-one smoothed, over the tokens that
+    mean_loss scores."""
     log_probabilities = np.log((np.asarray(counts) + 1.0) / (np.sum(counts) + len(counts)))
     windows = whole_windows(tokens)
     return -float(log_probabilities[windows[:, 1:].numpy()].mean())

@@ -2,10 +2,12 @@
 
     python tests/benchmarks/extract_lora_error.py [--steps 60] [--learning_rate 1e-4]
 
-Fine-tunes the U-Net of lora-ldm/tiny_base on dataset/portraits with --train_full_unet, extracts LoRAs of it, folds each into the
-base and compares what the U-Nets predict on 16 noisy latents with four prompts. Error: ||LoRA - tuned|| / ||tuned - base||, 0
-is the fine-tuned model and 1 is the base. Once against the whole fine-tuned U-Net, and once against one with only the changes
-that a LoRA can hold (biases, norms, embeddings, first and last convolution are the base's). Writes extract_lora_error.md.
+Fine-tunes the U-Net of lora-ldm/tiny_base on dataset/portraits with --train_full_unet, extracts
+LoRAs of it, folds each into the base and compares what the U-Nets predict on 16 noisy latents with
+four prompts. Error: ||LoRA - tuned|| / ||tuned - base||, 0 is the fine-tuned model and 1 is the
+base. Once against the whole fine-tuned U-Net, and once against one with only the changes that a
+LoRA can hold (biases, norms, embeddings, first and last convolution are the base's). Writes
+extract_lora_error.md.
 """
 
 import argparse
@@ -94,7 +96,8 @@ def main():
         rows.append(
             f"| {select} | {len(kept)} | {name} | {size:.2f} | {held:.1%} | {errors[0]:.3g} | {errors[1]:.3g} |"
         )
-    head = "| layers | how many | rank | million numbers | of the change | error, whole U-Net | error, what a LoRA can hold |"
+    head = "| layers | how many | rank | million numbers | of the change | error, whole U-Net |"
+    head += " error, what a LoRA can hold |"
     facts = (
         f"{args.steps} steps of AdamW at {args.learning_rate}, batch 2, float32 on a CPU; {len(layers)} layers; "
         f"{share_outside(base, tuned, layers):.1%} of the change is outside of them. Largest absolute difference\n"

@@ -1,10 +1,12 @@
 """What one CS measurement costs on a U-Net of Stable Diffusion 1.5's size, against the literal way.
 
-    python tests/benchmarks/ldm_cs_cost.py [--device cuda] [--dtype float32] [--ranks 4 32 128] [--repeats 7]
+    python tests/benchmarks/ldm_cs_cost.py [--device cuda] [--dtype float32] [--ranks 4 32 128]
+    [--repeats 7]
 
-Ours: cs_fluctuation.measure_layers, which never forms B A. Literal: copy the weights (a state dict), form B A, take the
-cosine of the flattened matrices. Each pair (rank, way) runs in a process of its own; peak memory is what the measurement
-adds to the model. Writes ldm_cs_cost.md beside this file, one section a device.
+Ours: cs_fluctuation.measure_layers, which never forms B A. Literal: copy the weights (a state
+dict), form B A, take the cosine of the flattened matrices. Each pair (rank, way) runs in a process
+of its own; peak memory is what the measurement adds to the model. Writes ldm_cs_cost.md beside this
+file, one section a device.
 """
 
 import argparse
@@ -36,7 +38,8 @@ def literal(unet, modules):
 
 
 def reset_peak(device):
-    """Forget the peak so far (making the model has one of its own); returns the memory in use now."""
+    """Forget the peak so far (making the model has one of its own); returns the memory in use
+    now."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -53,7 +56,8 @@ def peak_bytes(device):
 
 
 def measure_one(args):
-    """One way at one rank, in this process: seconds of each repeat, added peak memory, the value."""
+    """One way at one rank, in this process: seconds of each repeat, added peak memory, the
+    value."""
     from cs_fluctuation import measure_layers
     from network.lora import create_network
 
@@ -96,7 +100,8 @@ def section(args):
     lines = [
         f"## {where}, weights in {args.dtype}",
         "",
-        "| rank | ours, ms | ours, first, ms | literal, ms | times faster | ours adds, MB | literal adds, MB | difference |",
+        "| rank | ours, ms | ours, first, ms | literal, ms | times faster | ours adds, MB | literal adds, MB | "
+        "difference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for rank in args.ranks:

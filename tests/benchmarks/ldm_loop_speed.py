@@ -1,9 +1,12 @@
-"""Steps per second of the diffusion trainer's loop, and the share of the time that is spent outside the model's parts.
+"""Steps per second of the diffusion trainer's loop, and the share of the time that is spent outside
+the model's parts.
 
-    python tests/benchmarks/ldm_loop_speed.py [--model embedded|sd15] [--resolution 512] [--batch 1] [--precision no] [--steps 30]
+    python tests/benchmarks/ldm_loop_speed.py [--model embedded|sd15] [--resolution 512] [--batch 1]
+    [--precision no] [--steps 30]
 
-"Parts": text encoder, U-Net, their backward pass, optimizer step, and CS measurements with their snapshots. The latents
-are cached, so the VAE does not run. Writes a line into ldm_loop_speed.md beside this file.
+"Parts": text encoder, U-Net, their backward pass, optimizer step, and CS measurements with their
+snapshots. The latents are cached, so the VAE does not run. Writes a line into ldm_loop_speed.md
+beside this file.
 """
 
 import argparse
@@ -19,7 +22,8 @@ from ldm_sd15_shaped import ROOT, sd15_model
 
 RESULT = Path(__file__).with_suffix(".md")
 HEAD = (
-    "| model | device | px | batch | precision | rank | steps/s (spread) | text | U-Net | backward | optimizer | CS | outside |\n"
+    "| model | device | px | batch | precision | rank | steps/s (spread) | text | U-Net | backward | optimizer | CS | "
+    "outside |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
 
@@ -126,7 +130,8 @@ def main():
     }
     outside = 100 * (1 - sum(parts.values()) / total)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    rate = f"{len(steps) / total:.2f} ({1 / max(steps):.2f} to {1 / min(steps):.2f}, median {1 / statistics.median(steps):.2f})"
+    spread = f"{1 / max(steps):.2f} to {1 / min(steps):.2f}, median {1 / statistics.median(steps):.2f}"
+    rate = f"{len(steps) / total:.2f} ({spread})"
     line = f"| {args.model} | {name} | {args.resolution} | {args.batch} | {args.precision} | {args.rank} | {rate} | "
     line += " | ".join(share.values()) + f" | {outside:.1f}% |\n"
     start = f"# Speed of the diffusion trainer's loop\n\n{__doc__.strip()}\n\n{HEAD}"

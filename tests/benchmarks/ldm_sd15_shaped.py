@@ -1,4 +1,5 @@
-"""A Stable Diffusion 1.5 with the real sizes and random weights: speed and memory do not depend on the values."""
+"""A Stable Diffusion 1.5 with the real sizes and random weights: speed and memory do not depend on
+the values."""
 
 import json
 import sys

@@ -1,9 +1,11 @@
-"""What measuring CS costs on a 4-bit language model: peak memory of a run with and without it, and the time of one
-measurement against the literal way (form B A, flatten, cosine). Writes llm_cs_cost.md beside this file.
+"""What measuring CS costs on a 4-bit language model: peak memory of a run with and without it, and
+the time of one measurement against the literal way (form B A, flatten, cosine). Writes
+llm_cs_cost.md beside this file.
 
     .venv-llm/bin/python tests/benchmarks/llm_cs_cost.py
 
-Everything runs on the CPU, on a random Llama-shaped base that the script makes. Exit code 1 where the memory bound is missed.
+Everything runs on the CPU, on a random Llama-shaped base that the script makes. Exit code 1 where
+the memory bound is missed.
 """
 
 import json
@@ -38,7 +40,8 @@ SHAPE = {
 STEPS, MEMORY_REPEATS = 6, 5
 RANKS, TIME_REPEATS = (8, 64, 128), 9
 MB = 1e6
-# The default allocator keeps freed blocks by a threshold that moves, which hides small differences; the other gives them back.
+# The default allocator keeps freed blocks by a threshold that moves, which hides small differences;
+# the other gives them back.
 ALLOCATORS = {
     "as it comes": {},
     "gives freed memory back": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
@@ -56,7 +59,8 @@ def in_fresh_process(function: Callable, *arguments: Any) -> Any:
 
 
 def make_base(folder: Path) -> dict[str, int]:
-    """Save a random bf16 base with the embedded tokenizer; {"parameters", "largest_bytes"} (float32, LoRA-carrying)."""
+    """Save a random bf16 base with the embedded tokenizer; {"parameters", "largest_bytes"}
+    (float32, LoRA-carrying)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -68,7 +72,7 @@ def make_base(folder: Path) -> dict[str, int]:
     return {"parameters": sum(p.numel() for p in model.parameters()), "largest_bytes": 4 * max(carriers)}
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def resident_peak_bytes() -> int:
@@ -82,7 +86,8 @@ def forget_peak() -> None:
 
 
 def train_and_note_peaks(peaks_file: Path, argv: list[str]) -> int:
-    """One run of the trainer in this process; writes {"whole", "training"}: peak in bytes, and from the first step on."""
+    """One run of the trainer in this process; writes {"whole", "training"}: peak in bytes, and from
+    the first step on."""
     sys.path.insert(0, str(TREE))
     import es_lora_llm
 
@@ -101,7 +106,8 @@ def train_and_note_peaks(peaks_file: Path, argv: list[str]) -> int:
 
 
 def peak_bytes(base: Path, output: Path, with_cs: bool, allocator: dict[str, str]) -> dict[str, int]:
-    """{"whole", "training"}: peaks of one training run in a fresh process. Raises RuntimeError where the run fails."""
+    """{"whole", "training"}: peaks of one training run in a fresh process. Raises RuntimeError
+    where the run fails."""
     peaks_file = output.with_suffix(".json")
     command = [sys.executable, __file__, "--child", str(peaks_file)]
     command += ["--model_name_or_path", str(base), "--output_dir", str(output), "--bits", "4", "--lora_r", "64"]
@@ -136,7 +142,8 @@ def memory_rows(base: Path, folder: Path, facts: dict[str, int]) -> tuple[list[s
                 peaks.setdefault((name, with_cs), []).append(peak_bytes(base, output, with_cs, allocator))
     lora = lora_bytes(next(folder.glob("run-0-*-True")) / "adapter")
     lines = [
-        "| MB: memory allocator, phase | without CS: median (min to max) | with CS at every step | difference of medians "
+        "| MB: memory allocator, phase | without CS: median (min to max) | with CS at every step | difference of "
+        "medians "
         "| spread | bound |",
         "|---|---|---|---|---|---|",
     ]
@@ -152,7 +159,8 @@ def memory_rows(base: Path, folder: Path, facts: dict[str, int]) -> tuple[list[s
         lines.append(f"| {name}, {title} | {cells[0]} | {cells[1]} | {difference:.1f} | {spread:.1f} | {bound:.1f} |")
     lines += [
         "",
-        "Bound: the largest LoRA-carrying weight in float32, twice the LoRA weights, and the spread (the larger max - min).",
+        "Bound: the largest LoRA-carrying weight in float32, twice the LoRA weights, and the spread (the larger max - "
+        "min).",
     ]
     sizes = f"{facts['largest_bytes'] / MB:.1f} + 2 x {lora / MB:.1f}"
     lines += [f"Without the spread it is {sizes} = {(facts['largest_bytes'] + 2 * lora) / MB:.1f} MB."]
@@ -160,11 +168,12 @@ def memory_rows(base: Path, folder: Path, facts: dict[str, int]) -> tuple[list[s
     return lines, all(holds)
 
 
-# ------------------------------------------------------------------------------------------------ time
+# --------------------------------------------------------------------------------------------- time
 
 
 def literal_cosine(layers: list) -> float:
-    """CS as the formula reads: B A is formed, flattened, and compared with the whole weight; mean over the layers."""
+    """CS as the formula reads: B A is formed, flattened, and compared with the whole weight; mean
+    over the layers."""
     values = []
     for layer in layers:
         update = (layer.up @ layer.down).flatten()  # (out * in,)
@@ -174,7 +183,8 @@ def literal_cosine(layers: list) -> float:
 
 
 def time_at_rank(base_model: Any, settings: Any, rank: int) -> tuple[list[float], float, float]:
-    """(literal seconds / factorised seconds of every repeat, first measurement / later one, difference of the values)."""
+    """(literal seconds / factorised seconds of every repeat, first measurement / later one,
+    difference of the values)."""
     from adapters.weights import attach_lora
     from cs_fluctuation import measure_layers
     from es_lora.peft_models import peft_lora_layers
@@ -223,12 +233,13 @@ def time_rows(base: Path) -> list[str]:
         base_model = load_base(settings)
         for rank in tqdm(RANKS, desc=f"time, {bits} bits"):
             ratios, first, difference = time_at_rank(base_model, settings, rank)
-            figures = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} | {max(ratios):.2f} | {first:.2f} | {difference:.1e}"
+            values = [statistics.median(ratios), min(ratios), max(ratios), first]
+            figures = " | ".join([*(f"{value:.2f}" for value in values), f"{difference:.1e}"])
             lines.append(f"| {bits} bits | {rank} | {figures} |")
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def machine() -> str:
@@ -253,23 +264,31 @@ def main() -> int:
         "Made by `.venv-llm/bin/python tests/benchmarks/llm_cs_cost.py`, which writes this page.",
         "",
         f"Machine: {machine()}",
-        f"Base: random Llama-shaped model of {facts['parameters'] / 1e6:.1f} million parameters ({shape}), saved in bf16.",
+        f"Base: random Llama-shaped model of {facts['parameters'] / 1e6:.1f} million parameters ({shape}), saved in "
+        "bf16.",
         "",
         "## Peak memory of a 4-bit run",
         "",
-        f"NF4 with double quantisation, LoRA of rank 64 on every linear layer but the head, batch 1, {STEPS} steps; with CS:"
-        f" measured and put into a snapshot at every step. {MEMORY_REPEATS} fresh processes each, in turn; peak resident memory"
-        " as the kernel counts it. Loading the base has a peak of its own, so the peak from the first step on is given beside"
-        " that of the whole process. The C library's allocator keeps freed memory by rules of its own, so the runs are made with"
+        f"NF4 with double quantisation, LoRA of rank 64 on every linear layer but the head, batch 1, {STEPS} steps; "
+        "with CS:"
+        f" measured and put into a snapshot at every step. {MEMORY_REPEATS} fresh processes each, in turn; peak "
+        "resident memory"
+        " as the kernel counts it. Loading the base has a peak of its own, so the peak from the first step on is "
+        "given beside"
+        " that of the whole process. The C library's allocator keeps freed memory by rules of its own, so the runs "
+        "are made with"
         " it as it comes and with settings under which it gives freed memory back at once.",
         "",
         *memory,
         "",
         "## Time of one measurement",
         "",
-        "`measure_layers` (both cosines and the norm of the update) against the literal way (form B A, flatten, one cosine)"
-        f" on the same layers, in turn, {TIME_REPEATS} repeats: above 1 the factorised way is faster. First / later: a run's"
-        " first measurement, which also takes the norms of the frozen weights, against later ones. The machine may have been"
+        "`measure_layers` (both cosines and the norm of the update) against the literal way (form B A, flatten, one "
+        "cosine)"
+        f" on the same layers, in turn, {TIME_REPEATS} repeats: above 1 the factorised way is faster. First / later: "
+        "a run's"
+        " first measurement, which also takes the norms of the frozen weights, against later ones. The machine may "
+        "have been"
         " busy with other work: only ratios of neighbours in time are given.",
         "",
         *times,

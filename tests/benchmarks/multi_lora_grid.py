@@ -1,8 +1,10 @@
-"""A grid of 3 ranks x 3 learning rates on the kitchen notes: what each job keeps, which one is chosen, what the stops saved.
+"""A grid of 3 ranks x 3 learning rates on the kitchen notes: what each job keeps, which one is
+chosen, what the stops saved.
 
     .venv-llm/bin/python tests/benchmarks/multi_lora_grid.py [--examples 16] [--epochs 8]
 
-Runs templates/one_domain_many_settings.toml on the embedded base in 32 bits and writes multi_lora_grid.md.
+Runs templates/one_domain_many_settings.toml on the embedded base in 32 bits and writes
+multi_lora_grid.md.
 """
 
 import argparse
@@ -75,7 +77,8 @@ def main() -> int:
         f"Made by `.venv-llm/bin/python {command}`, which writes this page.",
         "",
         f"Machine: {machine()}",
-        f"Embedded base in 32 bits; {arguments.examples} of the kitchen notes to train on, at most 64 tokens each, batch 4,"
+        f"Embedded base in 32 bits; {arguments.examples} of the kitchen notes to train on, at most 64 tokens each, "
+        "batch 4,"
         f" a budget of {arguments.epochs} epochs; all nine adapters in one run. 20 of its held-out examples.",
         "",
         *lines,
@@ -87,9 +90,12 @@ def main() -> int:
         f" ({kept[by_verdict[0]['name']]:.3f})."
         if by_verdict
         else "- Without the held-out examples none would have been chosen.",
-        "  That way of choosing (the longest until its turning point) was settled after looking at this grid: no test of it.",
-        f"- Steps: {steps} of {budget}, {100 * steps / budget:.0f}% of training each to its full budget. Processor time, scoring"
-        f" and measuring included: {seconds:.0f} s, to the full budgets {full_seconds:.0f} s ({seconds / full_seconds:.2f}).",
+        "  That way of choosing (the longest until its turning point) was settled after looking at this grid: no test "
+        "of it.",
+        f"- Steps: {steps} of {budget}, {100 * steps / budget:.0f}% of training each to its full budget. Processor "
+        "time, scoring"
+        f" and measuring included: {seconds:.0f} s, to the full budgets {full_seconds:.0f} s "
+        f"({seconds / full_seconds:.2f}).",
         "",
     ]
     PAGE.write_text("\n".join(page), encoding="utf-8")

@@ -1,8 +1,10 @@
-"""Eight adapters in one fused pass against the same eight one after another: time and memory. Writes multi_lora_throughput.md.
+"""Eight adapters in one fused pass against the same eight one after another: time and memory.
+Writes multi_lora_throughput.md.
 
     .venv-llm/bin/python tests/benchmarks/multi_lora_throughput.py
 
-Processor time, not wall time, is compared: it hardly depends on what else the machine does. Memory is what the kernel counts.
+Processor time, not wall time, is compared: it hardly depends on what else the machine does. Memory
+is what the kernel counts.
 """
 
 import argparse
@@ -28,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def prepared(base: Any, tokenizer: Any, batch: int) -> list[list[Any]]:
-    """[step][job] -> micro-batch: the first examples of the kitchen notes, other ones for every job and step."""
+    """[step][job] -> micro-batch: the first examples of the kitchen notes, other ones for every job
+    and step."""
     from jobs.data import encode_examples
     from text.collator import CausalCollator
     from text.sources import read_table_as_pairs
@@ -161,11 +164,12 @@ def throughput_rows(repeats: int) -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def peak_of_jobs(jobs: int, bits: int) -> dict[str, float]:
-    """{"before", "peak"} in MB: resident memory of this process before the base was loaded, and the highest since."""
+    """{"before", "peak"} in MB: resident memory of this process before the base was loaded, and the
+    highest since."""
     import quiet_libraries  # noqa: F401, I001
     from llm_cs_cost import resident_peak_bytes
     from jobs.config import Job
@@ -203,14 +207,15 @@ def memory_rows(bits: int, repeats: int) -> list[str]:
     return lines
 
 
-# Measured by hand, because mlora needs libraries too old for the environment of this project; no run of this script renews it.
+# Measured by hand, because mlora needs libraries too old for the environment of this project; no
+# run of this script renews it.
 AGAINST_MLORA = """## Against mLoRA 0.5.2
 
 Measured once by hand, not by the script: mLoRA wants torch below 2.4 and transformers below 4.45. It trains on a CPU.
-Same machine, embedded base in float32, one thread, eight LoRAs of rank 16 on the same seven layers, batch 1 a job, AdamW, the
-same 160 token sequences (130 different, 83 tokens at most) in the same 20 steps.
-Processor time of a step of all eight jobs: median of steps
-2 to 20 in each of three rounds, the ways in turn; each mLoRA row in a process of its own, both of ours in one.
+Same machine, embedded base in float32, one thread, eight LoRAs of rank 16 on the same seven layers, batch 1 a job,
+AdamW, the same 160 token sequences (130 different, 83 tokens at most) in the same 20 steps. Processor time of a step
+of all eight jobs: median of steps 2 to 20 in each of three rounds, the ways in turn; each mLoRA row in a process of
+its own, both of ours in one.
 
 | way | ms a step: round 1 | round 2 | round 3 | against ours, per round |
 |---|---|---|---|---|
@@ -219,26 +224,28 @@ Processor time of a step of all eight jobs: median of steps
 | mLoRA as released | 450 | 469 | 450 | 1.52, 1.55, 1.51 |
 | mLoRA without recomputing activations | 320 | 343 | 318 | 1.08, 1.13, 1.07 |
 
-Most of the difference is that mLoRA's dispatcher always recomputes activations (`dispatcher.py`, end of `get_train_data`:
-`gradient_checkpoint_="recompute"`), which saves memory and costs time; the last row changes that one value. What stays unequal:
-mLoRA with torch 2.3.1 and transformers 4.44.2, ours with the versions above; mLoRA with dropout 0.05, because its LoRA layer
-asserts that dropout is above 0 (`modules/lora_linear.py`), ours without; mLoRA learns every token, prompt and padding included,
-ours the answer (64 of 77 tokens on average); ours clips gradients, mLoRA does not. The losses of mLoRA's first step equal those
-of the same base in this project, computed over the same tokens, to all printed digits.
+Most of the difference is that mLoRA's dispatcher always recomputes activations (`dispatcher.py`, end of
+`get_train_data`: `gradient_checkpoint_="recompute"`), which saves memory and costs time; the last row changes that
+one value. What stays unequal: mLoRA with torch 2.3.1 and transformers 4.44.2, ours with the versions above; mLoRA
+with dropout 0.05, because its LoRA layer asserts that dropout is above 0 (`modules/lora_linear.py`), ours without;
+mLoRA learns every token, prompt and padding included, ours the answer (64 of 77 tokens on average); ours clips
+gradients, mLoRA does not. The losses of mLoRA's first step equal those of the same base in this project, computed
+over the same tokens, to all printed digits.
 
 To repeat:
 
-1. In a new environment: `pip install mlora==0.5.2 torch==2.3.1 transformers==4.44.2 "numpy<2" "datasets<2.21" "pyarrow<17"`.
-2. Copy `lora-llm/tiny_base` and join each pair in `model.merges` of its `tokenizer.json` with a space: the old tokenizers library
-   reads only that form.
-3. Example `(8 * step + job) % 130` of the kitchen notes, encoded as `prepared` in the script does, is what a job sees in a step.
-   Write a json lines file of 20 rows (`instruction`, `output`) for each job; each job has `num_epochs` 1.
+1. In a new environment: `pip install mlora==0.5.2 torch==2.3.1 transformers==4.44.2 "numpy<2" "datasets<2.21"
+   "pyarrow<17"`.
+2. Copy `lora-llm/tiny_base` and join each pair in `model.merges` of its `tokenizer.json` with a space: the old
+   tokenizers library reads only that form.
+3. Example `(8 * step + job) % 130` of the kitchen notes, encoded as `prepared` in the script does, is what a job sees
+   in a step. Write a json lines file of 20 rows (`instruction`, `output`) for each job; each job has `num_epochs` 1.
 4. Set `MLORA_BACKEND_TYPE=CPU`, `OMP_NUM_THREADS=1`, `HF_HUB_OFFLINE=1` and `HF_DATASETS_OFFLINE=1`; load with
    `LLMModel.from_pretrained(folder, device="cpu", load_dtype=torch.float32)`; for each job
-   `init_adapter(lora_config_factory(job))` and `TrainConfig.from_config(job)`; then
-   `mlora.trainer.train(model, tokenizer, configs, cutoff_len=128)`.
-5. Wrap the `_dataload_fn` of each config so that it returns the token ids of step 3, make `random.shuffle` do nothing, and read
-   `time.process_time()` at every `Dispatcher.get_train_data` and at the end.
+   `init_adapter(lora_config_factory(job))` and `TrainConfig.from_config(job)`; then `mlora.trainer.train(model,
+   tokenizer, configs, cutoff_len=128)`.
+5. Wrap the `_dataload_fn` of each config so that it returns the token ids of step 3, make `random.shuffle` do
+   nothing, and read `time.process_time()` at every `Dispatcher.get_train_data` and at the end.
 6. Ours: `Fused` and `Alone` of the script over the same 20 steps.
 """
 
@@ -269,15 +276,18 @@ def main() -> int:
         "",
         "## Time",
         "",
-        "Processor time of one thread. One after another: eight PEFT adapters over the same loaded base, a plain PyTorch step"
-        " for each; what eight runs would spend on loading the base eight times, and on switching adapters, is left out."
+        "Processor time of one thread. One after another: eight PEFT adapters over the same loaded base, a plain "
+        "PyTorch step"
+        " for each; what eight runs would spend on loading the base eight times, and on switching adapters, is left "
+        "out."
         f" {arguments.repeats} repeats, the two ways in turn.",
         "",
         *times,
         "",
         "## Memory",
         "",
-        "Peak resident memory of a whole process that trains with `train_jobs` at 4 bits and batch 1 for 3 steps, libraries"
+        "Peak resident memory of a whole process that trains with `train_jobs` at 4 bits and batch 1 for 3 steps, "
+        "libraries"
         f" included. {arguments.memory_repeats} fresh process(es) each.",
         "",
         *memory,

@@ -1,4 +1,5 @@
-"""What a base of OPT-1.3B's shape needs on a CPU with `--bits 16 --bf16`: memory and time of a step. Writes opt_on_cpu.md.
+"""What a base of OPT-1.3B's shape needs on a CPU with `--bits 16 --bf16`: memory and time of a
+step. Writes opt_on_cpu.md.
 
     OMP_NUM_THREADS=1 .venv-llm/bin/python tests/benchmarks/opt_on_cpu.py
 
@@ -44,7 +45,8 @@ def gigabytes(name: str) -> float:
 
 
 def model_of_opt_shape() -> torch.nn.Module:
-    """A bf16 base with random weights, prepared as load_base does for training on a CPU, with a LoRA of the preset."""
+    """A bf16 base with random weights, prepared as load_base does for training on a CPU, with a
+    LoRA of the preset."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(OPTConfig(vocab_size=50272, **SHAPE), dtype=torch.bfloat16)
     base = base.to_empty(device="cpu")
@@ -75,12 +77,15 @@ def main() -> int:
     lines = [
         "# OPT-1.3B's shape on a CPU, `--bits 16 --bf16`",
         "",
-        f"Made by `OMP_NUM_THREADS={THREADS} .venv-llm/bin/python tests/benchmarks/opt_on_cpu.py`, which writes this page.",
+        f"Made by `OMP_NUM_THREADS={THREADS} .venv-llm/bin/python tests/benchmarks/opt_on_cpu.py`, which writes this "
+        "page.",
         "",
-        f"Machine: {cpu}{bf16_products()}, {THREADS} thread(s); Python {platform.python_version()}, torch {torch.__version__},"
+        f"Machine: {cpu}{bf16_products()}, {THREADS} thread(s); Python {platform.python_version()}, torch "
+        f"{torch.__version__},"
         f" transformers {metadata.version('transformers')}.",
         "",
-        f"Random weights; {count['total']:,} parameters, {count['trainable']:,} of them a LoRA of rank 16 on every linear layer"
+        f"Random weights; {count['total']:,} parameters, {count['trainable']:,} of them a LoRA of rank 16 on every "
+        "linear layer"
         f" but the head. Gradient checkpointing, torch AdamW. Loaded, with the libraries: {loaded:.2f} GB.",
         "",
         "| samples x tokens of a step | peak memory of the process | processor seconds |",

@@ -1,8 +1,10 @@
-"""What packing brings on short answers: tokens per second of training, packed against padded. Writes packing_throughput.md.
+"""What packing brings on short answers: tokens per second of training, packed against padded.
+Writes packing_throughput.md.
 
     OMP_NUM_THREADS=1 .venv-llm/bin/python tests/benchmarks/packing_throughput.py
 
-Every run trains one epoch of the same samples from the same start, so that all of them see the same tokens.
+Every run trains one epoch of the same samples from the same start, so that all of them see the same
+tokens.
 """
 
 import contextlib
@@ -84,13 +86,17 @@ def page(runs: dict[str, list[dict[str, float]]], tokens: int) -> str:
     lines = [
         "# Packed against padded",
         "",
-        f"Made by `OMP_NUM_THREADS={THREADS} .venv-llm/bin/python tests/benchmarks/packing_throughput.py`, which writes it.",
+        f"Made by `OMP_NUM_THREADS={THREADS} .venv-llm/bin/python tests/benchmarks/packing_throughput.py`, which "
+        "writes it.",
         "",
         f"Machine: {cpu}, {os.cpu_count()} cores, {THREADS} thread(s); Python {platform.python_version()}, {packages}.",
-        "The machine was busy with other work: ratios of runs next to each other count, processor time more than the clock.",
+        "The machine was busy with other work: ratios of runs next to each other count, processor time more than the "
+        "clock.",
         "",
-        f"The embedded base and `devils_dictionary` (160 short answers of very different length), {tokens} tokens an epoch;"
-        f" float32, LoRA of rank 16, torch AdamW, CS not measured. One epoch a run, {len(runs['packed'])} rounds of all arms, the"
+        f"The embedded base and `devils_dictionary` (160 short answers of very different length), {tokens} tokens an "
+        "epoch;"
+        f" float32, LoRA of rank 16, torch AdamW, CS not measured. One epoch a run, {len(runs['packed'])} rounds of "
+        "all arms, the"
         " order reversed every other round.",
         "",
         "| arm | | optimizer steps | positions computed | of them tokens |",

@@ -1,10 +1,11 @@
-"""This project's language-model trainer against TRL's SFTTrainer: tokens per second and peak memory, as ratios. Writes
-sft_throughput.md beside this file.
+"""This project's language-model trainer against TRL's SFTTrainer: tokens per second and peak
+memory, as ratios. Writes sft_throughput.md beside this file.
 
     OMP_NUM_THREADS=1 .venv-llm/bin/python tests/benchmarks/sft_throughput.py
 
-Same base, data, order, LoRA, batch, lengths, optimizer and threads; on the CPU, in float32; every run in a process of its
-own, the trainers in turn. Exit code 1 where this project's trainer is slower beyond the spread.
+Same base, data, order, LoRA, batch, lengths, optimizer and threads; on the CPU, in float32; every
+run in a process of its own, the trainers in turn. Exit code 1 where this project's trainer is
+slower beyond the spread.
 """
 
 import json
@@ -45,7 +46,7 @@ SAME |= {"lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0
 SAME |= {"optim": "adamw_torch", "save_strategy": "no", "eval_strategy": "no", "logging_steps": 10, "report_to": "none"}
 
 
-# ------------------------------------------------------------------------------------------------ one run
+# ------------------------------------------------------------------------------------------ one run
 
 
 def peak_bytes() -> int:
@@ -147,7 +148,7 @@ def run_arm(arm: str, folder: Path) -> dict[str, Any]:
     return json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "tokens per second": lambda facts: facts["tokens"] / facts["seconds"],
@@ -158,7 +159,8 @@ MEASURES: dict[str, Callable[[dict[str, Any]], float]] = {
 
 
 def rows(runs: dict[str, list[dict[str, Any]]]) -> tuple[list[str], bool]:
-    """(lines of the table, whether ours is not slower than TRL beyond the spread, by the clock and by processor time)."""
+    """(lines of the table, whether ours is not slower than TRL beyond the spread, by the clock and
+    by processor time)."""
     lines = ["| against TRL of the same round | measure | median ratio | min | max |", "|---|---|---|---|---|"]
     holds = []
     for arm in [name for name in ARMS if name != "TRL"]:
@@ -192,14 +194,19 @@ def page(runs: dict[str, list[dict[str, Any]]]) -> tuple[str, bool]:
     lines = [
         "# This project's trainer against TRL's SFTTrainer",
         "",
-        f"Made by `OMP_NUM_THREADS={THREADS} .venv-llm/bin/python tests/benchmarks/sft_throughput.py`, which writes this page.",
+        f"Made by `OMP_NUM_THREADS={THREADS} .venv-llm/bin/python tests/benchmarks/sft_throughput.py`, which writes "
+        "this page.",
         "",
         f"Machine: {cpu}, {os.cpu_count()} cores, {THREADS} thread(s); Python {platform.python_version()}, {packages}.",
-        "The machine was busy with other work, more or less: ratios of runs next to each other count, and processor time.",
+        "The machine was busy with other work, more or less: ratios of runs next to each other count, and processor "
+        "time.",
         "",
-        "The embedded base (`lora-llm/tiny_base`) and `kitchen_notes`; float32, torch AdamW, no gradient checkpointing, samples"
-        f" uncut, loss on the answers; LoRA of rank {RANK} on every linear layer but the head, dropout {DROPOUT}, batch {BATCH}."
-        f" {STEPS} steps, timed after the first {WARM_STEPS}; {len(runs['TRL'])} rounds, each trainer in a process of its own,"
+        "The embedded base (`lora-llm/tiny_base`) and `kitchen_notes`; float32, torch AdamW, no gradient "
+        "checkpointing, samples"
+        f" uncut, loss on the answers; LoRA of rank {RANK} on every linear layer but the head, dropout {DROPOUT}, "
+        f"batch {BATCH}."
+        f" {STEPS} steps, timed after the first {WARM_STEPS}; {len(runs['TRL'])} rounds, each trainer in a process of "
+        "its own,"
         " the order reversed every other round.",
         "",
         *[f"- {arm}: {what}" for arm, what in ARMS.items()],
@@ -211,7 +218,8 @@ def page(runs: dict[str, list[dict[str, Any]]]) -> tuple[str, bool]:
         f"Tokens timed, of positions with padding - {'; '.join(counted)}.",
         f"Logged training losses of the first round - {'; '.join(losses)}.",
         "",
-        f"Beyond the spread, ours is {'not slower' if holds else 'SLOWER'} than TRL: its largest ratio, by the clock and by"
+        f"Beyond the spread, ours is {'not slower' if holds else 'SLOWER'} than TRL: its largest ratio, by the clock "
+        "and by"
         f" processor time, is {'' if holds else 'not '}at least 1.",
         "",
     ]

@@ -1,10 +1,12 @@
-"""What shadow adapters cost: processor time of training with one and with two of them, against training without.
+"""What shadow adapters cost: processor time of training with one and with two of them, against
+training without.
 
     .venv-llm/bin/python tests/benchmarks/shadow_cost.py
 
-Both trainers on their embedded bases and bundled data, the language model in 4 bits, CS measured ten times an epoch, one
-thread. One process a trainer; a repeat runs all ways in turn, and a ratio compares runs of one repeat. Only the training is
-timed, in processor time, so that other work on the machine counts less. Writes shadow_cost.md beside this file.
+Both trainers on their embedded bases and bundled data, the language model in 4 bits, CS measured
+ten times an epoch, one thread. One process a trainer; a repeat runs all ways in turn, and a ratio
+compares runs of one repeat. Only the training is timed, in processor time, so that other work on
+the machine counts less. Writes shadow_cost.md beside this file.
 """
 
 import json
@@ -53,7 +55,8 @@ def text_flags(output):
 
 
 def image_flags(output):
-    """A hundred steps (an epoch) of the default run of early_stop_lora_ldm.sh, U-Net and text encoder."""
+    """A hundred steps (an epoch) of the default run of early_stop_lora_ldm.sh, U-Net and text
+    encoder."""
     flags = {
         "pretrained_model_name_or_path": ROOT / "lora-ldm" / "tiny_base",
         "train_data_dir": ROOT / "dataset" / "portraits" / "train",
@@ -150,7 +153,8 @@ def page_of(lines):
         "",
         "Made by `.venv-llm/bin/python tests/benchmarks/shadow_cost.py`, which writes this page.",
         "",
-        f"Machine: {cpu}, one thread; Python {platform.python_version()}. All ways in turn; processor seconds of the training",
+        f"Machine: {cpu}, one thread; Python {platform.python_version()}. All ways in turn; processor seconds of the "
+        "training",
         "alone; a ratio compares two runs of the same repeat. Shadows have rank 8, the main LoRA has rank 16.",
         "",
         "| run | shadows | repeats | seconds, median | times the run without, median | smallest to largest |",

@@ -1,4 +1,5 @@
-"""The vendored files are tested as they stand in lora-llm/; test_vendored.py holds the copies equal."""
+"""The vendored files are tested as they stand in lora-llm/; test_vendored.py holds the copies
+equal."""
 
 import sys
 from pathlib import Path

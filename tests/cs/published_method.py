@@ -1,4 +1,5 @@
-"""A slow, literal float64 version of the paper's formulas and of the published code's way of counting valleys.
+"""A slow, literal float64 version of the paper's formulas and of the published code's way of
+counting valleys.
 
 Nothing here shares code with the fast version; the tests compare the two step by step.
 """
@@ -40,7 +41,8 @@ def fluctuation_series(cs, window):
 
 
 def published_stop(cs, window):
-    """(index of detection, index of the turning point) by rescanning F at every measurement, or (None, None)."""
+    """(index of detection, index of the turning point) by rescanning F at every measurement, or
+    (None, None)."""
     carried = 0.0
     for k in range(len(cs)):
         fluctuation = fluctuation_series(cs[: k + 1], window)[2]

@@ -1,6 +1,8 @@
-"""The baselines of the suite on the quality of stopping: rules that lose, on series whose answer is plain.
+"""The baselines of the suite on the quality of stopping: rules that lose, on series whose answer is
+plain.
 
-They register themselves when they are imported; here they are taken off the registry again after each test.
+They register themselves when they are imported; here they are taken off the registry again after
+each test.
 """
 
 import math

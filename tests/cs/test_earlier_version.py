@@ -1,4 +1,5 @@
-"""What the version before the rooms recorded and saved is read, decided again and judged as that version did."""
+"""What the version before the rooms recorded and saved is read, decided again and judged as that
+version did."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Gradient evidence against a slow float64 version, against pure noise and a pure signal, and over a save and a load."""
+"""Gradient evidence against a slow float64 version, against pure noise and a pure signal, and over
+a save and a load."""
 
 import math
 
@@ -19,7 +20,8 @@ def feed(parameters, gradients):
 
 
 def slow_evidence(series, horizon):
-    """The definition, written out: weights of the running mean, float64. series: list of gradients, equal shapes."""
+    """The definition, written out: weights of the running mean, float64. series: list of gradients,
+    equal shapes."""
     decay = 1 - 1 / horizon
     weights = [(1 - decay) * decay ** (len(series) - 1 - k) for k in range(len(series))]
     total = math.fsum(weights)

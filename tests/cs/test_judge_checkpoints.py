@@ -1,4 +1,5 @@
-"""Judging a folder of saved adapters: every format decides as the recorded run does, and says when it cannot."""
+"""Judging a folder of saved adapters: every format decides as the recorded run does, and says when
+it cannot."""
 
 import json
 import re
@@ -26,11 +27,13 @@ LANGUAGE = {  # path in the model: (out, in)
     "model.layers.0.mlp.down_proj": (8, 20),
     "model.layers.1.self_attn.v_proj": (6, 8),
 }
-# (component, diffusers path, original path, shape): both layouts of a U-Net with one residual layer a block.
+# (component, diffusers path, original path, shape): both layouts of a U-Net with one residual layer
+# a block.
 DIFFUSION = [
     ("unet", "down_blocks.0.attentions.0.proj_in", "input_blocks.1.1.proj_in", (8, 8, 1, 1)),
     ("unet", "down_blocks.1.resnets.0.conv1", "input_blocks.3.0.in_layers.2", (8, 8, 3, 3)),
-    ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "middle_block.1.transformer_blocks.0.attn2.to_k", (8, 6)),
+    ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
+     "middle_block.1.transformer_blocks.0.attn2.to_k", (8, 6)),
     ("unet", "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
      "output_blocks.2.1.transformer_blocks.0.attn1.to_out.0", (8, 8)),
     ("te", "text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.self_attn.q_proj", (6, 6)),
@@ -38,7 +41,8 @@ DIFFUSION = [
 
 
 def random_walk(shapes, seed=0):
-    """One (down, up) a layer and step, like a training: a drift that slows down, and noise. [[(A, B), ...], ...]"""
+    """One (down, up) a layer and step, like a training: a drift that slows down, and noise. [[(A,
+    B), ...], ...]"""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape):
@@ -402,7 +406,8 @@ MEMORY_PROGRAM = """
 import resource, sys
 import judge_checkpoints
 import torch
-torch.linalg.svdvals(torch.ones(64, 64) @ torch.linalg.qr(torch.ones(64, 64), mode="r")[1])  # the libraries' own buffers
+ones = torch.ones(64, 64)
+torch.linalg.svdvals(ones @ torch.linalg.qr(ones, mode="r")[1])  # the libraries' own buffers
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert judge_checkpoints.main(sys.argv[1:]) == 0
 print("grown", 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
@@ -465,7 +470,8 @@ def test_kept_adapters_count_by_the_step_in_their_metadata(tmp_path, capsys):
 
 
 def test_a_run_stopped_early_has_its_last_weights_under_last(tmp_path, capsys):
-    """es_lora_ldm.py keeps the turning point under the normal name, whose ss_steps is the step of the stop."""
+    """es_lora_ldm.py keeps the turning point under the normal name, whose ss_steps is the step of
+    the stop."""
     run = diffusion_run(tmp_path, "kohya")
     (run.folder / "toy.safetensors").rename(run.folder / "toy-last.safetensors")
     (run.folder / "toy.safetensors").write_bytes((run.folder / "toy-step00000021.safetensors").read_bytes())

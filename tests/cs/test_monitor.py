@@ -1,4 +1,5 @@
-"""The monitor: history, snapshots that are copies, bounded disk, resume equal to an uninterrupted run."""
+"""The monitor: history, snapshots that are copies, bounded disk, resume equal to an uninterrupted
+run."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""The rules beside the valleys: each on series whose answer is plain, on series that never overfit, and with nulls."""
+"""The rules beside the valleys: each on series whose answer is plain, on series that never overfit,
+and with nulls."""
 
 import math
 
@@ -18,7 +19,8 @@ def settings(**more):
 
 
 def history(measurements, **columns):
-    """Records of a run; a column is a function of the epoch, or of nothing that is recorded (None)."""
+    """Records of a run; a column is a function of the epoch, or of nothing that is recorded
+    (None)."""
     records = []
     for index in range(measurements):
         step = INTERVAL * (index + 1)
@@ -144,7 +146,8 @@ def agreement_records(measurements, evidence, component):
 
 @pytest.mark.parametrize(("component", "expected_epoch"), [("lm", 2.2), ("unet", 4.1)])
 def test_agreement_asks_more_of_examples_that_come_again_unchanged(component, expected_epoch):
-    """Evidence falls from 5 by 1 an epoch: under the bound near 2.1 early for text, under 1 later for pictures."""
+    """Evidence falls from 5 by 1 an epoch: under the bound near 2.1 early for text, under 1 later
+    for pictures."""
 
     def evidence(epoch):
         return 5 - epoch if component == "unet" else 4 - epoch
@@ -163,7 +166,8 @@ def test_agreement_never_stops_within_the_first_epoch():
 
 
 def literal_memorising_evidence(gradients, per_epoch):
-    """Decaying weights of every gradient, summed by example and squared, over the sum of their squares."""
+    """Decaying weights of every gradient, summed by example and squared, over the sum of their
+    squares."""
     decay = 1 - 1 / max(5, per_epoch)
     weights = [decay**age for age in range(gradients)]
     by_example = [sum(weights[first::per_epoch]) for first in range(per_epoch)]
@@ -179,7 +183,8 @@ def test_memorising_evidence_is_that_of_examples_that_agree_with_themselves_alon
 
 
 def test_memorising_evidence_is_what_gradient_evidence_measures_on_such_examples():
-    """Examples of independent random gradients, the same at every visit, through the real measurement."""
+    """Examples of independent random gradients, the same at every visit, through the real
+    measurement."""
     torch.manual_seed(0)
     per_epoch, epochs = 12, 4
     parameter = torch.nn.Parameter(torch.zeros(40_000))
@@ -187,7 +192,8 @@ def test_memorising_evidence_is_what_gradient_evidence_measures_on_such_examples
     evidence = GradientEvidence([parameter], per_epoch)
     for visit in range(per_epoch * epochs):
         (parameter * examples[visit % per_epoch]).sum().backward()
-    # m^2 / v is a mean of ratios: v itself varies from parameter to parameter, which costs some percent
+    # m^2 / v is a mean of ratios: v itself varies from parameter to parameter, which costs some
+    # percent
     assert evidence.value() == pytest.approx(memorising_evidence(per_epoch * epochs, per_epoch), rel=0.1)
 
 

@@ -22,7 +22,8 @@ def outcome(name, decision=None, last=88, **more):
     [
         (
             outcome("stopped_early", FOUND, heldout={"kept": 3.9, "last": 4.29}),
-            "Stopped early at step 88 of 204. The weights of the turning point, step 40 (epoch 2.5), are kept. Held-out "
+            "Stopped early at step 88 of 204. The weights of the turning point, step 40 (epoch 2.5), are kept. "
+            "Held-out "
             "loss: 3.9000 there, 4.2900 at the last step (10.0% higher).",
         ),
         (
@@ -36,13 +37,15 @@ def outcome(name, decision=None, last=88, **more):
         ),
         (
             outcome("no_turning_point", last=190),
-            "Trained to the end of the data, step 190 of 204. No evidence of overfitting yet: the last weights are kept.",
+            "Trained to the end of the data, step 190 of 204. No evidence of overfitting yet: the last weights are "
+            "kept.",
         ),
         (Outcome("budget_reached", 204, 204), "Trained to its budget of 204 steps."),
         (outcome("interrupted"), "Interrupted at step 88 of 204; everything needed to go on is saved."),
         (
             outcome("stopped_by_other", stopped_by="EarlyStoppingCallback"),
-            "Stopped at step 88 of 204 by EarlyStoppingCallback. No evidence of overfitting yet: the last weights are kept.",
+            "Stopped at step 88 of 204 by EarlyStoppingCallback. No evidence of overfitting yet: the last weights are "
+            "kept.",
         ),
     ],
 )

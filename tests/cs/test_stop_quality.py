@@ -1,4 +1,5 @@
-"""The suite on the quality of stopping: its design, its scores, and that the committed traces are those of its runs."""
+"""The suite on the quality of stopping: its design, its scores, and that the committed traces are
+those of its runs."""
 
 import sys
 from dataclasses import replace
@@ -87,7 +88,8 @@ def test_correlation_is_of_logarithms_and_unknown_for_a_clock():
 
 
 def test_intervals_come_from_whole_data_sets():
-    """Many runs of two sets with regrets 0 and 1: by runs the mean would be certain, by sets it is not."""
+    """Many runs of two sets with regrets 0 and 1: by runs the mean would be certain, by sets it is
+    not."""
     traces = [toy([4.0, 2.0, 4.0], dataset) for dataset in ("a", "b") for _ in range(50)]
     kept = [Kept(1 if trace.spec.dataset == "a" else 2, 2, True) for trace in traces]
     mean, low, high = summary(outcomes(traces, kept), resamples=200)["mean"]

@@ -30,7 +30,8 @@ def test_compiles_for_python_3_8(name):
 
 @pytest.mark.parametrize("name", VENDORED)
 def test_imports_only_what_an_old_environment_has(name):
-    """matplotlib is allowed inside functions only; built-in generics in annotations need Python 3.9."""
+    """matplotlib is allowed inside functions only; built-in generics in annotations need Python
+    3.9."""
     import sys
 
     tree = ast.parse((ROOT / "lora-llm" / name).read_text(encoding="utf-8"))

@@ -41,7 +41,8 @@ def tree(folder):
 
 
 def make_table(folder, upstream, revision="v0"):
-    """A folder as patches/, whose table knows the synthetic checkout: revisions.json and the patch file."""
+    """A folder as patches/, whose table knows the synthetic checkout: revisions.json and the patch
+    file."""
     file = SYNTHETIC / upstream.replace("-", "_") / FILES[upstream]
     patch = apply_patches.write_patch(file.name, find_insertions(upstream, file.name, file.read_text()))
     (folder / upstream / revision).mkdir(parents=True)

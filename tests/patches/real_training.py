@@ -3,13 +3,16 @@
     python tests/patches/real_training.py --sd_scripts CHECKOUT --qlora CHECKOUT --work FOLDER \
         --python_new PY --python_old PY --python_qlora PY [--only NAME ...]
 
-CHECKOUT: a git repository that holds the revisions. PY: the Python of an environment with torch 2.13.0 and
-  new    transformers 4.54.1, diffusers 0.32.1, accelerate 1.6.0, lycoris_lora, schedulefree (sd-scripts v0.8.7 to v0.10.1)
-  old    transformers 4.26.0, diffusers 0.10.2, accelerate 0.15.0, numpy 1.26.4, setuptools 80.9.0 (sd-scripts 54500b86)
-  qlora  qlora's own requirements.txt, datasets 2.14.7, pyarrow 17.0.0, numpy 1.26.4, setuptools 80.9.0
-each with what the trainer imports besides (real_training.md beside this file). Needs torch, safetensors, numpy and Pillow itself.
+CHECKOUT: a git repository that holds the revisions. PY: the Python of an environment with torch
+  2.13.0 and new    transformers 4.54.1, diffusers 0.32.1, accelerate 1.6.0, lycoris_lora,
+  schedulefree (sd-scripts v0.8.7 to v0.10.1) old    transformers 4.26.0, diffusers 0.10.2,
+  accelerate 0.15.0, numpy 1.26.4, setuptools 80.9.0 (sd-scripts 54500b86) qlora  qlora's own
+  requirements.txt, datasets 2.14.7, pyarrow 17.0.0, numpy 1.26.4, setuptools 80.9.0 each with what
+  the trainer imports besides (real_training.md beside this file). Needs torch, safetensors, numpy
+  and Pillow itself.
 
-Each scenario prints one line of figures; all go into FOLDER/results.json. Exit code 1 where one fails.
+Each scenario prints one line of figures; all go into FOLDER/results.json. Exit code 1 where one
+fails.
 """
 
 import argparse
@@ -34,7 +37,7 @@ STOP_FLAGS = ["--early_stop", "--stop_rule", "second-valley", "--cs_interval", "
 PARTS = {"sd-scripts": ["train_network.py", "sdxl_train_network.py", "library", "networks"], "qlora": ["qlora.py"]}
 
 
-# ------------------------------------------------------------------------------------------------ what is trained
+# ---------------------------------------------------------------------------------- what is trained
 
 
 def unpack(repository, revision, folder, upstream):
@@ -53,7 +56,8 @@ def unpack(repository, revision, folder, upstream):
 
 
 def make_data(folder):
-    """Four noise images with captions, twenty lines of text, and tokenizers that know single characters."""
+    """Four noise images with captions, twenty lines of text, and tokenizers that know single
+    characters."""
     images = folder / "images" / "2_thing"
     images.mkdir(parents=True, exist_ok=True)
     generator = numpy.random.default_rng(0)
@@ -170,7 +174,7 @@ class Trainer:
         return folder if self.upstream == "qlora" else folder / "lora-es-lora"
 
 
-# ------------------------------------------------------------------------------------------------ what is compared
+# --------------------------------------------------------------------------------- what is compared
 
 
 def same(first, second):
@@ -181,7 +185,8 @@ def same(first, second):
 
 
 def update_of(parts):
-    """The update D (out, in) in float64, up to a positive factor, of one module's saved tensors; None where it is none."""
+    """The update D (out, in) in float64, up to a positive factor, of one module's saved tensors;
+    None where it is none."""
     tensors = {name: value.double() for name, value in parts.items()}
     if "lora_up.weight" in tensors:
         return tensors["lora_up.weight"].flatten(1) @ tensors["lora_down.weight"].flatten(1)
@@ -223,10 +228,12 @@ def cs_of_file(tensors, base, reduction):
 
 
 def compare(trainer, plain, stopped, base, offset=0, end_of=None):
-    """Figures of a stopped run against the unpatched one whose every step was saved: raises AssertionError with the fault.
+    """Figures of a stopped run against the unpatched one whose every step was saved: raises
+    AssertionError with the fault.
 
-    plain(step): the unpatched run's folder. offset: the step at which a resumed run began to count anew. end_of(step): the
-    folder of an unpatched run that was told to end there, where a file saved at a step is not what it would end with.
+    plain(step): the unpatched run's folder. offset: the step at which a resumed run began to count
+    anew. end_of(step): the folder of an unpatched run that was told to end there, where a file
+    saved at a step is not what it would end with.
     """
     result = json.loads((trainer.history_folder(stopped) / "result.json").read_text())
     assert result["outcome"] == "stopped_early", result
@@ -248,7 +255,8 @@ def compare(trainer, plain, stopped, base, offset=0, end_of=None):
 
 
 def cs_differences(trainer, plain, stopped, base, offset):
-    """(largest difference of the logged CS from that of the unpatched run's files, number of measurements)."""
+    """(largest difference of the logged CS from that of the unpatched run's files, number of
+    measurements)."""
     lines = [json.loads(line) for line in open(trainer.history_folder(stopped) / "cs_history.jsonl")]
     records, worst = [line for line in lines[1:] if "event" not in line], 0.0
     for record in records:
@@ -259,7 +267,7 @@ def cs_differences(trainer, plain, stopped, base, offset):
     return worst, len(records)
 
 
-# ------------------------------------------------------------------------------------------------ scenarios
+# ---------------------------------------------------------------------------------------- scenarios
 
 LORA = ["--network_module", "networks.lora", "--network_dim", "2", "--optimizer_type", "AdamW"]
 LYCORIS = ["--network_module", "lycoris.kohya", "--network_dim", "2", "--optimizer_type", "AdamW"]
@@ -304,7 +312,8 @@ def scenario(trainer, name, network, with_off_run=True):
     assert losses == plain_losses[: len(losses)] and len(losses) < len(plain_losses), (
         "the losses differ, or no early stop"
     )
-    # A schedule-free optimizer rounds when it swaps weights to save; how often it has done so differs at the end.
+    # A schedule-free optimizer rounds when it swaps weights to save; how often it has done so
+    # differs at the end.
     shorter = lambda step: trainer.run("plain", f"{short}-end", [*network, *each_step], steps=step)[1]  # noqa: E731
     end_of = shorter if "schedule-free" in name else None
     base = load_file(trainer.base(f"{short}-stopped"))

@@ -148,7 +148,7 @@ def test_hook_of_another_version_asks_for_reverse(checkout, tmp_path, monkeypatc
     assert run(checkout, "--reverse") == 0
 
 
-# ------------------------------------------------------------------------------------------------ interruptions
+# ------------------------------------------------------------------------------------ interruptions
 
 
 @pytest.mark.parametrize("direction", [[], ["--reverse"]])
@@ -216,7 +216,7 @@ def test_failure_while_writing_rolls_back(checkout, monkeypatch, capsys):
     assert tree(checkout) == before
 
 
-# ------------------------------------------------------------------------------------------------ unknown revisions
+# -------------------------------------------------------------------------------- unknown revisions
 
 
 def test_unknown_revision_shows_its_places_and_waits_for_yes(unknown, upstream, capsys):
@@ -285,7 +285,7 @@ def test_source_that_is_no_python_is_a_message():
         find_insertions("qlora", "qlora.py", "def (:\n")
 
 
-# ------------------------------------------------------------------------------------------------ patch files
+# -------------------------------------------------------------------------------------- patch files
 
 
 def test_git_apply_takes_the_patch_files_too(checkout, upstream, tmp_path):

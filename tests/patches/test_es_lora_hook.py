@@ -143,7 +143,7 @@ def test_modules_without_an_update_of_a_matrix_are_counted_and_left_out():
         es_lora_layers.network_layers(network(unet=modules[:1]))
 
 
-# ------------------------------------------------------------------------------------------------ PEFT, old and new
+# -------------------------------------------------------------------------------- PEFT, old and new
 
 
 def test_peft_layers_of_the_old_kind_hold_their_own_weight():
@@ -184,7 +184,8 @@ def test_eight_bit_weight_before_and_after_its_first_use(used):
 
 
 def test_four_bit_weight_is_the_same_after_an_evaluation_and_trains_on():
-    """bitsandbytes has a layout for evaluations on some processors, without a gradient; elsewhere nothing is to be seen."""
+    """bitsandbytes has a layout for evaluations on some processors, without a gradient; elsewhere
+    nothing is to be seen."""
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -201,7 +202,7 @@ def test_four_bit_weight_is_the_same_after_an_evaluation_and_trains_on():
     assert torch.allclose(inputs.grad[0].float(), merged.sum(0), atol=0.1 * merged.sum(0).abs().max().item())
 
 
-# ------------------------------------------------------------------------------------------------ flags
+# -------------------------------------------------------------------------------------------- flags
 
 
 def parsed(*flags, **toml):
@@ -267,7 +268,7 @@ def test_qlora_fields_are_the_same_flags():
     assert made.default == "auto" and made.metadata["aliases"] == ["--cs_steps"] and made.metadata["help"]
 
 
-# ------------------------------------------------------------------------------------------------ details of a run
+# --------------------------------------------------------------------------------- details of a run
 
 
 def test_old_history_is_put_aside_and_kept(tmp_path):

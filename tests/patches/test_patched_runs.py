@@ -32,7 +32,8 @@ def checkouts(tmp_path_factory):
 
 
 def train(folder, *flags):
-    """Run a checkout's script as `python script.py flags` would, in this process: starting one takes seconds."""
+    """Run a checkout's script as `python script.py flags` would, in this process: starting one
+    takes seconds."""
     script = "qlora.py" if (folder / "qlora.py").exists() else "train_network.py"
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +161,7 @@ def test_state_without_cs_and_wrong_flags_end_with_one_line_and_code_2(checkouts
     assert "--stop_rule best: stop rule 'best' is unknown" in done.stderr and "--cs_interval 0: give" in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ qlora
+# -------------------------------------------------------------------------------------------- qlora
 
 TRAINER = [
     "--max_steps", 30, "--save_steps", 1, "--learning_rate", "0.02", "--logging_steps", 1, "--report_to", "none",

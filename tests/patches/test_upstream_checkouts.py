@@ -1,4 +1,5 @@
-"""The tool on the real upstreams. SD_SCRIPTS_DIR and QLORA_DIR name git repositories that hold their revisions."""
+"""The tool on the real upstreams. SD_SCRIPTS_DIR and QLORA_DIR name git repositories that hold
+their revisions."""
 
 import os
 import re
@@ -24,7 +25,8 @@ def git(repository, *arguments):
 
 @pytest.fixture
 def checkout(request, tmp_path):
-    """(upstream, folder, touched file): a committed tree of the files that matter, as in that revision."""
+    """(upstream, folder, touched file): a committed tree of the files that matter, as in that
+    revision."""
     upstream, revision = request.param
     repository = os.environ.get(VARIABLES[upstream])
     if not repository:

@@ -1,10 +1,11 @@
-"""Runs a trainer of sd-scripts or qlora on a CPU with a tiny random base model in place of the one it would load.
+"""Runs a trainer of sd-scripts or qlora on a CPU with a tiny random base model in place of the one
+it would load.
 
     python tiny_trainer.py SCRIPT.py [its arguments]        with the checkout as the current folder
 
-Environment: TINY_LOSSES=FILE writes every loss, bit for bit; TINY_BASE=FILE saves the frozen weights of sd-scripts' models.
-Runs with the packages of the trainer, old ones too (Python 3.8). Needs no torchvision: the three transforms that
-sd-scripts uses are stood in for.
+Environment: TINY_LOSSES=FILE writes every loss, bit for bit; TINY_BASE=FILE saves the frozen
+weights of sd-scripts' models. Runs with the packages of the trainer, old ones too (Python 3.8).
+Needs no torchvision: the three transforms that sd-scripts uses are stood in for.
 """
 
 import importlib.machinery
@@ -145,7 +146,8 @@ def load_tiny_lm(*rest, **options):
         model = OPTForCausalLM(
             OPTConfig(
                 vocab_size=300, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
-                num_attention_heads=2, max_position_embeddings=128, dropout=0.0, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+                num_attention_heads=2, max_position_embeddings=128, dropout=0.0, bos_token_id=0,
+                eos_token_id=1, pad_token_id=2,
             )
         )  # fmt: skip
     keep({"lm": model})
@@ -153,7 +155,8 @@ def load_tiny_lm(*rest, **options):
 
 
 def prepare_qlora():
-    """qlora asks for the number of graphics cards where it loads the model, and goes on from there without one."""
+    """qlora asks for the number of graphics cards where it loads the model, and goes on from there
+    without one."""
     import transformers
 
     def is_available():
@@ -165,7 +168,8 @@ def prepare_qlora():
 
 
 def record_losses(file):
-    """Every loss that a training goes back from, as a hexadecimal float: equal text is an equal bit pattern."""
+    """Every loss that a training goes back from, as a hexadecimal float: equal text is an equal bit
+    pattern."""
     from accelerate import Accelerator
 
     backward = Accelerator.backward

@@ -1,4 +1,5 @@
-"""Stop rules that lose by the suite's own tables: baselines, which register themselves beside the trainers' rules.
+"""Stop rules that lose by the suite's own tables: baselines, which register themselves beside the
+trainers' rules.
 
 Importing this module makes them choosable by name wherever a rule is replayed in this process.
 """
@@ -22,11 +23,11 @@ class RunningMean:
 
 
 class ObjectiveVariance(StopRule):
-    """Stops when the loss of a fixed batch with fixed noise has stopped moving: the variance of its last 50 measurements
-    falls below `value` times the variance of all. Weights at detection.
+    """Stops when the loss of a fixed batch with fixed noise has stopped moving: the variance of its
+    last 50 measurements falls below `value` times the variance of all. Weights at detection.
 
-    Source: DVAR, "Is This Loss Informative? Faster Text-to-Image Customization by Tracking Objective Dynamics",
-    NeurIPS 2023.
+    Source: DVAR, "Is This Loss Informative? Faster Text-to-Image Customization by Tracking
+    Objective Dynamics", NeurIPS 2023.
     """
 
     name = "objective-variance"
@@ -64,8 +65,9 @@ def variance(values: Sequence[float]) -> float:
 
 
 class CsFall(StopRule):
-    """Stops when the magnitude of the row cosine has fallen to `value` of its highest so far, averaged over a quarter of an
-    epoch. Weights at detection. Source: this project's measurements on language models.
+    """Stops when the magnitude of the row cosine has fallen to `value` of its highest so far,
+    averaged over a quarter of an epoch. Weights at detection. Source: this project's measurements
+    on language models.
     """
 
     name = "cs-fall"
@@ -99,8 +101,8 @@ class CsFall(StopRule):
 
 
 class CsTrough(CsFall):
-    """Stops when the signed row cosine, averaged over half an epoch, has passed its trough below zero and come back to
-    `value` of it. Weights at detection. Source: as cs-fall.
+    """Stops when the signed row cosine, averaged over half an epoch, has passed its trough below
+    zero and come back to `value` of it. Weights at detection. Source: as cs-fall.
     """
 
     name = "cs-trough"
@@ -113,7 +115,8 @@ class CsTrough(CsFall):
 
 
 class GradientEvidenceRule(GradientAgreement):
-    """Stops when the gradients of the last epoch no longer agree: grad_evidence below `value`. Weights at detection.
+    """Stops when the gradients of the last epoch no longer agree: grad_evidence below `value`.
+    Weights at detection.
 
     Source: Mahsereci, Balles, Lassner, Hennig: "Early Stopping without a Validation Set", 2017.
     """
@@ -131,8 +134,9 @@ class GradientEvidenceRule(GradientAgreement):
 
 
 class UpdateNormPlateau(StopRule):
-    """Stops when the update has stopped growing: its norm grew over the last epoch by less than the share `value`. Weights
-    at detection. Source: the plateau of ||BA|| as a sign of convergence; a baseline.
+    """Stops when the update has stopped growing: its norm grew over the last epoch by less than the
+    share `value`. Weights at detection. Source: the plateau of ||BA|| as a sign of convergence; a
+    baseline.
     """
 
     name = "update-norm-plateau"

@@ -1,6 +1,7 @@
 """What is compared: every rule of the registry, the clocks, and the nulls that a rule has to beat.
 
-A contestant takes a trace and a random generator and gives a Kept. Numbers that a rule has are tuned on the tuning half.
+A contestant takes a trace and a random generator and gives a Kept. Numbers that a rule has are
+tuned on the tuning half.
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def never(trace, generator):
 
 
 def sum_of_rates(total):
-    """A clock that knows the schedule: stops when the learning rates of the steps add up to `total`."""
+    """A clock that knows the schedule: stops when the learning rates of the steps add up to
+    `total`."""
 
     def keep(trace, generator):
         rates = np.array([record["lr"] for record in trace.records]) * trace.header["cs_interval"]
@@ -57,7 +59,8 @@ def sum_of_rates(total):
 
 
 def replaced(trace, series):
-    """The records with other values in the columns of REPLACED. series: takes a column's own values, (K,), gives others."""
+    """The records with other values in the columns of REPLACED. series: takes a column's own
+    values, (K,), gives others."""
 
     def numbers(column, key=None):
         return [
@@ -86,7 +89,8 @@ def replaced(trace, series):
 
 
 def random_walk(rule):
-    """The rule on walks that start like the run's own signals and move by as much from one measurement to the next."""
+    """The rule on walks that start like the run's own signals and move by as much from one
+    measurement to the next."""
 
     def keep(trace, generator):
         def walk(values, *_):
@@ -126,7 +130,8 @@ def other_run(rule, traces):
 
 
 def contestants(traces, tuned, default):
-    """All contestants for the traces of one kind of model. tuned: {rule: number}, {"sum of rates": number}."""
+    """All contestants for the traces of one kind of model. tuned: {rule: number}, {"sum of rates":
+    number}."""
     clocks = [Contestant("never stop", never)]
     clocks += [
         Contestant(f"fixed-epochs {epochs:g}", by_rule("fixed-epochs", value=epochs), True)

@@ -1,10 +1,13 @@
-"""Build the suite's larger base: the embedded one grown from 6 to 18 layers (16.4 million parameters) and trained on.
+"""Build the suite's larger base: the embedded one grown from 6 to 18 layers (16.4 million
+parameters) and trained on.
 
-    python larger_base.py      # in the language-model environment, on Debian; under 60 minutes on two CPU cores
+    python larger_base.py      # in the language-model environment, on Debian; under 60 minutes on
+    two CPU cores
 
-Every layer of the embedded base is followed by two copies of itself whose output projections are zero, so that the grown model
-starts as the same function; then all weights are trained on the embedded base's own text (make_tiny_base.py collects it). The
-seed fixes the batches. It goes to cache/larger_base, which is not committed; README.md has its figures.
+Every layer of the embedded base is followed by two copies of itself whose output projections are
+zero, so that the grown model starts as the same function; then all weights are trained on the
+embedded base's own text (make_tiny_base.py collects it). The seed fixes the batches. It goes to
+cache/larger_base, which is not committed; README.md has its figures.
 """
 
 import argparse
@@ -45,7 +48,8 @@ def grown(small):
 
 
 def tokens_of(split, work_folder, tokenizer):
-    """Token ids (N,) of one split of the text, one document after the other, each between bos and eos."""
+    """Token ids (N,) of one split of the text, one document after the other, each between bos and
+    eos."""
     encoded = tokenizer([record["text"] for record in read_texts(work_folder / f"{split}.jsonl")], verbose=False)[
         "input_ids"
     ]

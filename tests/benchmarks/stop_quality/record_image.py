@@ -1,4 +1,5 @@
-"""Record image runs. record_runs.py calls it, in the diffusion environment with lora-ldm/ on the path."""
+"""Record image runs. record_runs.py calls it, in the diffusion environment with lora-ldm/ on the
+path."""
 
 import shutil
 import sys
@@ -45,13 +46,15 @@ def arguments_of(spec, data, output, more=()):
 
 
 def folder_of(pictures, repeats, parent):
-    """Make `parent` a folder as the trainer reads it: `<repeats>_pictures` in it points to the pictures."""
+    """Make `parent` a folder as the trainer reads it: `<repeats>_pictures` in it points to the
+    pictures."""
     parent.mkdir()
     (parent / f"{repeats}_pictures").symlink_to(pictures.resolve(), target_is_directory=True)
 
 
 def note_gradients(run, gradient_norm):
-    """Have the norm of every step's gradient noted, shared by all processes and before it is clipped."""
+    """Have the norm of every step's gradient noted, shared by all processes and before it is
+    clipped."""
     share = run.processes.share_gradients
 
     def share_and_note(parameters):
@@ -69,7 +72,8 @@ def heldout_of(run, arguments, most_batches=None):
 
 
 def groups_of(layer):
-    """Its place in the model (down, mid, up; te) and the kind of its block (attn1, attn2, ff, ...)."""
+    """Its place in the model (down, mid, up; te) and the kind of its block (attn1, attn2, ff,
+    ...)."""
     known = ("down_blocks", "mid_block", "up_blocks", "attn1", "attn2", "ff", "proj_in", "proj_out")
     return [layer.component] if layer.component != "unet" else [name for name in known if name in layer.name]
 

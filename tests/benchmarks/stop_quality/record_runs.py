@@ -4,8 +4,9 @@
     python record_runs.py text-kitchen_notes-embedded-3     # these, anew
     python record_runs.py --model image --half tuning --purpose record --workers 1
 
-Needs the environments .venv-llm and .venv-ldm of the project (bash tests/run.sh makes both). Traces go to traces/ as they finish,
-what the trainers say to cache/logs/. Runs on the larger base are left out until larger_base.py has built it.
+Needs the environments .venv-llm and .venv-ldm of the project (bash tests/run.sh makes both). Traces
+go to traces/ as they finish, what the trainers say to cache/logs/. Runs on the larger base are left
+out until larger_base.py has built it.
 """
 
 import argparse
@@ -22,7 +23,8 @@ TREES = {"text": ("llm", "record_text.py"), "image": ("ldm", "record_image.py")}
 
 
 def record(specs):
-    """Record some runs of one tree in an interpreter of its environment; the names of those that failed."""
+    """Record some runs of one tree in an interpreter of its environment; the names of those that
+    failed."""
     tree, script = TREES[specs[0].model]
     log = CACHE / "logs" / f"{specs[0].name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

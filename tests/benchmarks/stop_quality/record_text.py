@@ -1,4 +1,5 @@
-"""Record text runs. record_runs.py calls it, in the language-model environment with lora-llm/ on the path."""
+"""Record text runs. record_runs.py calls it, in the language-model environment with lora-llm/ on
+the path."""
 
 import shutil
 import sys
@@ -56,7 +57,8 @@ def loss_over(run, rows):
 
 
 class NotesGradients(TrainerCallback):
-    """Notes every step's gradient norm, and has the monitor keep no snapshots: nothing is restored here."""
+    """Notes every step's gradient norm, and has the monitor keep no snapshots: nothing is restored
+    here."""
 
     def __init__(self, run, norm):
         self.run, self.norm = run, norm
@@ -70,7 +72,8 @@ class NotesGradients(TrainerCallback):
 
 
 def add_columns(run, spec, heldout, probe, norm):
-    """Fill the callback's further columns. The slow ones are measured about HELDOUT_POINTS times a run."""
+    """Fill the callback's further columns. The slow ones are measured about HELDOUT_POINTS times a
+    run."""
     columns, depth = run.early_stop.columns, run.model.config.num_hidden_layers
 
     def groups_of(layer):

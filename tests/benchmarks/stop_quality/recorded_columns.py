@@ -1,5 +1,6 @@
-"""What the suite records at every measurement beside the history's own columns: CS and norms by layer group, stable rank,
-gradient statistics. And how a finished history becomes a trace: rounded, packed, with the run's settings in its header."""
+"""What the suite records at every measurement beside the history's own columns: CS and norms by
+layer group, stable rank, gradient statistics. And how a finished history becomes a trace: rounded,
+packed, with the run's settings in its header."""
 
 import gzip
 import json
@@ -18,7 +19,8 @@ DIGITS = 6  # significant digits of a trace's numbers
 
 @torch.no_grad()
 def stable_rank(layer):
-    """||BA||_F^2 / ||BA||_2^2 of one layer's update, from the r x r products; 0 for a zero update."""
+    """||BA||_F^2 / ||BA||_2^2 of one layer's update, from the r x r products; 0 for a zero
+    update."""
     down, up = layer.down.detach().flatten(1).double(), layer.up.detach().flatten(1).double()
     values = torch.linalg.eigvals((down @ down.T) @ (up.T @ up)).real.clamp_min(0)
     largest = values.max()
@@ -26,8 +28,8 @@ def stable_rank(layer):
 
 
 def group_columns(layers, groups_of, every):
-    """{name: function}: `groups` ({group: [matrix cosine, row cosine, norm of BA]}) and `stable_rank` ({component: mean}),
-    each at every n-th measurement."""
+    """{name: function}: `groups` ({group: [matrix cosine, row cosine, norm of BA]}) and
+    `stable_rank` ({component: mean}), each at every n-th measurement."""
 
     def groups():
         members = {}
@@ -65,7 +67,8 @@ class GradientNorm:
 
 
 def adam_ratio(optimizer):
-    """Mean over all values of m^2 / v of Adam's bias-corrected moments; None before the first step."""
+    """Mean over all values of m^2 / v of Adam's bias-corrected moments; None before the first
+    step."""
     ratios = []
     for group in optimizer.param_groups:
         first, second = group["betas"]
@@ -77,7 +80,8 @@ def adam_ratio(optimizer):
 
 
 class EveryNth:
-    """Calls a slow measurement at the first measurement and every n-th after it, and gives None in between."""
+    """Calls a slow measurement at the first measurement and every n-th after it, and gives None in
+    between."""
 
     def __init__(self, function, every):
         self.function, self.every, self.count = function, every, 0
@@ -97,7 +101,8 @@ def rounded(value):
 
 
 def write_trace(folder, path, spec, **facts):
-    """Pack the history of a run folder into a trace. facts: further values of the header, such as heldout_at_start."""
+    """Pack the history of a run folder into a trace. facts: further values of the header, such as
+    heldout_at_start."""
     lines = [json.loads(line) for line in (folder / HISTORY_NAME).read_text(encoding="utf-8").splitlines()]
     lines[0] = {**lines[0], "run": spec.settings(), **facts}
     for name in ("model", "dataset"):  # paths of this machine; the run's settings name both
@@ -107,7 +112,8 @@ def write_trace(folder, path, spec, **facts):
 
 
 def record_all(record, names):
-    """Record runs one after the other; one that fails is shown and passed over. The exit code: how many failed."""
+    """Record runs one after the other; one that fails is shown and passed over. The exit code: how
+    many failed."""
     failed = 0
     for name in names:
         print(f"=== {name}", flush=True)

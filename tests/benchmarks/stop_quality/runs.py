@@ -1,7 +1,9 @@
-"""The runs of the suite: which data sets, which half each belongs to, and which settings every run has.
+"""The runs of the suite: which data sets, which half each belongs to, and which settings every run
+has.
 
-Halves were drawn by data set, balanced over the kinds, before any rule was tuned. The settings of a set's runs are drawn with
-the set's name as seed: every factor's levels are spread evenly over the runs and shuffled independently of the others.
+Halves were drawn by data set, balanced over the kinds, before any rule was tuned. The settings of a
+set's runs are drawn with the set's name as seed: every factor's levels are spread evenly over the
+runs and shuffled independently of the others.
 """
 
 import random
@@ -55,8 +57,9 @@ TWICE_SHADOWED = (
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run. model: "text" or "image". base: "embedded" or "larger". purpose: "record" (every signal), "shadow" (the same
-    run with shadow adapters beside it) or "validation" (10% of the training examples held out as a person would)."""
+    """One run. model: "text" or "image". base: "embedded" or "larger". purpose: "record" (every
+    signal), "shadow" (the same run with shadow adapters beside it) or "validation" (10% of the
+    training examples held out as a person would)."""
 
     name: str
     model: str
@@ -135,7 +138,8 @@ RUNS = {spec.name: spec for spec in [*text_runs(), *image_runs()]}
 
 
 def data_folder(spec):
-    """The folder of a run's data set: `dataset/` of the project, or one of the sets beside this file."""
+    """The folder of a run's data set: `dataset/` of the project, or one of the sets beside this
+    file."""
     bundled = ROOT / "dataset" / spec.dataset
     return bundled if bundled.is_dir() else HERE / f"{spec.model}_sets" / spec.dataset
 

@@ -3,7 +3,8 @@
     python score.py                  # the tuning half; the numbers of the rules are tuned on it
     python score.py --half test      # the test half, with the numbers from the tuning half
 
-Reads traces/ only: no training, under five minutes. In the language-model environment, with lora-llm/ on PYTHONPATH.
+Reads traces/ only: no training, under five minutes. In the language-model environment, with
+lora-llm/ on PYTHONPATH.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def run_contestant(contestant, traces):
     return outcomes(repeated, [contestant.keep(trace, generator) for trace in repeated])
 
 
-# ------------------------------------------------------------------------------------------------ tuning
+# ------------------------------------------------------------------------------------------- tuning
 
 
 def candidates():
@@ -47,7 +48,8 @@ def candidates():
 
 
 def tune(traces_of):
-    """({rule: number} with the lowest mean regret over both kinds, rows of the leave-one-set-out table)."""
+    """({rule: number} with the lowest mean regret over both kinds, rows of the leave-one-set-out
+    table)."""
     sets = sorted({trace.spec.dataset for traces in traces_of.values() for trace in traces})
     tuned, rows = {}, []
     for rule, options in candidates().items():
@@ -82,7 +84,7 @@ def tuning_table(rows):
     return lines
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def main_table(traces, tuned):
@@ -107,7 +109,8 @@ def alarm_table(traces, tuned):
 
 
 def sensitivity_rows(traces):
-    """second-valley under other N, windows, intervals, reductions and components: [(name, Outcomes)]."""
+    """second-valley under other N, windows, intervals, reductions and components: [(name,
+    Outcomes)]."""
     rows = [(f"N = {n}", {"rule": "nth-valley", "value": n}) for n in (1, 2, 3, 4, 5)]
     for factor in (0.25, 0.5, 1, 2, 4):
         rows.append((f"M = {factor:g} epochs", {"rule": "second-valley", "window": lambda m, f=factor: round(f * m)}))
@@ -125,7 +128,7 @@ def sensitivity_rows(traces):
         yield name, outcomes(traces, kept)
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def tables_of(half, tuned):

@@ -1,4 +1,5 @@
-"""From decisions to figures: what each rule keeps on each run, and the statistics with intervals bootstrapped by data set."""
+"""From decisions to figures: what each rule keeps on each run, and the statistics with intervals
+bootstrapped by data set."""
 
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Kept:
-    """What a rule did on a run: the kept step, the step at which training ended, and whether the rule ended it."""
+    """What a rule did on a run: the kept step, the step at which training ended, and whether the
+    rule ended it."""
 
     step: float
     ended: float
@@ -21,7 +23,8 @@ class Kept:
 
 
 def settings_of(trace, window=None, component=None, value=None, interval=1):
-    """RuleSettings for a trace. window: measurements, or a function of the automatic one. interval: take every n-th."""
+    """RuleSettings for a trace. window: measurements, or a function of the automatic one. interval:
+    take every n-th."""
     cs_interval = trace.header["cs_interval"] * interval
     automatic = auto_window(trace.per_epoch, cs_interval)
     m = automatic if window is None else max(1, window(automatic)) if callable(window) else window
@@ -85,7 +88,8 @@ STATISTICS = {
 
 
 def summary(result, resamples=RESAMPLES, seed=0):
-    """{statistic: (value, low, high)}: 95% intervals from whole data sets drawn with replacement."""
+    """{statistic: (value, low, high)}: 95% intervals from whole data sets drawn with
+    replacement."""
     generator = np.random.default_rng(seed)
     names = np.unique(result.datasets)
     rows_of = {name: np.flatnonzero(result.datasets == name) for name in names}
@@ -100,7 +104,7 @@ def summary(result, resamples=RESAMPLES, seed=0):
     return figures
 
 
-# ------------------------------------------------------------------------------------------------ as Markdown
+# -------------------------------------------------------------------------------------- as Markdown
 
 TITLES = {"mean": "regret, mean", "p95": "95th percentile", "max": "maximum", "saved": "steps saved"}
 

@@ -1,7 +1,9 @@
-"""Validation with 10% of the examples held out, against shadows and the default, on the runs that were made for it.
+"""Validation with 10% of the examples held out, against shadows and the default, on the runs that
+were made for it.
 
-Validation is scored by the held-out loss of its own run, which has trained on 90%: so what the missing examples cost is counted
-in. Regret is measured on the scale of the run that trained on everything.
+Validation is scored by the held-out loss of its own run, which has trained on 90%: so what the
+missing examples cost is counted in. Regret is measured on the scale of the run that trained on
+everything.
 """
 
 from dataclasses import replace
@@ -25,7 +27,8 @@ def twins(model, half):
 
 
 def validated(pairs):
-    """Outcomes of early stopping with patience 3 on the examples held out, its cost in examples counted in."""
+    """Outcomes of early stopping with patience 3 on the examples held out, its cost in examples
+    counted in."""
     regrets, kept_epochs, best_epochs, stopped, saved = [], [], [], [], []
     for trace, twin in pairs:
         records = [{**record, "heldout_loss": record["validation_loss"]} for record in twin.records]
@@ -43,7 +46,8 @@ def validated(pairs):
 
 
 def shadow_results(model, half, tuned):
-    """[(name, traces, Outcomes)] on the runs that have shadows and validation; none where no such runs are recorded."""
+    """[(name, traces, Outcomes)] on the runs that have shadows and validation; none where no such
+    runs are recorded."""
     pairs = twins(model, half)
     if not pairs:
         return []

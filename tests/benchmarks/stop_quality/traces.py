@@ -13,7 +13,8 @@ from runs import RUNS
 class Trace:
     """One recorded run.
 
-    records: the measurements. steps, losses: the held-out curve, step 0 included. per_epoch: optimizer steps an epoch.
+    records: the measurements. steps, losses: the held-out curve, step 0 included. per_epoch:
+    optimizer steps an epoch.
     """
 
     spec: object
@@ -39,7 +40,8 @@ class Trace:
 
     @property
     def improves(self):
-        """Whether the held-out loss ever falls below that of step 0; without that there is nothing to keep."""
+        """Whether the held-out loss ever falls below that of step 0; without that there is nothing
+        to keep."""
         return self.losses.min() < self.losses[0]
 
     def loss_at(self, step):
@@ -47,7 +49,8 @@ class Trace:
         return float(np.interp(step, self.steps, self.losses))
 
     def regret(self, step):
-        """(loss of the kept step - lowest) / (loss at step 0 - lowest): 0 is perfect, 1 as bad as not training."""
+        """(loss of the kept step - lowest) / (loss at step 0 - lowest): 0 is perfect, 1 as bad as
+        not training."""
         lowest = self.losses.min()
         return (self.loss_at(step) - lowest) / (self.losses[0] - lowest)
 

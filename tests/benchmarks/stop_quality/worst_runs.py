@@ -1,4 +1,5 @@
-"""The worst five runs of each rule as pictures: the held-out curve, the kept step, and the best one."""
+"""The worst five runs of each rule as pictures: the held-out curve, the kept step, and the best
+one."""
 
 import textwrap
 
@@ -10,7 +11,8 @@ NAME_WIDTH = 24  # letters of a rule's name in a line
 
 
 def draw_worst(path, rows):
-    """One row of axes a rule, one run an axis, worst first. rows: [(name, traces, their Outcomes)]."""
+    """One row of axes a rule, one run an axis, worst first. rows: [(name, traces, their
+    Outcomes)]."""
     figure = Figure(figsize=(WORST * COLUMN_INCHES, len(rows) * ROW_INCHES), layout="constrained")
     axes = figure.subplots(len(rows), WORST, squeeze=False)
     for row, (name, traces, result) in zip(axes, rows):

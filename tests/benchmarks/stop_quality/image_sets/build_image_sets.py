@@ -1,7 +1,9 @@
-"""Build the two image sets beside this file in the manner of the bundled ones:  python build_image_sets.py
+"""Build the two image sets beside this file in the manner of the bundled ones:  python
+build_image_sets.py
 
-vehicles: 24 training pictures, Fluent 3D. food: 12 training pictures, Twemoji. 10 held-out pictures each; 64 px. Run it in the
-diffusion environment with `resvg_py` added and npm installed; sources and licences are in README.md.
+vehicles: 24 training pictures, Fluent 3D. food: 12 training pictures, Twemoji. 10 held-out pictures
+each; 64 px. Run it in the diffusion environment with `resvg_py` added and npm installed; sources
+and licences are in README.md.
 """
 
 import argparse
@@ -15,7 +17,8 @@ sys.path.insert(0, str(ROOT / "lora-ldm" / "tiny_base"))
 from emoji_pictures import emoji_key, read_catalogue  # noqa: E402
 from make_image_sets import HELDOUT_COUNT, REPEATS, caption_of, pictures_of, write_picture  # noqa: E402
 
-# Set -> (artwork, first word of the captions, the emoji). Chosen by name before any picture was trained on.
+# Set -> (artwork, first word of the captions, the emoji). Chosen by name before any picture was
+# trained on.
 SETS = {
     "vehicles": ("fluent 3d", "vehicle",
         "🚗 🚕 🚙 🚌 🚎 🏎 🚓 🚑 🚒 🚐 🛻 🚚 🚛 🚜 🛵 🏍 🚲 🛴 🚂 🚆 🚇 🚊 🚝 🚀 🛸 🚁 ✈ 🛩 ⛵ 🚤 🛥 🚢 ⛴ 🚡"),

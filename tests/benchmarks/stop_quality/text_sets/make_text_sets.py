@@ -1,10 +1,12 @@
 """Builds the eight text sets beside this file: six out of Debian packages, two by calculation.
 
-    python make_text_sets.py                        # packages are fetched with apt-get; nothing is installed
-    python make_text_sets.py --packages FOLDER      # FOLDER holds package files (*.deb) at hand
+    python make_text_sets.py                        # packages are fetched with apt-get; nothing is
+    installed python make_text_sets.py --packages FOLDER      # FOLDER holds package files (*.deb)
+    at hand
 
-Deterministic: the same package versions give the same files, byte for byte. The packages are in the public domain or
-under a permissive licence (README.md), and the embedded base was not trained on them.
+Deterministic: the same package versions give the same files, byte for byte. The packages are in the
+public domain or under a permissive licence (README.md), and the embedded base was not trained on
+them.
 """
 
 import argparse
@@ -33,7 +35,7 @@ VERSIONS = {  # package: the version whose text is committed here
 }
 
 
-# ------------------------------------------------------------------------------------------------ rows out of packages
+# ----------------------------------------------------------------------------- rows out of packages
 
 
 def one_line(text):
@@ -47,7 +49,8 @@ def opening_and_rest(sentence, words):
 
 
 def dhammapada(root):
-    """Verses in F. Max Mueller's translation: their opening words are given, the rest is asked for."""
+    """Verses in F. Max Mueller's translation: their opening words are given, the rest is asked
+    for."""
     text = next(root.rglob("dhammapada-alternate.txt")).read_text(encoding="utf-8", errors="replace")
     for paragraph in re.split(r"\n\s*\n", text):
         match = re.fullmatch(r"(.+[.!?\"')]) +\d+(?:, ?\d+)?\.?", one_line(paragraph))
@@ -57,7 +60,8 @@ def dhammapada(root):
 
 
 def king_james(root):
-    """Proverbs in the King James Version: opening words and rest. SWORD's zText layout: see collect_text.py of tiny_base."""
+    """Proverbs in the King James Version: opening words and rest. SWORD's zText layout: see
+    collect_text.py of tiny_base."""
     files = {kind: next(root.rglob(f"ot.bz{kind}")).read_bytes() for kind in "zsv"}
     places = struct.iter_unpack("<III", files["s"])
     blocks = [zlib.decompress(files["z"][at : at + size]) if size else b"" for at, size, _ in places]
@@ -71,8 +75,9 @@ def king_james(root):
 
 
 def strongs_greek(root):
-    """Strong's Greek dictionary of 1890: a word in Latin letters and its definition. SWORD's zLD layout:
-    `zdx` holds (offset, packed size) of each zlib block; a block is a count, (offset, size) of each entry, the entries."""
+    """Strong's Greek dictionary of 1890: a word in Latin letters and its definition. SWORD's zLD
+    layout: `zdx` holds (offset, packed size) of each zlib block; a block is a count, (offset, size)
+    of each entry, the entries."""
     index, data = (next(root.rglob(f"strongsgreek/dict.{kind}")).read_bytes() for kind in ("zdx", "zdt"))
     for at, packed in struct.iter_unpack("<II", index):
         block = zlib.decompress(data[at : at + packed])
@@ -89,7 +94,8 @@ def strongs_greek(root):
 
 
 def freebsd_drivers(root):
-    """The one-line descriptions of FreeBSD's kernel interfaces (section 4 of the manual): licence BSD."""
+    """The one-line descriptions of FreeBSD's kernel interfaces (section 4 of the manual): licence
+    BSD."""
     for page in sorted(root.rglob("man4/*.4freebsd.gz")):
         if page.is_symlink():
             continue
@@ -127,7 +133,7 @@ def emoji_names(root):
             }
 
 
-# ------------------------------------------------------------------------------------------------ rows by calculation
+# ------------------------------------------------------------------------------ rows by calculation
 
 UNITS = [  # (unit, units of the other, factor)
     ("inches", "centimetres", 2.54), ("feet", "metres", 0.3048), ("miles", "kilometres", 1.609344),
@@ -138,7 +144,8 @@ UNITS = [  # (unit, units of the other, factor)
 
 
 def unit_conversions(_):
-    """Imperial measures in metric ones, worked out: the exact factors of 1959, imperial pint and gallon."""
+    """Imperial measures in metric ones, worked out: the exact factors of 1959, imperial pint and
+    gallon."""
     for unit, other, factor in UNITS:
         for count in (2, 3, 4, 5, 6, 8, 9, 12, 15, 20, 24, 25, 30, 40, 50):
             product = f"{count * factor:.4g}"
@@ -182,7 +189,7 @@ SETS = {  # folder: (kind, package, maker of rows, training rows, held-out rows)
 }
 
 
-# ------------------------------------------------------------------------------------------------ split and write
+# ---------------------------------------------------------------------------------- split and write
 
 
 def split_rows(name, rows, train_count, heldout_count):

@@ -1,4 +1,5 @@
-"""A miniature with the structure of qlora.py (its argument classes, callback and calls), written for these tests."""
+"""A miniature with the structure of qlora.py (its argument classes, callback and calls), written
+for these tests."""
 
 import os
 from dataclasses import dataclass, field

@@ -1,4 +1,5 @@
-"""A miniature with the structure of sd-scripts' train_network.py (loops, names, saves), written for these tests.
+"""A miniature with the structure of sd-scripts' train_network.py (loops, names, saves), written for
+these tests.
 
 It trains a toy model for real, so that a patched copy of it stops for real.
 """
@@ -61,9 +62,11 @@ def setup_parser():
     parser = argparse.ArgumentParser()
     for name, kind, default in (
         ("seed", int, 0), ("network_dim", int, 2), ("network_alpha", float, 1.0), ("learning_rate", float, 0.02),
-        ("batches", int, 8), ("max_train_steps", int, 40), ("save_every_n_steps", int, None), ("output_dir", str, "out"),
+        ("batches", int, 8), ("max_train_steps", int, 40), ("save_every_n_steps", int, None),
+        ("output_dir", str, "out"),
         ("output_name", str, "lora"), ("gradient_accumulation_steps", int, 1), ("resume", str, None),
-        ("network_module", str, "networks.lora"), ("optimizer_type", str, "AdamW"), ("save_model_as", str, "safetensors"),
+        ("network_module", str, "networks.lora"), ("optimizer_type", str, "AdamW"),
+        ("save_model_as", str, "safetensors"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--network_train_unet_only", action="store_true")

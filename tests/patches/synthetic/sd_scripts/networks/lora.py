@@ -1,4 +1,5 @@
-"""A toy model with a linear layer and a convolution, and LoRA modules that hide their frozen layer as kohya's do."""
+"""A toy model with a linear layer and a convolution, and LoRA modules that hide their frozen layer
+as kohya's do."""
 
 import torch
 from safetensors.torch import save_file
