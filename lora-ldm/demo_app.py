@@ -1,24 +1,29 @@
-"""A page on which to start a training, watch it, and compare pictures of its turning point and its last weights.
+"""A page on which to start a training, watch it, and compare pictures of its turning point and its
+last weights.
 
-    streamlit run lora-ldm/demo_app.py --server.address 127.0.0.1 -- --root output --base models/sd15 --images data
+    streamlit run lora-ldm/demo_app.py --server.address 127.0.0.1 -- --root output --base
+    models/sd15 --images data
 
-It works on what it was started with and on nothing else: runs in the folders of --root (new ones go into the first), bases of
---base beside the embedded one, pictures of --images beside those of the project. Whoever reaches the page can start trainings:
---server.address 127.0.0.1 keeps it to this machine.
+It works on what it was started with and on nothing else: runs in the folders of --root (new ones go
+into the first), bases of --base beside the embedded one, pictures of --images beside those of the
+project. Whoever reaches the page can start trainings: --server.address 127.0.0.1 keeps it to this
+machine.
 """
 
 import argparse
 import io
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 import streamlit as st
 
 from demo.process import LIMITS, OFFERED_RULES, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base
 from demo.run_folders import TREE, Places, Run, decision_of, offered
-from es_lora.history import HISTORY_NAME
+from es_lora.history import HISTORY_NAME, History
 from es_lora.report import draw
 
 PROJECT = TREE.parent
@@ -36,11 +41,12 @@ STYLE = """
 """
 
 
-# ------------------------------------------------------------------------------------------------ what it was started with
+# ------------------------------------------------------------------------- what it was started with
 
 
-def parse_places(argv=None):
-    """Places from the words after `--`. Raises ValueError, in one message, for folders that are not there."""
+def parse_places(argv: Sequence[str] = None) -> Places:
+    """Places from the words after `--`. Raises ValueError, in one message, for folders that are not
+    there."""
     parser = argparse.ArgumentParser(prog="demo_app.py", allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
     add("--root", action="append", type=Path, help="folder of runs; may be repeated (default: output of the project)")
@@ -66,22 +72,22 @@ def parse_places(argv=None):
 
 
 @st.cache_resource
-def trainings():
+def trainings() -> dict[Path, TrainingProcess]:
     """{folder: TrainingProcess} of this server."""
     return {}
 
 
 @st.cache_resource(show_spinner="Loading the base ...")
-def picture_maker(base, v2, v_parameterization, clip_skip):
+def picture_maker(base: str, v2: bool, v_parameterization: bool, clip_skip: int | None) -> Any:
     from demo.pictures import PictureMaker
 
     return PictureMaker(base, v2=v2, v_parameterization=v_parameterization, clip_skip=clip_skip)
 
 
-# ------------------------------------------------------------------------------------------------ Watch
+# -------------------------------------------------------------------------------------------- Watch
 
 
-def watch(places):
+def watch(places: Places) -> None:
     st.title("Watch a run")
     run = choose_run(places, "watched")
     if run is None:
@@ -91,7 +97,7 @@ def watch(places):
     st.fragment(show_run, run_every=REFRESH_SEC if going_on else None)(run)
 
 
-def choose_run(places, key):
+def choose_run(places: Places, key: str) -> Run | None:
     """The run that a person chose from those offered, None where there are none yet."""
     names = list(places.runs())
     if not names:
@@ -103,7 +109,7 @@ def choose_run(places, key):
     return places.run(name)
 
 
-def show_run(run):
+def show_run(run: Run) -> None:
     process, result = trainings().get(run.folder), run.result()
     if process and result and process.exit_code is not None and not st.session_state.get(f"ended {run.name}"):
         st.session_state[f"ended {run.name}"] = True
@@ -126,7 +132,7 @@ def show_run(run):
         show_previews(run)
 
 
-def progress_of(run, process):
+def progress_of(run: Run, process: TrainingProcess) -> None:
     left, right = st.columns([6, 1], vertical_alignment="center")
     lines = run.log_lines(1)
     left.caption(lines[0] if lines else "The trainer is starting ...")
@@ -134,7 +140,7 @@ def progress_of(run, process):
         process.stop()
 
 
-def show_numbers(run, history):
+def show_numbers(run: Run, history: History) -> None:
     decision, result = decision_of(history), run.result() or {}
     total = result.get("total_steps") or history.header.get("total_steps")
     losses = [record["loss"] for record in history.records if record.get("loss") is not None]
@@ -146,8 +152,9 @@ def show_numbers(run, history):
 
 
 @st.cache_data(show_spinner=False, max_entries=8)
-def curves(folder, history_bytes):
-    """PNG bytes: losses, CS and CS-Fluctuation. Drawn anew only when the history, a file that only grows, has grown."""
+def curves(folder: Path, history_bytes: int) -> bytes:
+    """PNG bytes: losses, CS and CS-Fluctuation. Drawn anew only when the history, a file that only
+    grows, has grown."""
     history = Run("", folder).history()
     figure = draw(history, decision_of(history), history.header["window"], history.header["decided_on"])
     buffer = io.BytesIO()
@@ -155,7 +162,7 @@ def curves(folder, history_bytes):
     return buffer.getvalue()
 
 
-def show_previews(run):
+def show_previews(run: Run) -> None:
     previews = run.previews()
     if not previews:
         return
@@ -170,7 +177,7 @@ def show_previews(run):
                 st.image(preview.path.read_bytes(), caption=preview.moment, width=THUMBNAIL_PX)
 
 
-def prompts_of(run):
+def prompts_of(run: Run) -> list[str]:
     """The prompts that the run's previews were made of, as far as its folder holds them."""
     from base.sampling import read_prompts
     from demo.process import PROMPTS_NAME
@@ -181,10 +188,10 @@ def prompts_of(run):
         return []
 
 
-# ------------------------------------------------------------------------------------------------ Try
+# ---------------------------------------------------------------------------------------------- Try
 
 
-def try_out(places):
+def try_out(places: Places) -> None:
     st.title("Try it")
     run = choose_run(places, "tried")
     form, results = st.columns([2, 5], gap="large")
@@ -219,8 +226,9 @@ def try_out(places):
         show_pictures()
 
 
-def make_pictures(base, run, picked, wanted, strength):
-    """A picture for each of {label: LoRA file or None}, into the history of this session, newest first."""
+def make_pictures(base: str, run: Run, picked: dict[str, Path | None], wanted: Any, strength: float) -> None:
+    """A picture for each of {label: LoRA file or None}, into the history of this session, newest
+    first."""
     from base.sampling import Prompt
     from demo.pictures import png_with_settings
 
@@ -240,22 +248,26 @@ def make_pictures(base, run, picked, wanted, strength):
     st.session_state.setdefault("pictures", []).insert(0, (title, group))
 
 
-def show_pictures():
+def show_pictures() -> None:
     made = st.session_state.get("pictures", [])
     if not made:
-        st.caption("Pictures appear here. A comparison shows no LoRA, the turning point and the last weights at one seed.")
+        st.caption(
+            "Pictures appear here. A comparison shows no LoRA, the turning point and the last weights at one seed."
+        )
     for number, (title, group) in enumerate(made):
         st.caption(title)
         for column, (label, png) in zip(st.columns(max(3, len(group))), group):
             column.image(png, caption=label, width="stretch")
             key = f"{len(made) - number} {label}"
-            column.download_button("Download", png, f"{label.replace(' ', '-')}-{len(made) - number}.png", "image/png", key=key)
+            column.download_button(
+                "Download", png, f"{label.replace(' ', '-')}-{len(made) - number}.png", "image/png", key=key
+            )
 
 
-# ------------------------------------------------------------------------------------------------ Start
+# -------------------------------------------------------------------------------------------- Start
 
 
-def start(places):
+def start(places: Places) -> None:
     st.title("Start a training")
     settings = ask_settings(places)
     stamp = st.session_state.setdefault("stamp", time.strftime("%Y%m%d-%H%M%S"))
@@ -279,18 +291,22 @@ def start(places):
         st.switch_page(PAGES["Watch"])
 
 
-def ask_settings(places):
+def ask_settings(places: Places) -> TrainingSettings:
     """TrainingSettings as the form has them, not checked yet."""
     left, middle, right = st.columns(3)
     name = left.text_input("Name", "my-lora")
     base = left.selectbox("Base", list(places.bases))
     images = left.selectbox("Pictures", list(places.images))
     usual_px = 64 if base == EMBEDDED else 1024 if is_sdxl_base(places.base(base)) else 512
-    resolution = left.number_input("Resolution (px)", *LIMITS["resolution_px"], usual_px, 64, key=f"resolution {usual_px}")
+    resolution = left.number_input(
+        "Resolution (px)", *LIMITS["resolution_px"], usual_px, 64, key=f"resolution {usual_px}"
+    )
     rank = middle.number_input("Rank", *LIMITS["rank"], 16)
     alpha = middle.number_input("Alpha", 0.0, 1024.0, 16.0)
     unet_rate = middle.number_input("Learning rate, U-Net", 0.0, 1.0, 1e-3, 1e-4, format="%.2e")
-    text_rate = middle.number_input("Learning rate, text encoder", 0.0, 1.0, 1e-4, 1e-5, format="%.2e", help="0: not trained")
+    text_rate = middle.number_input(
+        "Learning rate, text encoder", 0.0, 1.0, 1e-4, 1e-5, format="%.2e", help="0: not trained"
+    )
     epochs = right.number_input("Epochs at most", *LIMITS["epochs"], 15)
     batch_size = right.number_input("Pictures a step", *LIMITS["batch_size"], 2)
     precision = right.selectbox("Precision", PRECISIONS, help="fp16 or bf16 on a GPU")
@@ -309,12 +325,12 @@ def ask_settings(places):
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------------------- the page
 
 PAGES = {}
 
 
-def main():
+def main() -> None:
     st.set_page_config(page_title="ES-LoRA", page_icon="◔", layout="wide")
     st.set_option("client.toolbarMode", "minimal")
     st.html(STYLE)
@@ -323,7 +339,11 @@ def main():
     except ValueError as error:
         st.error(str(error))
         return
-    for title, show, icon in (("Watch", watch, "timeline"), ("Try", try_out, "palette"), ("Start", start, "play_circle")):
+    for title, show, icon in (
+        ("Watch", watch, "timeline"),
+        ("Try", try_out, "palette"),
+        ("Start", start, "play_circle"),
+    ):
         page = st.Page(lambda show=show: show(places), title=title, url_path=title.lower(), icon=f":material/{icon}:")
         PAGES[title] = page
     page = st.navigation(list(PAGES.values()), position="top")

@@ -1,13 +1,17 @@
-"""A LoRA out of the difference of two models: of the layers that changed most, each factorised by SVD.
+"""A LoRA out of the difference of two models: of the layers that changed most, each factorised by
+SVD.
 
-    python extract_lora.py --model_org BASE --model_tuned TUNED --save_to lora.safetensors --rank 16 --select energy:0.9
+    python extract_lora.py --model_org BASE --model_tuned TUNED --save_to lora.safetensors --rank 16
+    --select energy:0.9
 
-Stage two of DreamBooth trains exactly these layers: --network_weights lora.safetensors --dim_from_weights. A LoRA holds
-changes of linear and convolution weights; what else changed (biases, norms) is said and stays behind.
+Stage two of DreamBooth trains exactly these layers: --network_weights lora.safetensors
+--dim_from_weights. A LoRA holds changes of linear and convolution weights; what else changed
+(biases, norms) is said and stays behind.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -15,6 +19,7 @@ import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
 
 from base.loading import load_base_model
+from base.sd import SDModel
 from network.lora import component_roots, find_modules
 from network.lora_file import DTYPES, save_lora
 from network.metadata import build_metadata
@@ -35,20 +40,22 @@ class ChangedLayer:
         self.energy = self.change().square().sum().item()  # ||dW||^2
         self.importance = self.energy**0.5 / max(self.base.float().norm().item(), torch.finfo(torch.float32).tiny)
 
-    def change(self):
-        """dW in float32. Formed anew each time: all layers together would take as much memory as a model."""
+    def change(self) -> torch.Tensor:
+        """dW in float32. Formed anew each time: all layers together would take as much memory as a
+        model."""
         return self.tuned.float() - self.base.float()
 
 
 @dataclass
 class Selection:
-    """What --select says: all layers, the first so many, or the first that hold a share of the energy."""
+    """What --select says: all layers, the first so many, or the first that hold a share of the
+    energy."""
 
     count: Optional[int] = None
     energy: Optional[float] = None
 
     @classmethod
-    def parse(cls, text):
+    def parse(cls, text: str) -> "Selection":
         """Of "all", "top:N" or "energy:SHARE". Raises ValueError."""
         kind, _, number = text.partition(":")
         try:
@@ -62,7 +69,7 @@ class Selection:
             pass
         raise ValueError(f"--select {text}: give all, top:N with N of at least 1, or energy:SHARE with a share up to 1")
 
-    def choose(self, layers):
+    def choose(self, layers: list[ChangedLayer]) -> list[ChangedLayer]:
         """The layers kept of a list in order of importance."""
         if self.energy is None:
             return layers[: self.count]
@@ -75,29 +82,37 @@ class Selection:
         return kept
 
 
-def changed_layers(base, tuned):
+def changed_layers(base: SDModel, tuned: SDModel) -> list[ChangedLayer]:
     """[ChangedLayer] of all layers that a LoRA file can name, by falling ||dW|| / ||W||.
 
-    base, tuned: SDModels of one family. Raises ValueError where their layers differ or nothing has changed.
+    base, tuned: SDModels of one family. Raises ValueError where their layers differ or nothing has
+    changed.
     """
     originals, finals = (find_modules(model, with_convolutions=True) for model in (base, tuned))
     shapes = [{name: layer.weight.shape for _, _, name, layer in found} for found in (originals, finals)]
     if shapes[0] != shapes[1]:
-        differing = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
-        raise ValueError(f"the two models are not of one kind: {len(differing)} layers differ, the first is {differing[0]}")
+        differing = sorted(
+            name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+        )
+        raise ValueError(
+            f"the two models are not of one kind: {len(differing)} layers differ, the first is {differing[0]}"
+        )
     pairs = zip(originals, finals)
     layers = [ChangedLayer(name, original.weight, final.weight) for (_, _, name, original), (_, _, _, final) in pairs]
     layers = [layer for layer in layers if layer.importance > UNCHANGED]
     if not layers:
-        raise ValueError("the two models have the same weights in all layers that a LoRA can change: nothing to extract")
+        raise ValueError(
+            "the two models have the same weights in all layers that a LoRA can change: nothing to extract"
+        )
     return sorted(layers, key=lambda layer: layer.importance, reverse=True)
 
 
-def factorise(change, rank):
-    """(down, up, share): the best rank-``rank`` approximation ``up @ down`` of a change, by SVD (Eckart-Young).
+def factorise(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(down, up, share): the best rank-``rank`` approximation ``up @ down`` of a change, by SVD
+    (Eckart-Young).
 
-    change: (out, in) or (out, in, kh, kw); down (r, in, ...), up (out, r, ...) as kohya shapes them; r is at most the
-    matrix's own rank. share: of ||dW||^2 that it holds.
+    change: (out, in) or (out, in, kh, kw); down (r, in, ...), up (out, r, ...) as kohya shapes
+    them; r is at most the matrix's own rank. share: of ||dW||^2 that it holds.
     """
     matrix = change.flatten(1)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -109,8 +124,9 @@ def factorise(change, rank):
     return down.contiguous(), up.reshape(len(up), rank, *[1] * (change.dim() - 2)).contiguous(), share
 
 
-def extract(layers, rank):
-    """({kohya key: tensor}, {layer name: share of its energy held}) of layers factorised at a rank; alpha is the rank."""
+def extract(layers: list[ChangedLayer], rank: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """({kohya key: tensor}, {layer name: share of its energy held}) of layers factorised at a rank;
+    alpha is the rank."""
     tensors, shares = {}, {}
     for layer in layers:
         down, up, shares[layer.name] = factorise(layer.change(), rank)
@@ -119,18 +135,22 @@ def extract(layers, rank):
     return tensors, shares
 
 
-def share_outside(base, tuned, layers):
-    """Share of the whole change, in ||dW||^2, in weights that kohya's LoRAs leave alone: biases, norms, embeddings."""
+def share_outside(base: SDModel, tuned: SDModel, layers: list[ChangedLayer]) -> float:
+    """Share of the whole change, in ||dW||^2, in weights that kohya's LoRAs leave alone: biases,
+    norms, embeddings."""
     total = 0.0
     finals = component_roots(tuned)
     for component, root in component_roots(base).items():
         final = dict(finals[component].named_parameters())
-        total += sum((final[name].float() - value.float()).square().sum().item() for name, value in root.named_parameters())
+        total += sum(
+            (final[name].float() - value.float()).square().sum().item() for name, value in root.named_parameters()
+        )
     return max(0.0, 1 - sum(layer.energy for layer in layers) / total)
 
 
-def table(layers, kept, shares):
-    """The layers by importance as lines of text; * marks those that are kept. shares: what their rank holds of them."""
+def table(layers: list[ChangedLayer], kept: list[ChangedLayer], shares: dict[str, float]) -> list[str]:
+    """The layers by importance as lines of text; * marks those that are kept. shares: what their
+    rank holds of them."""
     total, summed = sum(layer.energy for layer in layers), 0.0
     names = {layer.name for layer in kept}
     lines = [f"{'':>7}  {'||dW||/||W||':>12}  {'energy':>6}  {'summed':>6}  {'in rank':>7}  layer"]
@@ -142,7 +162,7 @@ def table(layers, kept, shares):
     return lines
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code: 0, or 2 with one line on stderr."""
     args = _parser().parse_args(argv)
     try:
@@ -184,12 +204,20 @@ def _run(args):
 
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model_org", required=True, help="the base: diffusers folder, .safetensors/.ckpt file, hub name")
+    parser.add_argument(
+        "--model_org", required=True, help="the base: diffusers folder, .safetensors/.ckpt file, hub name"
+    )
     parser.add_argument("--model_tuned", required=True, help="the same model after training")
     parser.add_argument("--save_to", required=True, help="the LoRA file")
-    parser.add_argument("--rank", "--dim", type=int, default=16, help="at most; a small layer gets its own (default %(default)s)")
-    parser.add_argument("--select", default="energy:0.9", help="all, top:N or energy:SHARE of the most changed (%(default)s)")
-    parser.add_argument("--save_precision", choices=["float", "fp16", "bf16"], help="of the saved tensors (default float)")
+    parser.add_argument(
+        "--rank", "--dim", type=int, default=16, help="at most; a small layer gets its own (default %(default)s)"
+    )
+    parser.add_argument(
+        "--select", default="energy:0.9", help="all, top:N or energy:SHARE of the most changed (%(default)s)"
+    )
+    parser.add_argument(
+        "--save_precision", choices=["float", "fp16", "bf16"], help="of the saved tensors (default float)"
+    )
     parser.add_argument("--v2", action="store_true", help="the models are SD 2.x")
     parser.add_argument("--v_parameterization", action="store_true", help="they predict velocity")
     parser.add_argument("--tokenizer_cache_dir", help="where the CLIP vocabulary lies, for single files")

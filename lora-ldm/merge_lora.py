@@ -1,15 +1,17 @@
 """Fold one or more weighted LoRAs into a checkpoint, so that it needs no LoRA any more.
 
-    python merge_lora.py --sd_model BASE --models a.safetensors b.safetensors --ratios 0.8 0.5 --save_to merged
+    python merge_lora.py --sd_model BASE --models a.safetensors b.safetensors --ratios 0.8 0.5
+    --save_to merged
 
-A diffusers folder becomes a folder; a single file becomes a .safetensors file in the same original layout (everything
-but the adapted weights is kept as it is) or, where --save_to has no ending, a folder. LoRAs of kohya's and diffusers'
-naming are read, and LyCORIS' locon, loha and lokr.
+A diffusers folder becomes a folder; a single file becomes a .safetensors file in the same original
+layout (everything but the adapted weights is kept as it is) or, where --save_to has no ending, a
+folder. LoRAs of kohya's and diffusers' naming are read, and LyCORIS' locon, loha and lokr.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from network.folding import fold_into_tensors, fold_lora
 from network.lora_file import DTYPES, load_lora
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code: 0, or 2 with one line on stderr."""
     args = _parser().parse_args(argv)
     try:
@@ -93,7 +95,9 @@ def _check(args):
 
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sd_model", required=True, help="base: diffusers folder, .safetensors or .ckpt file, hub name")
+    parser.add_argument(
+        "--sd_model", required=True, help="base: diffusers folder, .safetensors or .ckpt file, hub name"
+    )
     parser.add_argument("--models", required=True, nargs="+", metavar="LORA", help="LoRA files")
     parser.add_argument("--ratios", nargs="+", type=float, help="strength of each LoRA (default 1)")
     parser.add_argument("--save_to", required=True, help="new .safetensors file (from a file) or new folder")

@@ -1,12 +1,15 @@
 """Pictures from prompts: during training, at its end, and from the command line.
 
-    python sample_images.py --base MODEL --lora FILE[:WEIGHT] --prompt "a cat --w 512 --h 512 --d 7 --s 30"
+    python sample_images.py --base MODEL --lora FILE[:WEIGHT] --prompt "a cat --w 512 --h 512 --d 7
+    --s 30"
 
-Prompt lines are kohya's: TEXT --n NEGATIVE --w WIDTH --h HEIGHT --d SEED --l SCALE --s STEPS --ss SAMPLER.
+Prompt lines are kohya's: TEXT --n NEGATIVE --w WIDTH --h HEIGHT --d SEED --l SCALE --s STEPS --ss
+SAMPLER.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -15,7 +18,7 @@ from base.sampling import SCHEDULERS, Sampler, parse_prompt_line, read_prompts
 SCHEDULERS.update({f"k_{name}": SCHEDULERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")})
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pictures from a base model and LoRA files.", allow_abbrev=False)
     parser.add_argument("--base", required=True, help="diffusers folder, checkpoint file or hub name")
     parser.add_argument("--lora", action="append", default=[], help="LoRA file, FILE or FILE:WEIGHT; may be repeated")
@@ -35,7 +38,7 @@ def parse_arguments(argv=None):
     return args
 
 
-def split_weight(text):
+def split_weight(text: str) -> tuple[str, float]:
     """("file", weight) of FILE or FILE:WEIGHT."""
     path, colon, weight = text.rpartition(":")
     try:
@@ -44,10 +47,12 @@ def split_weight(text):
         return text, 1.0
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        prompts = [parse_prompt_line(line) for line in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
+        prompts = [parse_prompt_line(line) for line in args.prompt] + (
+            read_prompts(args.prompts) if args.prompts else []
+        )
         from base.loading import load_base_model
         from network.folding import fold_lora
         from network.lora_file import load_lora

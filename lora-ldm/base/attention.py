@@ -1,10 +1,14 @@
 """How a U-Net computes attention: the choice by device and flags, and setting it."""
 
+from argparse import Namespace
+
+import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 
-def choose_attention(args, device):
-    """kohya's switches; without one, the fastest of the device: PyTorch's fused attention, or the plain one on a CPU."""
+def choose_attention(args: Namespace, device: torch.device) -> str:
+    """kohya's switches; without one, the fastest of the device: PyTorch's fused attention, or the
+    plain one on a CPU."""
     if args.xformers:
         return "xformers"
     if args.mem_eff_attn:
@@ -12,8 +16,9 @@ def choose_attention(args, device):
     return "sdpa" if args.sdpa or device.type != "cpu" else "plain"
 
 
-def set_attention(model, kind):
-    """Choose the attention of a U-Net or VAE: "sdpa", "xformers", "sliced" (least memory) or "plain".
+def set_attention(model: torch.nn.Module, kind: str) -> None:
+    """Choose the attention of a U-Net or VAE: "sdpa", "xformers", "sliced" (least memory) or
+    "plain".
 
     "plain" writes the products out; on a CPU and at small sizes its backward pass is the fastest.
     """

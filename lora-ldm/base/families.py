@@ -1,6 +1,8 @@
-"""The kinds of base that can be trained on, with one interface: load, check, encode text and images, predict noise.
+"""The kinds of base that can be trained on, with one interface: load, check, encode text and
+images, predict noise.
 
-A further kind is another class of this file; the trainer that is made for it passes the class to `es_lora_ldm.main`.
+A further kind is another class of this file; the trainer that is made for it passes the class to
+`es_lora_ldm.main`.
 """
 
 from argparse import Namespace
@@ -19,7 +21,8 @@ from images.batches import ImageBatches
 class StableDiffusion:
     """SD 1.x or 2.x as a base to train on: the model, and how the settings of a run use it.
 
-    args: the settings of the run. weight_dtype: in which the U-Net computes; weights that are trained are in float32.
+    args: the settings of the run. weight_dtype: in which the U-Net computes; weights that are
+    trained are in float32.
     Raises ValueError / FileNotFoundError where the base cannot be loaded.
     """
 
@@ -43,14 +46,16 @@ class StableDiffusion:
         }
 
     def check(self, batches: ImageBatches) -> None:
-        """Refuse settings and pictures that fit this kind of base but not this one. Raises ValueError."""
+        """Refuse settings and pictures that fit this kind of base but not this one. Raises
+        ValueError."""
         if self.args.zero_terminal_snr and self.model.prediction_type != "v_prediction":
             raise ValueError(
                 "--zero_terminal_snr needs a base that predicts v: at the last timestep epsilon is the input"
             )
 
     def cache_text(self, batches: Iterable[ImageBatches], prompts: Iterable[str], accelerator: Accelerator) -> None:
-        """Encode once what is not trained, as far as that is asked for: nothing here, every caption with SDXL."""
+        """Encode once what is not trained, as far as that is asked for: nothing here, every caption
+        with SDXL."""
 
     def encode_text(self, captions: list[str]) -> Any:
         """What `predict_noise` takes of B captions."""
@@ -68,12 +73,14 @@ class StableDiffusion:
         return self.model.encode_images(pixels, generator).float()
 
     def predict_noise(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: Any, batch: dict) -> torch.Tensor:
-        """The U-Net's prediction (B, 4, h, w). batch: what else a kind conditions on (sizes, crops)."""
+        """The U-Net's prediction (B, 4, h, w). batch: what else a kind conditions on (sizes,
+        crops)."""
         return self.model.predict_noise(noisy.to(self.weight_dtype), timesteps, text)
 
 
 class StableDiffusionXL(StableDiffusion):
-    """SDXL as a base to train on: both text encoders' conditions, cached where asked for, and sizes and crops."""
+    """SDXL as a base to train on: both text encoders' conditions, cached where asked for, and sizes
+    and crops."""
 
     program = "es_lora_sdxl"
     is_sdxl = True
@@ -87,7 +94,8 @@ class StableDiffusionXL(StableDiffusion):
 
     def check(self, batches: ImageBatches) -> None:
         super().check(batches)
-        # Every level of the U-Net halves the latents; what does not divide evenly would be padded in the middle of it.
+        # Every level of the U-Net halves the latents; what does not divide evenly would be padded
+        # in the middle of it.
         step_px = self.model.vae_scale * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
         for settings in (dataset.settings for dataset in batches.datasets):
             flag, sides = "--resolution", settings.resolution
@@ -97,7 +105,8 @@ class StableDiffusionXL(StableDiffusion):
                 raise ValueError(f"{flag} {','.join(map(str, sides))}: this base needs multiples of {step_px} px")
 
     def cache_text(self, batches: Iterable[ImageBatches], prompts: Iterable[str], accelerator: Accelerator) -> None:
-        """Encode every caption and prompt once, and take the text encoders off the device (not with --highvram)."""
+        """Encode every caption and prompt once, and take the text encoders off the device (not with
+        --highvram)."""
         args = self.args
         if not args.cache_text_encoder_outputs:
             return

@@ -1,4 +1,5 @@
-"""Where a base model lies and what is read of it: a path here or a hub name, folders in diffusers layout, the CLIP vocabulary.
+"""Where a base model lies and what is read of it: a path here or a hub name, folders in diffusers
+layout, the CLIP vocabulary.
 
 Nothing is fetched unless a hub name is given or a single file's tokenizer is found nowhere here.
 """
@@ -7,6 +8,7 @@ import hashlib
 import json
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
@@ -26,8 +28,9 @@ for _library_logging in (diffusers_logging, transformers_logging):
     _library_logging.disable_progress_bar()
 
 
-def local_path(path):
-    """The Path of a file or folder here, or of the local copy of a hub name. Raises FileNotFoundError."""
+def local_path(path: str | Path) -> Path:
+    """The Path of a file or folder here, or of the local copy of a hub name. Raises
+    FileNotFoundError."""
     location = Path(path).expanduser()
     if location.exists():
         return location
@@ -36,8 +39,9 @@ def local_path(path):
     raise FileNotFoundError(f"{path} does not exist; give a diffusers folder, a .safetensors/.ckpt file or a hub name")
 
 
-def load_from_folder(model_class, folder, dtype):
-    """from_pretrained without the network; reads the ``fp16`` files where a folder has no others."""
+def load_from_folder(model_class: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """from_pretrained without the network; reads the ``fp16`` files where a folder has no
+    others."""
     weights = [file.name for file in folder.glob("*.safetensors")] + [file.name for file in folder.glob("*.bin")]
     if not weights:
         raise FileNotFoundError(f"{folder} holds no weights (*.safetensors or *.bin)")
@@ -51,8 +55,11 @@ def load_from_folder(model_class, folder, dtype):
         ) from error
 
 
-def load_clip_tokenizer(folder=None, tokenizer_cache_dir=None):
-    """The CLIP tokenizer from a folder, from --tokenizer_cache_dir, from the transformers cache, or from the hub.
+def load_clip_tokenizer(
+    folder: str | Path | None = None, tokenizer_cache_dir: str | Path | None = None
+) -> CLIPTokenizer:
+    """The CLIP tokenizer from a folder, from --tokenizer_cache_dir, from the transformers cache, or
+    from the hub.
 
     Raises:
         FileNotFoundError: found nowhere; says which files to put where.
@@ -77,16 +84,18 @@ def load_clip_tokenizer(folder=None, tokenizer_cache_dir=None):
     return tokenizer
 
 
-def write_clip_vocabulary(tokenizer, folder):
-    """Write vocab.json and merges.txt beside tokenizer.json: transformers 4 and other programs read only those."""
+def write_clip_vocabulary(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
+    """Write vocab.json and merges.txt beside tokenizer.json: transformers 4 and other programs read
+    only those."""
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     (Path(folder) / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
     (Path(folder) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
-def hash_metadata(kind, name, location):
-    """ss_sd_model_* or ss_vae_*: the name, and for a file the two hashes by which WebUIs know it."""
+def hash_metadata(kind: str, name: str | Path, location: Path) -> dict[str, str]:
+    """ss_sd_model_* or ss_vae_*: the name, and for a file the two hashes by which WebUIs know
+    it."""
     metadata = {f"ss_{kind}_name": Path(name).name if location.exists() else str(name)}
     if location.is_file():
         legacy, full = file_hashes(location)
@@ -94,7 +103,7 @@ def hash_metadata(kind, name, location):
     return metadata
 
 
-def read_json(path):
+def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -114,7 +123,8 @@ def _hub_folder(name):
 
 
 def _hub_answers():
-    """Whether the hub can be reached: without it, its client would retry for minutes before it says so."""
+    """Whether the hub can be reached: without it, its client would retry for minutes before it says
+    so."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -129,8 +139,9 @@ def _hub_answers():
     return True
 
 
-def weights_key(*networks):
-    """Names a VAE or text encoders by their weights, so that what was cached with others is noticed."""
+def weights_key(*networks) -> str:
+    """Names a VAE or text encoders by their weights, so that what was cached with others is
+    noticed."""
     digest = hashlib.sha256()
     weights = [item for network in networks for item in network.state_dict().items()]
     for name, value in sorted(weights, key=lambda item: item[0]):

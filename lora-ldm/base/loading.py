@@ -1,14 +1,17 @@
 """A base of either family, known by its files."""
 
+from pathlib import Path
+
 from base.files import local_path
-from base.sd import load_sd_model
+from base.sd import SDModel, load_sd_model
 from base.sdxl import load_sdxl_model
 from base.single_file import SDXL_KEY
 from base.tensor_files import tensor_names
 
 
-def load_base_model(path, *, v2=False, **settings):
-    """An SDModel or an SDXLModel, whichever the path holds; arguments and errors as load_sd_model."""
+def load_base_model(path: str | Path, *, v2: bool = False, **settings) -> SDModel:
+    """An SDModel or an SDXLModel, whichever the path holds; arguments and errors as
+    load_sd_model."""
     location = local_path(path)
     if not is_sdxl(location):
         return load_sd_model(path, v2=v2, **settings)
@@ -17,7 +20,7 @@ def load_base_model(path, *, v2=False, **settings):
     return load_sdxl_model(path, **settings)
 
 
-def is_sdxl(location):
+def is_sdxl(location: Path) -> bool:
     """Whether a folder in diffusers layout or a single file holds an SDXL model."""
     if location.is_dir():
         return (location / "text_encoder_2").is_dir()

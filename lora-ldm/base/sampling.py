@@ -1,11 +1,13 @@
 """Pictures of prompts at fixed seeds: the prompts of a file, and the sampler."""
 
+from __future__ import annotations
+
 import difflib
 import json
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import toml
 import torch
@@ -13,7 +15,9 @@ from PIL.Image import Image
 from tqdm import tqdm
 
 from base.random_state import untouched_random_state
-from base.sd import SDModel
+
+if TYPE_CHECKING:
+    from base.sd import SDModel
 
 OPTIONS = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "scale", "s": "sample_steps",
            "ss": "sample_sampler"}  # fmt: skip
@@ -34,7 +38,8 @@ SCHEDULERS = {
 
 @dataclass
 class Prompt:
-    """One picture to make. Sizes in pixels, None: what the base was made for. seed None: given by the caller."""
+    """One picture to make. Sizes in pixels, None: what the base was made for. seed None: given by
+    the caller."""
 
     prompt: str
     negative_prompt: str = ""
@@ -62,7 +67,8 @@ class Prompt:
 
 
 def parse_prompt_line(line: str) -> Prompt:
-    """A Prompt from one line of a prompt file. Raises ValueError for an option that does not exist."""
+    """A Prompt from one line of a prompt file. Raises ValueError for an option that does not
+    exist."""
     text, *options = re.split(r"\s--(?=[A-Za-z])", " " + line.strip())
     settings = {}
     for option in options:

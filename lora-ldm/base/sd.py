@@ -1,7 +1,8 @@
 """Stable Diffusion 1.x and 2.x as one object: load it, encode text and images, predict noise.
 
-A base model is a folder in diffusers layout, a single .safetensors or .ckpt file in the original layout, or a name on
-the Hugging Face hub. Nothing is fetched unless a hub name is given or a single file's tokenizer is found nowhere here.
+A base model is a folder in diffusers layout, a single .safetensors or .ckpt file in the original
+layout, or a name on the Hugging Face hub. Nothing is fetched unless a hub name is given or a single
+file's tokenizer is found nowhere here.
 """
 
 from dataclasses import dataclass, field
@@ -46,26 +47,33 @@ class SDModel:
     base_hashes: dict = field(default_factory=dict)  # ss_sd_model_* and ss_vae_* metadata
 
     @property
-    def prediction_type(self):
+    def prediction_type(self) -> str:
         """ "epsilon" or "v_prediction"."""
         return self.scheduler_config.get("prediction_type", "epsilon")
 
     @property
-    def alphas_cumprod(self):
+    def alphas_cumprod(self) -> torch.Tensor:
         """(1000,) float32: the share of the signal's variance left at each timestep."""
         return DDPMScheduler.from_config(self.scheduler_config).alphas_cumprod.float()
 
     @property
-    def vae_scale(self):
+    def vae_scale(self) -> int:
         """Pixels per latent, 8 for Stable Diffusion."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def latent_scaling(self):
+    def latent_scaling(self) -> float:
         """What latents are multiplied by after encoding, 0.18215 for SD 1.x and 2.x."""
         return self.vae.config.scaling_factor
 
-    def encode_text(self, captions, *, max_token_length=75, clip_skip=None, weighted=False):
+    def encode_text(
+        self,
+        captions: list[str],
+        *,
+        max_token_length: int | None = 75,
+        clip_skip: int | None = None,
+        weighted: bool = False,
+    ) -> torch.Tensor:
         """B captions -> (B, 75 n + 2, D) states; see text_encoding.encode_captions."""
         return encode_captions(
             self.text_encoders[0],
@@ -76,36 +84,43 @@ class SDModel:
             weighted=weighted,
         )
 
-    def encode_images(self, pixels, generator=None):
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), sampled from the VAE's posterior."""
+    def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), sampled from the VAE's
+        posterior."""
         pixels = pixels.to(device=self.vae.device, dtype=self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.sample(generator) * self.latent_scaling
         if not torch.isfinite(latents).all():
             raise ValueError(
-                f"the VAE gives NaN or Inf in {self.vae.dtype}; keep it in float32 with --no_half_vae, or give another --vae"
+                f"the VAE gives NaN or Inf in {self.vae.dtype}; keep it in float32 with --no_half_vae, or give "
+                "another --vae"
             )
         return latents
 
-    def decode_latents(self, latents):
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents (B, 4, h, w) -> pixels (B, 3, 8h, 8w), about [-1, 1]."""
         latents = latents.to(device=self.vae.device, dtype=self.vae.dtype)
         return self.vae.decode(latents / self.latent_scaling).sample
 
-    def predict_noise(self, noisy_latents, timesteps, text_states):
-        """U-Net output (B, 4, h, w): noise or velocity, as ``prediction_type`` says. timesteps (B,) int64."""
+    def predict_noise(
+        self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor
+    ) -> torch.Tensor:
+        """U-Net output (B, 4, h, w): noise or velocity, as ``prediction_type`` says. timesteps (B,)
+        int64."""
         return self.unet(noisy_latents, timesteps, encoder_hidden_states=text_states).sample
 
-    def lora_unet_name(self, module_name):
-        """The name of a U-Net module in kohya's files, dots still in it. SD 1.x and 2.x use diffusers' names."""
+    def lora_unet_name(self, module_name: str) -> str:
+        """The name of a U-Net module in kohya's files, dots still in it. SD 1.x and 2.x use
+        diffusers' names."""
         return module_name
 
-    def pipeline_prompts(self, positive, negative=None):
-        """Arguments of the pipeline for conditions that ``encode_text`` gave; negative None: without guidance."""
+    def pipeline_prompts(self, positive: torch.Tensor, negative: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Arguments of the pipeline for conditions that ``encode_text`` gave; negative None:
+        without guidance."""
         dtype = self.unet.dtype
         prompts = {"prompt_embeds": positive.to(dtype)}
         return prompts if negative is None else {**prompts, "negative_prompt_embeds": negative.to(dtype)}
 
-    def to_pipeline(self):
+    def to_pipeline(self) -> StableDiffusionPipeline:
         """A StableDiffusionPipeline of the live parts (no copies), without safety checker."""
         return StableDiffusionPipeline(
             vae=self.vae,
@@ -118,19 +133,29 @@ class SDModel:
             requires_safety_checker=False,
         )
 
-    def save_pipeline(self, folder):
-        """Write a folder in diffusers layout. Not while LoRA layers are attached: detach or merge them first."""
+    def save_pipeline(self, folder: str | Path) -> None:
+        """Write a folder in diffusers layout. Not while LoRA layers are attached: detach or merge
+        them first."""
         self.to_pipeline().save_pretrained(folder)
         for index, tokenizer in enumerate(self.tokenizers):
             write_clip_vocabulary(tokenizer, Path(folder) / ("tokenizer" if index == 0 else f"tokenizer_{index + 1}"))
 
 
-def load_sd_model(path, *, v2=False, v_parameterization=False, vae=None, dtype=torch.float32, tokenizer_cache_dir=None):
+def load_sd_model(
+    path: str | Path,
+    *,
+    v2: bool = False,
+    v_parameterization: bool = False,
+    vae: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_cache_dir: str | Path | None = None,
+) -> SDModel:
     """Load a base model in evaluation mode, without gradients.
 
     Args:
         path: diffusers folder, single file in the original layout, or hub name (``owner/name``).
-        v2: the base is SD 2.x. v_parameterization: it predicts velocity (the 768-pixel SD 2.x models).
+        v2: the base is SD 2.x. v_parameterization: it predicts velocity (the 768-pixel SD 2.x
+        models).
         vae: another VAE: a file, a diffusers folder (with or without ``vae/``).
         tokenizer_cache_dir: where the CLIP vocabulary is looked for when the base is a single file.
 
@@ -152,10 +177,12 @@ def load_sd_model(path, *, v2=False, v_parameterization=False, vae=None, dtype=t
     return make_model(SDModel, parts, path, location, vae, v_parameterization, dtype, is_v2=v2)
 
 
-def load_folder(folder, dtype, encoder_classes):
-    """(unet, vae, [text encoders], [tokenizers], scheduler configuration) of a folder in diffusers layout.
+def load_folder(folder: Path, dtype: torch.dtype, encoder_classes: dict[str, type]) -> tuple:
+    """(unet, vae, [text encoders], [tokenizers], scheduler configuration) of a folder in diffusers
+    layout.
 
-    encoder_classes: {"text_encoder": its class, ...}; the tokenizer of ``text_encoder_2`` is ``tokenizer_2``.
+    encoder_classes: {"text_encoder": its class, ...}; the tokenizer of ``text_encoder_2`` is
+    ``tokenizer_2``.
     """
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoder_classes]
     needed = ["unet", "vae", *encoder_classes, *tokenizers, "scheduler"]
@@ -173,8 +200,18 @@ def load_folder(folder, dtype, encoder_classes):
     )
 
 
-def make_model(model_class, parts, path, location, vae, v_parameterization, dtype, **facts):
-    """A frozen model of the parts that ``load_folder`` gives, with another VAE and velocity prediction where asked for.
+def make_model(
+    model_class: type,
+    parts: tuple,
+    path: str | Path,
+    location: Path,
+    vae: str | Path | None,
+    v_parameterization: bool,
+    dtype: torch.dtype,
+    **facts,
+) -> SDModel:
+    """A frozen model of the parts that ``load_folder`` gives, with another VAE and velocity
+    prediction where asked for.
 
     path: as the person gave it; location: where it lies. facts: further fields of the model class.
     """
@@ -200,8 +237,9 @@ def make_model(model_class, parts, path, location, vae, v_parameterization, dtyp
     )
 
 
-def load_vae(path, dtype=torch.float32, family="sd1"):
-    """A VAE from a file in the original layout (of this family) or a diffusers folder (the VAE's own or a pipeline's)."""
+def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, family: str = "sd1") -> AutoencoderKL:
+    """A VAE from a file in the original layout (of this family) or a diffusers folder (the VAE's
+    own or a pipeline's)."""
     location = local_path(path)
     if location.is_file():
         return load_single_file_vae(location, dtype, family)

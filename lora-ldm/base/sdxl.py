@@ -1,10 +1,13 @@
-"""Stable Diffusion XL as one object: the parts of SDModel, two text encoders, and conditions on sizes and crops.
+"""Stable Diffusion XL as one object: the parts of SDModel, two text encoders, and conditions on
+sizes and crops.
 
-A base is a folder in diffusers layout, a single file in the original SDXL layout, or a hub name, as for SD 1.x.
+A base is a folder in diffusers layout, a single file in the original SDXL layout, or a hub name, as
+for SD 1.x.
 """
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import quiet_libraries  # noqa: F401  (before diffusers)
@@ -20,7 +23,8 @@ from base.text_encoding import encode_captions
 
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 SECOND_PADDING = "!"  # the second tokenizer is the first one with another padding
-# The original U-Net's names of what stands outside its blocks, and of the parts of a residual block.
+# The original U-Net's names of what stands outside its blocks, and of the parts of a residual
+# block.
 _OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -44,7 +48,8 @@ _BLOCK_PATH = re.compile(
 
 
 class TextConditions(NamedTuple):
-    """What SDXL takes of B captions. states: of both encoders, (B, 75 n + 2, D1 + D2); pooled: of the second, (B, P)."""
+    """What SDXL takes of B captions. states: of both encoders, (B, 75 n + 2, D1 + D2); pooled: of
+    the second, (B, P)."""
 
     states: torch.Tensor
     pooled: torch.Tensor
@@ -57,8 +62,16 @@ class SDXLModel(SDModel):
     vae_family: ClassVar[str] = "sdxl"
     is_sdxl: ClassVar[bool] = True
 
-    def encode_text(self, captions, *, max_token_length=75, clip_skip=None, weighted=False):
-        """B captions -> TextConditions: both encoders' penultimate states side by side, the second one's pooled output."""
+    def encode_text(
+        self,
+        captions: list[str],
+        *,
+        max_token_length: int | None = 75,
+        clip_skip: int | None = None,
+        weighted: bool = False,
+    ) -> TextConditions:
+        """B captions -> TextConditions: both encoders' penultimate states side by side, the second
+        one's pooled output."""
         if clip_skip is not None:
             raise ValueError(
                 f"clip_skip is {clip_skip}: SDXL always takes the penultimate layer; leave --clip_skip out"
@@ -68,13 +81,19 @@ class SDXLModel(SDModel):
         (first, _), (second, pooled) = (encode_captions(*pair, captions, **settings) for pair in encoders)
         return TextConditions(torch.cat([first, second], dim=-1), pooled)
 
-    def predict_noise(self, noisy_latents, timesteps, text_conditions, sizes_px=None):
+    def predict_noise(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        text_conditions: TextConditions,
+        sizes_px: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """U-Net output (B, 4, h, w).
 
         Args:
             text_conditions: TextConditions of the B captions.
-            sizes_px: (B, 6) original height and width, top and left of the crop, target height and width; None: whole
-                pictures of the latents' size.
+            sizes_px: (B, 6) original height and width, top and left of the crop, target height and
+                width; None: whole pictures of the latents' size.
         """
         if sizes_px is None:
             height, width = (side * self.vae_scale for side in noisy_latents.shape[-2:])
@@ -84,12 +103,14 @@ class SDXLModel(SDModel):
             noisy_latents, timesteps, encoder_hidden_states=text_conditions.states, added_cond_kwargs=conditions
         ).sample
 
-    def lora_unet_name(self, module_name):
+    def lora_unet_name(self, module_name: str) -> str:
         """kohya names the modules of SDXL's U-Net after the original layout."""
         config = self.unet.config
         return original_unet_name(module_name, config.layers_per_block, config.up_block_types)
 
-    def pipeline_prompts(self, positive, negative=None):
+    def pipeline_prompts(
+        self, positive: TextConditions, negative: TextConditions | None = None
+    ) -> dict[str, torch.Tensor]:
         dtype = self.unet.dtype
         prompts = {"prompt_embeds": positive.states.to(dtype), "pooled_prompt_embeds": positive.pooled.to(dtype)}
         if negative is not None:
@@ -97,7 +118,7 @@ class SDXLModel(SDModel):
             prompts["negative_pooled_prompt_embeds"] = negative.pooled.to(dtype)
         return prompts
 
-    def to_pipeline(self):
+    def to_pipeline(self) -> StableDiffusionXLPipeline:
         """A StableDiffusionXLPipeline of the live parts (no copies), without watermark."""
         return StableDiffusionXLPipeline(
             vae=self.vae,
@@ -113,8 +134,16 @@ class SDXLModel(SDModel):
         )
 
 
-def load_sdxl_model(path, *, v_parameterization=False, vae=None, dtype=torch.float32, tokenizer_cache_dir=None):
-    """Load an SDXL base in evaluation mode, without gradients; arguments and errors as load_sd_model."""
+def load_sdxl_model(
+    path: str | Path,
+    *,
+    v_parameterization: bool = False,
+    vae: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_cache_dir: str | Path | None = None,
+) -> SDXLModel:
+    """Load an SDXL base in evaluation mode, without gradients; arguments and errors as
+    load_sd_model."""
     location = local_path(path)
     if location.is_dir():
         if not (location / "text_encoder_2").is_dir():
@@ -130,8 +159,9 @@ def load_sdxl_model(path, *, v_parameterization=False, vae=None, dtype=torch.flo
     return make_model(SDXLModel, parts, path, location, vae, v_parameterization, dtype)
 
 
-def original_unet_name(path, layers_per_block, up_block_types):
-    """The name of a U-Net module in the original layout, which counts every residual block and every downsampler.
+def original_unet_name(path: str, layers_per_block: int, up_block_types: list[str]) -> str:
+    """The name of a U-Net module in the original layout, which counts every residual block and
+    every downsampler.
 
     >>> original_unet_name("down_blocks.1.attentions.0.proj_in", 2, ["UpBlock2D"] * 3)
     'input_blocks.4.1.proj_in'

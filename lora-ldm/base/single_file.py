@@ -1,7 +1,10 @@
-"""Checkpoints in one file: the original layouts of SD 1.x, 2.x and SDXL, converted with diffusers' loaders.
+"""Checkpoints in one file: the original layouts of SD 1.x, 2.x and SDXL, converted with diffusers'
+loaders.
 
-The model configurations ship in sd_configs/. A checkpoint of another shape (a fine-tune of a small model) brings its
-own: a diffusers folder of configurations named like the file, with ``.config`` in place of ``.safetensors``.
+The model configurations ship in sd_configs/. A checkpoint of another shape (a fine-tune of a small
+model) brings its
+own: a diffusers folder of configurations named like the file, with ``.config`` in place of
+``.safetensors``.
 """
 
 from pathlib import Path
@@ -19,8 +22,9 @@ SDXL_KEY = "conditioner.embedders.0.transformer.text_model.embeddings.position_e
 OPEN_CLIP_KEY = "cond_stage_model.model.ln_final.weight"
 
 
-def config_folder(path, tensors, v_parameterization):
-    """The configurations that fit a checkpoint: its own ``.config`` folder, or the shipped SD 1.x / 2.x ones."""
+def config_folder(path: str | Path, tensors: dict[str, torch.Tensor], v_parameterization: bool) -> Path:
+    """The configurations that fit a checkpoint: its own ``.config`` folder, or the shipped SD 1.x /
+    2.x ones."""
     own = Path(path).with_suffix(".config")
     if own.is_dir():
         return own
@@ -36,7 +40,7 @@ def config_folder(path, tensors, v_parameterization):
     return CONFIG_ROOT / ("sd2_v" if v_parameterization else "sd2")
 
 
-def sdxl_config_folder(path, tensors):
+def sdxl_config_folder(path: str | Path, tensors: dict[str, torch.Tensor]) -> Path:
     """The same for an SDXL checkpoint."""
     own = Path(path).with_suffix(".config")
     if own.is_dir():
@@ -46,7 +50,13 @@ def sdxl_config_folder(path, tensors):
     return CONFIG_ROOT / "sdxl"
 
 
-def load_components(path, tensors, config, dtype, encoder_classes):
+def load_components(
+    path: str | Path,
+    tensors: dict[str, torch.Tensor],
+    config: Path,
+    dtype: torch.dtype,
+    encoder_classes: dict[str, type],
+) -> tuple:
     """(unet, vae, [text encoders]) from the tensors of a single file, in evaluation mode.
 
     encoder_classes: {"text_encoder": its class, ...} in order.
@@ -68,8 +78,9 @@ def load_components(path, tensors, config, dtype, encoder_classes):
     return unet, vae, text_encoders
 
 
-def load_single_file_vae(path, dtype, family="sd1"):
-    """A VAE in the original layout, with or without the ``first_stage_model.`` prefix. family: whose configuration."""
+def load_single_file_vae(path: str | Path, dtype: torch.dtype, family: str = "sd1") -> AutoencoderKL:
+    """A VAE in the original layout, with or without the ``first_stage_model.`` prefix. family:
+    whose configuration."""
     tensors = read_tensors(path)
     if not any(name.endswith("decoder.conv_in.weight") for name in tensors):
         raise ValueError(f"{path} holds no VAE (no decoder.conv_in.weight); give a VAE file or a diffusers VAE folder")
@@ -80,10 +91,14 @@ def load_single_file_vae(path, dtype, family="sd1"):
     )
 
 
-def unet_original_names(tensors, layers_per_block=2, addition_embed_type=None):
-    """{diffusers name: original name} of a checkpoint's U-Net tensors. addition_embed_type: "text_time" for SDXL.
+def unet_original_names(
+    tensors: dict[str, torch.Tensor], layers_per_block: int = 2, addition_embed_type: str | None = None
+) -> dict[str, str]:
+    """{diffusers name: original name} of a checkpoint's U-Net tensors. addition_embed_type:
+    "text_time" for SDXL.
 
-    The converter only renames, so that each tensor object leads from its new name back to the old one.
+    The converter only renames, so that each tensor object leads from its new name back to the old
+    one.
     """
     originals = {id(value): name for name, value in tensors.items()}
     config = {"layers_per_block": layers_per_block, "addition_embed_type": addition_embed_type}
@@ -102,7 +117,7 @@ def _check_unet_shapes(path, tensors, config):
     ]
     if wrong:
         raise ValueError(
-            f"{path} does not have the shape of {config.name} ({len(wrong)} tensors differ, e.g. {wrong[0]}); inpainting "
-            f"and depth models are not supported. For a model of another size put its configurations in "
+            f"{path} does not have the shape of {config.name} ({len(wrong)} tensors differ, e.g. {wrong[0]}); "
+            f"inpainting and depth models are not supported. For a model of another size put its configurations in "
             f"{Path(path).with_suffix('.config')}"
         )

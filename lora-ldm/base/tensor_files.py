@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,11 +13,13 @@ from safetensors.torch import load_file
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
-def read_tensors(path):
-    """The tensors of a .safetensors file or of a pickle, the latter with weights only. {name: tensor} on the CPU.
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file or of a pickle, the latter with weights only. {name:
+    tensor} on the CPU.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: damaged, or a pickle that holds more than tensors.
+        FileNotFoundError: no such file. ValueError: damaged, or a pickle that holds more than
+        tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -32,8 +35,8 @@ def read_tensors(path):
         raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again") from error
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"{path} cannot be read as tensors only ({str(error).splitlines()[0]}). A pickle may carry code, so nothing "
-            "else is read from it; convert the checkpoint to .safetensors with a tool you trust"
+            f"{path} cannot be read as tensors only ({str(error).splitlines()[0]}). A pickle may carry code, so "
+            "nothing else is read from it; convert the checkpoint to .safetensors with a tool you trust"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
@@ -42,8 +45,9 @@ def read_tensors(path):
     return tensors
 
 
-def tensor_names(path):
-    """The names in a file of tensors; of .safetensors only the header is read. Raises as read_tensors."""
+def tensor_names(path: str | Path) -> Iterable[str]:
+    """The names in a file of tensors; of .safetensors only the header is read. Raises as
+    read_tensors."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return read_tensors(path).keys()
     try:
@@ -56,7 +60,7 @@ def tensor_names(path):
 LEGACY_HASH_OFFSET_BYTES, LEGACY_HASH_LENGTH_BYTES = 0x100000, 0x10000
 
 
-def file_hashes(path):
+def file_hashes(path: str | Path) -> tuple[str, str]:
     """(legacy 8 digits, SHA-256) of a checkpoint file, the two hashes by which WebUIs know it."""
     with open(path, "rb") as file:
         file.seek(LEGACY_HASH_OFFSET_BYTES)

@@ -1,6 +1,8 @@
-"""Text conditions encoded once a caption (--cache_text_encoder_outputs), so that the text encoders can leave the device.
+"""Text conditions encoded once a caption (--cache_text_encoder_outputs), so that the text encoders
+can leave the device.
 
-On disk a file beside each image carries a key of everything it depends on, so that a changed caption is encoded anew.
+On disk a file beside each image carries a key of everything it depends on, so that a changed
+caption is encoded anew.
 """
 
 import contextlib
@@ -33,7 +35,8 @@ VARYING = """
 
 @dataclass
 class TextFiles:
-    """The conditions of each image's caption as safetensors. key: names the text encoders and how they are used."""
+    """The conditions of each image's caption as safetensors. key: names the text encoders and how
+    they are used."""
 
     key: str
 
@@ -75,7 +78,8 @@ def conditions_of_all(
     files: Optional[TextFiles],
     accelerator: Accelerator,
 ) -> dict[str, TextConditions]:
-    """{caption: its conditions}. Several processes share the files, if any: the first one writes them.
+    """{caption: its conditions}. Several processes share the files, if any: the first one writes
+    them.
 
     captions: (image path, caption), as captions_of gives them.
     """
@@ -93,7 +97,8 @@ def conditions_of_all(
 
 
 def captions_of(batches: ImageBatches) -> set[tuple[Path, str]]:
-    """{(image path, caption as it is trained on)}. Raises ValueError where captions vary from time to time."""
+    """{(image path, caption as it is trained on)}. Raises ValueError where captions vary from time
+    to time."""
     captions = set()
     for image in (image for dataset in batches.datasets for image in dataset.images):
         record = image.record

@@ -1,23 +1,27 @@
-"""Captions to text states: 75-token chunks, clip skip and weighted words, in the layout of kohya's trainers.
+"""Captions to text states: 75-token chunks, clip skip and weighted words, in the layout of kohya's
+trainers.
 
-A caption of up to 75 n tokens is encoded as n chunks of 77 positions (BOS, 75 tokens, EOS). The chunks' states are
-joined to BOS + 75 n + EOS, so that the U-Net sees (B, 77, D), (B, 152, D) or (B, 227, D).
+A caption of up to 75 n tokens is encoded as n chunks of 77 positions (BOS, 75 tokens, EOS). The
+chunks' states are joined to BOS + 75 n + EOS, so that the U-Net sees (B, 77, D), (B, 152, D) or (B,
+227, D).
 """
 
 import re
 
 import torch
+from transformers import CLIPTokenizer
 
 UP_WEIGHT = 1.1  # what one pair of brackets means: (word) is multiplied by it, [word] divided
 
 _MARKUP = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*[+-]?[0-9]*\.?[0-9]+\s*\)|[^\\()\[\]:]+|:|\\")
 
 
-def parse_weighted_caption(caption):
+def parse_weighted_caption(caption: str) -> list[tuple[str, float]]:
     """Split a caption into [(text, weight)], neighbours of equal weight joined.
 
-    ``(word)`` is 1.1, ``(word:1.3)`` is 1.3, ``[word]`` is 1 / 1.1; nesting multiplies; ``\\(`` is a plain bracket.
-    A bracket that is never closed counts up to the end of the caption. Source: the AUTOMATIC1111 WebUI's syntax.
+    ``(word)`` is 1.1, ``(word:1.3)`` is 1.3, ``[word]`` is 1 / 1.1; nesting multiplies; ``\\(`` is
+    a plain bracket. A bracket that is never closed counts up to the end of the caption. Source: the
+    AUTOMATIC1111 WebUI's syntax.
     """
     pieces, opened = [], []
 
@@ -50,11 +54,13 @@ def parse_weighted_caption(caption):
     return joined or [("", 1.0)]
 
 
-def tokenize_chunks(tokenizer, caption, chunks, body_tokens=75, weighted=False):
+def tokenize_chunks(
+    tokenizer: CLIPTokenizer, caption: str, chunks: int, body_tokens: int = 75, weighted: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids of one caption, cut or padded to ``chunks`` chunks.
 
-    Returns (ids, weights): ids (chunks, body_tokens + 2) int64; weights (chunks * body_tokens + 2,) float32, 1 for
-    BOS, EOS and padding.
+    Returns (ids, weights): ids (chunks, body_tokens + 2) int64; weights (chunks * body_tokens + 2,)
+    float32, 1 for BOS, EOS and padding.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -83,18 +89,27 @@ def tokenize_chunks(tokenizer, caption, chunks, body_tokens=75, weighted=False):
 
 
 def encode_captions(
-    text_encoder, tokenizer, captions, *, max_token_length=75, clip_skip=None, weighted=False, sdxl=False
-):
+    text_encoder: torch.nn.Module,
+    tokenizer: CLIPTokenizer,
+    captions: list[str],
+    *,
+    max_token_length: int | None = 75,
+    clip_skip: int | None = None,
+    weighted: bool = False,
+    sdxl: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Text states of a batch of captions.
 
     Args:
         text_encoder: a CLIP text model; gradients flow through it.
         captions: B strings.
         max_token_length: 75, 150 or 225 tokens (None means 75).
-        clip_skip: take the n-th state from the end, then the final layer norm; None or 1 is the last layer.
-        weighted: read ``(word:1.3)`` and ``[word]``; the mean of each caption's states is preserved.
-        sdxl: as SDXL takes its text: the penultimate layer's states without the final layer norm, chunks joined as they
-            are, and the first chunk's pooled output.
+        clip_skip: take the n-th state from the end, then the final layer norm; None or 1 is the
+        last layer.
+        weighted: read ``(word:1.3)`` and ``[word]``; the mean of each caption's states is
+        preserved.
+        sdxl: as SDXL takes its text: the penultimate layer's states without the final layer norm,
+            chunks joined as they are, and the first chunk's pooled output.
 
     Returns:
         (B, 75 n + 2, D); with ``sdxl`` a pair of it and (B, P).
@@ -136,7 +151,8 @@ def _layer_states(text_encoder, output, clip_skip):
 
 
 def _empty_as_padding(states, ids, tokenizer):
-    """A later chunk without text starts with an EOS that the joined caption already has: show it as padding."""
+    """A later chunk without text starts with an EOS that the joined caption already has: show it as
+    padding."""
     pad = tokenizer.pad_token_id
     if states.shape[1] == 1 or pad is None or pad == tokenizer.eos_token_id:
         return states
@@ -152,11 +168,13 @@ def _join_chunks(states):
 
 
 def _weight_states(states, weights):
-    """Multiply each position by its weight and keep each caption's mean. states (B, T, D), weights (B, T)."""
+    """Multiply each position by its weight and keep each caption's mean. states (B, T, D), weights
+    (B, T)."""
     mean_before = states.float().mean(dim=(1, 2), keepdim=True)
     states = states * weights.to(states.dtype)[..., None]
     mean_after = states.float().mean(dim=(1, 2), keepdim=True)
-    # A text encoder whose states average to nothing has no mean to keep; the quotient would be noise.
+    # A text encoder whose states average to nothing has no mean to keep; the quotient would be
+    # noise.
     has_mean = mean_after.abs() > 1e-3 * states.float().std(dim=(1, 2), keepdim=True)
     factor = torch.where(has_mean, mean_before / torch.where(has_mean, mean_after, 1.0), 1.0)
     return states * factor.to(states.dtype)

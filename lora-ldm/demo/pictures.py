@@ -1,22 +1,29 @@
-"""Pictures of a base with a LoRA laid on for one picture at a time, so that several can be compared at the same seed."""
+"""Pictures of a base with a LoRA laid on for one picture at a time, so that several can be compared
+at the same seed."""
 
 import contextlib
 import io
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import PngImagePlugin
+from PIL.Image import Image
 
 from base.loading import load_base_model
-from base.sampling import Sampler
+from base.sampling import Prompt, Sampler
+from base.sd import SDModel
 from network.folding import fold_lora
 from network.lora import find_modules
 from network.lora_file import group_modules, load_lora, rename_text_encoder
 
 
 @contextlib.contextmanager
-def lora_applied(model, path, strength=1.0):
-    """A LoRA file folded into a model's weights inside the block; after it they are what they were, bit for bit.
+def lora_applied(model: SDModel, path: str | Path | None, strength: float = 1.0) -> Iterator[None]:
+    """A LoRA file folded into a model's weights inside the block; after it they are what they were,
+    bit for bit.
 
     Args:
         path: LoRA, LoCon, LoHa or LoKr; None or strength 0 leaves the model as it is.
@@ -47,7 +54,9 @@ class PictureMaker:
         ValueError, FileNotFoundError: the base cannot be loaded.
     """
 
-    def __init__(self, base, *, v2=False, v_parameterization=False, clip_skip=None):
+    def __init__(
+        self, base: str | Path, *, v2: bool = False, v_parameterization: bool = False, clip_skip: int | None = None
+    ):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float16 if device == "cuda" else torch.float32
         self.model = load_base_model(str(base), v2=v2, v_parameterization=v_parameterization, dtype=dtype)
@@ -60,17 +69,17 @@ class PictureMaker:
         )
 
     @property
-    def native_px(self):
+    def native_px(self) -> int:
         """The side of the pictures that the base was made for."""
         return self.model.unet.config.sample_size * self.model.vae_scale
 
-    def picture(self, prompt, lora=None, strength=1.0):
+    def picture(self, prompt: Prompt, lora: str | Path | None = None, strength: float = 1.0) -> Image:
         """A PIL image of a sample_images.Prompt whose seed is set."""
         with self.lock, lora_applied(self.model, lora, strength):
             return self.sampler.picture(prompt)
 
 
-def png_with_settings(picture, settings):
+def png_with_settings(picture: Image, settings: dict[str, Any]) -> bytes:
     """PNG bytes that carry {name: value} as text, so that a picture says how it was made."""
     facts = PngImagePlugin.PngInfo()
     for name, value in settings.items():

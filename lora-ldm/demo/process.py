@@ -1,6 +1,7 @@
 """Start a training from settings that a person filled in, follow it, and end it.
 
-The command is a list of words, made here of checked values and of names that were offered; no shell reads it.
+The command is a list of words, made here of checked values and of names that were offered; no shell
+reads it.
 """
 
 import re
@@ -40,7 +41,8 @@ OFFERED_RULES = tuple(
 
 @dataclass
 class TrainingSettings:
-    """The settings that matter. 0 means automatic for cs_interval and window, never for pictures_every_epochs."""
+    """The settings that matter. 0 means automatic for cs_interval and window, never for
+    pictures_every_epochs."""
 
     name: str
     base: str  # as Places offers it
@@ -61,7 +63,7 @@ class TrainingSettings:
     seed: int = 1337
     stop_rule: str = DEFAULT_RULE
 
-    def validate(self):
+    def validate(self) -> None:
         """Raises ValueError with one line per problem."""
         problems = []
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", self.name):
@@ -82,12 +84,13 @@ class TrainingSettings:
         if problems:
             raise ValueError("\n".join(problems))
 
-    def prompt_lines(self):
+    def prompt_lines(self) -> list[str]:
         return [line.strip() for line in self.prompts.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
-def command(settings, places: Places, folder):
-    """The words of the training command. Raises ValueError for settings that are not allowed or not offered."""
+def command(settings: TrainingSettings, places: Places, folder: str | Path) -> list[str]:
+    """The words of the training command. Raises ValueError for settings that are not allowed or not
+    offered."""
     settings.validate()
     base, images = places.base(settings.base), places.image_folder(settings.images)
     sdxl = is_sdxl_base(base)
@@ -123,16 +126,17 @@ def command(settings, places: Places, folder):
     return words
 
 
-def is_sdxl_base(base):
+def is_sdxl_base(base: str | Path) -> bool:
     """Whether a base is SDXL: what its files say, or, so that nothing is fetched, the hub name."""
     path = Path(base)
     return is_sdxl(path) if path.exists() else "xl" in str(base).lower()
 
 
 class TrainingProcess:
-    """A training of this page. Its output goes to train.log in its folder, which must not exist yet."""
+    """A training of this page. Its output goes to train.log in its folder, which must not exist
+    yet."""
 
-    def __init__(self, settings, places: Places, folder):
+    def __init__(self, settings: TrainingSettings, places: Places, folder: str | Path):
         self.words, self.folder = command(settings, places, folder), Path(folder)
         self.folder.mkdir(parents=True)
         if settings.prompt_lines():
@@ -143,11 +147,11 @@ class TrainingProcess:
             )
 
     @property
-    def exit_code(self):
+    def exit_code(self) -> int | None:
         """None while it runs."""
         return self.process.poll()
 
-    def stop(self):
+    def stop(self) -> None:
         """As Ctrl-C would: the trainer ends its step and saves its state."""
         if self.exit_code is None:
             self.process.send_signal(signal.SIGINT)

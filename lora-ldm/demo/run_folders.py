@@ -1,7 +1,8 @@
-"""What the page may show and use: the runs in the folders it was started with, and the bases and pictures named there.
+"""What the page may show and use: the runs in the folders it was started with, and the bases and
+pictures named there.
 
-A browser chooses by the names that are offered here. A name that was not offered is refused, whatever it spells: no path
-that comes from a browser is ever opened.
+A browser chooses by the names that are offered here. A name that was not offered is refused,
+whatever it spells: no path that comes from a browser is ever opened.
 """
 
 import json
@@ -25,7 +26,8 @@ _FIRST, _BETWEEN, _TURNING_POINT, _LAST = range(4)
 
 @dataclass(frozen=True)
 class Preview:
-    """A picture that the run made of prompt `number`; `moment` says when, in words, and `order` sorts moments by time."""
+    """A picture that the run made of prompt `number`; `moment` says when, in words, and `order`
+    sorts moments by time."""
 
     path: Path
     moment: str
@@ -85,7 +87,8 @@ class Run:
         return sorted(found, key=lambda preview: (preview.order, preview.number))
 
     def log_lines(self, count: int = 12) -> list[str]:
-        """The last lines that the trainer printed; of a progress bar, which writes over itself, its last state."""
+        """The last lines that the trainer printed; of a progress bar, which writes over itself, its
+        last state."""
         try:
             text = (self.folder / LOG_NAME).read_bytes().decode(errors="replace")
         except OSError:
@@ -113,10 +116,11 @@ def verdict_of(result: dict) -> str:
     last, turning = result["last_step"], result["turning_step"]
     if turning is None:
         return result["reason"]
+    total = result["total_steps"]
     ended = {
         "diverged": f"Training diverged (NaN or Inf) in step {last + 1}.",
-        "interrupted": f"Interrupted after step {last} of {result['total_steps']}; the state is saved.",
-        "stopped_early": f"Stopped after step {last} of {result['total_steps']}: overfitting began at about step {turning}.",
+        "interrupted": f"Interrupted after step {last} of {total}; the state is saved.",
+        "stopped_early": f"Stopped after step {last} of {total}: overfitting began at about step {turning}.",
     }
     going_on = f"Trained all {last} steps, as asked. The turning point was step {turning}."
     return f"{ended.get(result['outcome'], going_on)} {result['reason']}"
@@ -153,7 +157,8 @@ class Places:
     images: dict = field(default_factory=dict)
 
     def runs(self) -> dict[str, Run]:
-        """{name: Run}, the ones written to last first. Links that lead out of the roots are not followed."""
+        """{name: Run}, the ones written to last first. Links that lead out of the roots are not
+        followed."""
         found = []
         for root in self.roots:
             for folder in _folders_below(root):

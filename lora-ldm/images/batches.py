@@ -1,8 +1,10 @@
-"""Batches of images or cached latents with captions, in an order that depends on nothing but (seed, epoch)."""
+"""Batches of images or cached latents with captions, in an order that depends on nothing but (seed,
+epoch)."""
 
 from __future__ import annotations
 
 import random
+from argparse import Namespace
 from collections import defaultdict
 from dataclasses import replace
 from typing import Callable, Optional
@@ -19,7 +21,7 @@ from images.metadata import dataset_metadata
 from images.selection import BucketedDataset, PlacedImage, prepare_datasets, without_chance
 
 
-def build_datasets(args, num_processes: int = 1) -> tuple[ImageBatches, Optional[ImageBatches]]:
+def build_datasets(args: Namespace, num_processes: int = 1) -> tuple[ImageBatches, Optional[ImageBatches]]:
     """(training, validation or None) batches of what the command line asks for.
 
     Every image is decoded once, so that a damaged one stops the run before its first step.
@@ -28,8 +30,8 @@ def build_datasets(args, num_processes: int = 1) -> tuple[ImageBatches, Optional
         args: parsed arguments; see `image_folders.load_datasets` for those of the data.
         num_processes: only for the token warm-up, which counts optimizer steps.
     Raises:
-        ValueError: bad settings, no images, damaged images (unless --skip_bad_images); all of a kind in one message.
-        FileNotFoundError: a missing folder or file.
+        ValueError: bad settings, no images, damaged images (unless --skip_bad_images); all of a
+        kind in one message. FileNotFoundError: a missing folder or file.
     """
     seed = getattr(args, "seed", None) or 0
     train, held_out = prepare_datasets(args, seed)
@@ -42,16 +44,17 @@ def build_datasets(args, num_processes: int = 1) -> tuple[ImageBatches, Optional
     return training, ImageBatches(held_out, training=False, **common) if has_validation else None
 
 
-def total_steps(args, training: ImageBatches) -> Optional[int]:
+def total_steps(args: Namespace, training: ImageBatches) -> Optional[int]:
     epochs = getattr(args, "max_train_epochs", None)
     return epochs * training.steps_per_epoch if epochs else getattr(args, "max_train_steps", None)
 
 
 class ImageBatches(torch.utils.data.Dataset):
-    """One batch per index. Order, buckets, augmentation and captions are a pure function of (seed, epoch, index).
+    """One batch per index. Order, buckets, augmentation and captions are a pure function of (seed,
+    epoch, index).
 
-    Use as `DataLoader(dataset, batch_size=None, shuffle=False)` and call `set_epoch` before each epoch; the epoch lives
-    in shared memory, so workers that persist see it as well.
+    Use as `DataLoader(dataset, batch_size=None, shuffle=False)` and call `set_epoch` before each
+    epoch; the epoch lives in shared memory, so workers that persist see it as well.
 
     A batch is a dict with:
         latents: (B, 4, H/8, W/8) float32, or None without a cache
@@ -97,12 +100,13 @@ class ImageBatches(torch.utils.data.Dataset):
     def epoch(self) -> int:
         return int(self._epoch[0])
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """Counted from 0."""
         self._epoch[0] = epoch
 
     def plan(self, epoch: int) -> list[tuple[int, list[int]]]:
-        """Batches of an epoch: (dataset, its image indices). Images of one batch share their bucket."""
+        """Batches of an epoch: (dataset, its image indices). Images of one batch share their
+        bucket."""
         epoch = epoch if self.training else 0
         if self._plan[0] == epoch:
             return self._plan[1]
@@ -138,7 +142,9 @@ class ImageBatches(torch.utils.data.Dataset):
         flipped = record.subset.flip_aug and rng.random() < 0.5
         step = epoch * self.steps_per_epoch + batch_index // self.batches_per_step
         sample = {
-            "captions": process_caption(record.caption, record.subset, rng, epoch=epoch, step=step, total_steps=self.total_steps),
+            "captions": process_caption(
+                record.caption, record.subset, rng, epoch=epoch, step=step, total_steps=self.total_steps
+            ),
             "loss_weights": self.prior_loss_weight if record.is_reg else 1.0,
             "original_sizes_hw": record.size_px[::-1],
             "target_sizes_hw": placement.bucket_px[::-1],
@@ -181,13 +187,14 @@ class ImageBatches(torch.utils.data.Dataset):
         batch_size: int = 1,
         write: bool = True,
         folder: Optional[str] = None,
-    ):
+    ) -> None:
         """Encodes every image once; from then on batches hold latents.
 
         Args:
             encode: pixels (B, 3, H, W) float32 in [-1, 1] -> latents (B, 4, H/8, W/8), scaled.
             vae_key: names the VAE; entries made with another one are made anew.
-            to_disk: keep npz files beside the images or in `folder`, which later runs use; else in memory.
+            to_disk: keep npz files beside the images or in `folder`, which later runs use; else in
+            memory.
             write: False on ranks other than 0, which are to call this after rank 0 has finished.
         Raises:
             ValueError: NaN in latents, or the cache cannot be written.
@@ -208,7 +215,8 @@ class ImageBatches(torch.utils.data.Dataset):
         self._on_disk, self._in_memory = files, None if files else in_memory
 
     def _entries_to_encode(self, files: Optional[LatentFiles]) -> dict[tuple[int, int], Size]:
-        """{(dataset, image): bucket} of the images whose latents are not there yet, each file once."""
+        """{(dataset, image): bucket} of the images whose latents are not there yet, each file
+        once."""
         todo, paths = {}, set()
         for number, dataset in enumerate(self.datasets):
             for index, image in enumerate(dataset.images):
@@ -231,12 +239,19 @@ class ImageBatches(torch.utils.data.Dataset):
         return [CachedLatents(*parts) for parts in zip(latents, flipped, [sample.mask for sample in samples])]
 
     def held_out(self, wanted: Callable[[PlacedImage], bool]) -> ImageBatches:
-        """The training images that are wanted, each once and as validation images are; caches are shared, not made anew."""
+        """The training images that are wanted, each once and as validation images are; caches are
+        shared, not made anew."""
         datasets = []
         for dataset in self.datasets:
-            images = [replace(i, record=replace(i.record, subset=without_chance(i.record.subset))) for i in dataset.images]
+            images = [
+                replace(i, record=replace(i.record, subset=without_chance(i.record.subset))) for i in dataset.images
+            ]
             buckets = {
-                size: [index for index in dict.fromkeys(indices) if not images[index].record.is_reg and wanted(images[index])]
+                size: [
+                    index
+                    for index in dict.fromkeys(indices)
+                    if not images[index].record.is_reg and wanted(images[index])
+                ]
                 for size, indices in dataset.buckets.items()
             }
             datasets.append(BucketedDataset(dataset.settings, images, buckets))
@@ -249,8 +264,11 @@ class ImageBatches(torch.utils.data.Dataset):
         return dataset_metadata(self.datasets, num_batches=len(self), is_user_config=self.is_user_config)
 
 
-def encoded(encode, pixels: torch.Tensor, images: list[PlacedImage]) -> list[np.ndarray]:
-    """Latents of a batch as float32 arrays. Raises ValueError that names an image whose latents are not finite."""
+def encoded(
+    encode: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor, images: list[PlacedImage]
+) -> list[np.ndarray]:
+    """Latents of a batch as float32 arrays. Raises ValueError that names an image whose latents are
+    not finite."""
     with torch.no_grad():
         latents = encode(pixels).detach().float().cpu()  # (B, 4, H/8, W/8)
     for image, one in zip(images, latents):

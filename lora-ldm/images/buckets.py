@@ -1,7 +1,9 @@
-"""Aspect-ratio buckets: which size a picture is trained at, and how it is scaled and cut to get there. Pure arithmetic.
+"""Aspect-ratio buckets: which size a picture is trained at, and how it is scaled and cut to get
+there. Pure arithmetic.
 
-The bucket list and the choice of the bucket follow the published behaviour of kohya's sd-scripts, so that a data set
-falls into the same buckets there and here. All sizes are (width, height) in pixels.
+The bucket list and the choice of the bucket follow the published behaviour of kohya's sd-scripts,
+so that a data set falls into the same buckets there and here. All sizes are (width, height) in
+pixels.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ class Placement:
 def bucket_sizes(resolution_px: Size, min_px: int, max_px: int, step_px: int) -> list[Size]:
     """All bucket sizes whose area does not exceed that of `resolution_px`, sorted.
 
-    For each width from `min_px` to `max_px` in steps, the tallest height (a multiple of `step_px`, at most `max_px`)
-    that keeps the area; each also turned by 90 degrees; and the square of that area.
+    For each width from `min_px` to `max_px` in steps, the tallest height (a multiple of `step_px`,
+    at most `max_px`) that keeps the area; each also turned by 90 degrees; and the square of that
+    area.
 
     >>> bucket_sizes((64, 64), 32, 128, 32)
     [(32, 128), (64, 64), (128, 32)]
@@ -55,8 +58,10 @@ class BucketSelector:
 
     Args:
         resolution_px: training resolution; its area bounds every bucket.
-        enable_bucket: without buckets every picture is scaled to cover `resolution_px` and cut to exactly that.
-        no_upscale: a picture smaller than the area keeps its size (cut down to multiples of `step_px`).
+        enable_bucket: without buckets every picture is scaled to cover `resolution_px` and cut to
+        exactly that.
+        no_upscale: a picture smaller than the area keeps its size (cut down to multiples of
+        `step_px`).
     Raises:
         ValueError: sizes that contradict each other, all of them in one message.
     """
@@ -99,7 +104,8 @@ class BucketSelector:
         return min(self.sizes, key=lambda size: abs(size[0] / size[1] - ratio))
 
     def _place_without_upscaling(self, size_px: Size) -> Optional[Placement]:
-        """None for a picture with a side below one step, which cannot be trained on without upscaling."""
+        """None for a picture with a side below one step, which cannot be trained on without
+        upscaling."""
         width, height = size_px
         max_area = self.resolution_px[0] * self.resolution_px[1]
         if width * height > max_area:
@@ -110,8 +116,8 @@ class BucketSelector:
         return Placement(bucket, resized) if min(bucket) > 0 else None
 
     def _shrink_to_area(self, ratio: float, max_area: int) -> Size:
-        """Size of this aspect ratio within `max_area` with one side a multiple of the step: whichever of the two
-        choices distorts the ratio of the later cut least."""
+        """Size of this aspect ratio within `max_area` with one side a multiple of the step:
+        whichever of the two choices distorts the ratio of the later cut least."""
         exact_width = math.sqrt(max_area * ratio)
         exact_height = max_area / exact_width
         width = self._round_down(exact_width)
@@ -139,7 +145,8 @@ def covering_size(size_px: Size, target_px: Size) -> Size:
 
 
 def aspect_ratio_error(size_px: Size, bucket_px: Size) -> float:
-    """Distance of the two aspect ratios (the `mean_img_ar_error` of the saved metadata is its mean)."""
+    """Distance of the two aspect ratios (the `mean_img_ar_error` of the saved metadata is its
+    mean)."""
     return abs(size_px[0] / size_px[1] - bucket_px[0] / bucket_px[1])
 
 

@@ -1,6 +1,8 @@
-"""What training does to a caption each time it is drawn: prefix, dropout, wildcards, shuffling, warm-up, trigger word.
+"""What training does to a caption each time it is drawn: prefix, dropout, wildcards, shuffling,
+warm-up, trigger word.
 
-Order and meaning follow kohya's trainers. All chance comes from the generator that the caller seeds.
+Order and meaning follow kohya's trainers. All chance comes from the generator that the caller
+seeds.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import Optional
 from images.dataset_settings import SubsetSettings
 
 WILDCARD = re.compile(r"\{([^{}]+)\}")
-# Stand-ins for doubled braces, which mean a literal brace: private-use characters that no caption contains.
+# Stand-ins for doubled braces, which mean a literal brace: private-use characters that no caption
+# contains.
 OPEN_BRACE, CLOSE_BRACE = "\ue000", "\ue001"
 
 
@@ -30,7 +33,8 @@ def process_caption(
 
     Args:
         caption: as written; with `enable_wildcard` several lines are alternatives.
-        epoch: counted from 0; `caption_dropout_every_n_epochs` = n drops all captions of every n-th epoch.
+        epoch: counted from 0; `caption_dropout_every_n_epochs` = n drops all captions of every n-th
+        epoch.
         step: completed optimizer steps, for the token warm-up.
         total_steps: of the whole run; needed where `token_warmup_step` is a fraction (below 1).
     """
@@ -63,7 +67,8 @@ def is_dropped(subset: SubsetSettings, rng: random.Random, epoch: int) -> bool:
 
 
 def resolve_wildcards(text: str, rng: random.Random) -> str:
-    """One line of several; one choice of each `{a|b|c}`, innermost first; `{{` and `}}` stay as single braces."""
+    """One line of several; one choice of each `{a|b|c}`, innermost first; `{{` and `}}` stay as
+    single braces."""
     text = rng.choice(text.split("\n"))
     text = text.replace("{{", OPEN_BRACE).replace("}}", CLOSE_BRACE)
     replaced = 1
@@ -78,8 +83,11 @@ def needs_tags(text: str, subset: SubsetSettings) -> bool:
     return varied or kept_apart
 
 
-def process_tags(text: str, subset: SubsetSettings, rng: random.Random, step: int, total_steps: Optional[int]) -> list[str]:
-    """Tags in the order of training: fixed ones, then those that warm-up and dropout leave, then the fixed suffix."""
+def process_tags(
+    text: str, subset: SubsetSettings, rng: random.Random, step: int, total_steps: Optional[int]
+) -> list[str]:
+    """Tags in the order of training: fixed ones, then those that warm-up and dropout leave, then
+    the fixed suffix."""
     fixed, flexible, suffix = split_tags(text, subset)
     flexible = flexible[: warm_tag_count(len(flexible), subset, step, total_steps)]
     if subset.shuffle_caption:
@@ -90,7 +98,8 @@ def process_tags(text: str, subset: SubsetSettings, rng: random.Random, step: in
 
 
 def split_tags(text: str, subset: SubsetSettings) -> tuple[list[str], list[str], list[str]]:
-    """(fixed, flexible, fixed suffix) tags: parted by `keep_tokens_separator` where the text has it, else by number."""
+    """(fixed, flexible, fixed suffix) tags: parted by `keep_tokens_separator` where the text has
+    it, else by number."""
 
     def tags(part: str) -> list[str]:
         return [tag.strip() for tag in part.split(subset.caption_separator) if tag.strip()]
@@ -104,7 +113,8 @@ def split_tags(text: str, subset: SubsetSettings) -> tuple[list[str], list[str],
 
 
 def warm_tag_count(count: int, subset: SubsetSettings, step: int, total_steps: Optional[int]) -> int:
-    """How many flexible tags are used: from `token_warmup_min` at the start to all at `token_warmup_step`."""
+    """How many flexible tags are used: from `token_warmup_min` at the start to all at
+    `token_warmup_step`."""
     warmup_steps = subset.token_warmup_step
     if 0 < warmup_steps < 1:
         warmup_steps = math.floor(warmup_steps * (total_steps or 0))

@@ -1,14 +1,17 @@
-"""Settings of the image data: command line and --dataset_config TOML -> DatasetSettings with their SubsetSettings.
+"""Settings of the image data: command line and --dataset_config TOML -> DatasetSettings with their
+SubsetSettings.
 
-The names, levels and precedence are those of kohya's dataset configuration: a value of a subset goes before that of its
-dataset, that before [general], that before the command line. Each dataclass field carries its own check, so the
-dataclasses are the schema.
+The names, levels and precedence are those of kohya's dataset configuration: a value of a subset
+goes before that of its dataset, that before [general], that before the command line. Each dataclass
+field carries its own check, so the dataclasses are the schema.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
@@ -29,7 +32,14 @@ UNSUPPORTED_KEYS = {
 FLAG_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
 
 
-def setting(default, kind, minimum=None, maximum=None, choices=None, distinct=False):
+def setting(
+    default: Any,
+    kind: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[str] | None = None,
+    distinct: bool = False,
+) -> Any:
     """A dataclass field with its check. `distinct` marks what only a subset itself can say."""
     checks = {"kind": kind, "minimum": minimum, "maximum": maximum, "choices": choices, "distinct": distinct}
     return field(default=default, metadata=checks)
@@ -37,7 +47,8 @@ def setting(default, kind, minimum=None, maximum=None, choices=None, distinct=Fa
 
 @dataclass
 class SubsetSettings:
-    """One folder (or one metadata file) of images and everything that is done to its images and captions."""
+    """One folder (or one metadata file) of images and everything that is done to its images and
+    captions."""
 
     image_dir: Optional[str] = setting(None, "str", distinct=True)
     metadata_file: Optional[str] = setting(None, "str", distinct=True)
@@ -75,14 +86,16 @@ class SubsetSettings:
 
     @property
     def varying_images(self) -> list[str]:
-        """Settings that change the picture from one epoch to the next, so that its latents cannot be cached."""
+        """Settings that change the picture from one epoch to the next, so that its latents cannot
+        be cached."""
         names = ("color_aug", "random_crop", "face_crop_aug_range")
         return [name for name in names if getattr(self, name)]
 
 
 @dataclass
 class DatasetSettings:
-    """Subsets that share resolution, buckets and batch size. Sizes are (width, height) in pixels."""
+    """Subsets that share resolution, buckets and batch size. Sizes are (width, height) in
+    pixels."""
 
     resolution: tuple[int, int] = setting(None, "resolution")
     batch_size: int = setting(1, "int", minimum=1)
@@ -94,13 +107,13 @@ class DatasetSettings:
     subsets: list[SubsetSettings] = field(default_factory=list)
 
 
-def schema(settings_class, distinct: Optional[bool] = None) -> dict[str, dataclasses.Field]:
+def schema(settings_class: type, distinct: Optional[bool] = None) -> dict[str, dataclasses.Field]:
     """Checked fields of a settings class by name; `distinct` True or False keeps only those."""
     checked = {f.name: f for f in fields(settings_class) if f.metadata}
     return {k: f for k, f in checked.items() if distinct is None or f.metadata["distinct"] == distinct}
 
 
-def checked_value(name: str, value: Any, checks) -> Any:
+def checked_value(name: str, value: Any, checks: Mapping[str, Any]) -> Any:
     """The value in its final type. Raises ValueError that says the value and what is allowed."""
     kind, shown = checks["kind"], f"{name} = {value!r}"
     if kind == "bool":
@@ -127,8 +140,9 @@ def checked_value(name: str, value: Any, checks) -> Any:
     return value
 
 
-def numbers_in(value: Any, convert) -> list[Any]:
-    """Numbers of a scalar, a list or a comma-separated text. Raises TypeError or ValueError where one is no number."""
+def numbers_in(value: Any, convert: Callable[[Any], Any]) -> list[Any]:
+    """Numbers of a scalar, a list or a comma-separated text. Raises TypeError or ValueError where
+    one is no number."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     if any(isinstance(part, bool) for part in parts):
         raise TypeError("a truth value is no number")
@@ -158,8 +172,9 @@ def checked_range(name: str, value: Any) -> tuple[float, float]:
     return numbers[0], numbers[1]
 
 
-def command_line_values(args, problems: list[str]) -> dict[str, Any]:
-    """Dataset and subset settings that the command line gives, as they are named in the TOML file."""
+def command_line_values(args: Namespace, problems: list[str]) -> dict[str, Any]:
+    """Dataset and subset settings that the command line gives, as they are named in the TOML
+    file."""
     values = {}
     for name, checks in {**schema(DatasetSettings), **schema(SubsetSettings, distinct=False)}.items():
         flag = FLAG_NAMES.get(name, name)
@@ -175,7 +190,9 @@ def command_line_values(args, problems: list[str]) -> dict[str, Any]:
     return values
 
 
-def checked_table(table: dict[str, Any], allowed: dict[str, dataclasses.Field], where: str, problems: list[str]):
+def checked_table(
+    table: dict[str, Any], allowed: dict[str, dataclasses.Field], where: str, problems: list[str]
+) -> dict[str, Any]:
     """Values of one TOML table that pass their checks; what does not is added to `problems`."""
     values = {}
     for key, value in table.items():
@@ -202,8 +219,9 @@ def unknown_key(key: str, allowed: dict[str, Any]) -> str:
     return f"unknown key {key}: {hint}"
 
 
-def read_toml(path) -> dict[str, Any]:
-    """Content of a TOML file. Raises FileNotFoundError, or ValueError with the line of a syntax error."""
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Content of a TOML file. Raises FileNotFoundError, or ValueError with the line of a syntax
+    error."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"--dataset_config {path}: there is no such file")
     try:
@@ -219,7 +237,7 @@ def list_of_tables(value: Any, name: str, problems: list[str]) -> list[dict[str,
     return []
 
 
-def settings_from_toml(path, args) -> list[DatasetSettings]:
+def settings_from_toml(path: str | Path, args: Namespace) -> list[DatasetSettings]:
     """DatasetSettings of a --dataset_config file over the values of the command line.
 
     Raises:
@@ -262,6 +280,6 @@ def settings_from_toml(path, args) -> list[DatasetSettings]:
     return datasets
 
 
-def make_settings(settings_class, values: dict[str, Any]):
+def make_settings(settings_class: type, values: dict[str, Any]) -> Any:
     names = schema(settings_class)
     return settings_class(**{name: value for name, value in values.items() if name in names})

@@ -1,7 +1,9 @@
-"""From folders, metadata files or a dataset configuration to image records: which images, which captions, how often.
+"""From folders, metadata files or a dataset configuration to image records: which images, which
+captions, how often.
 
-The conventions are those of kohya's trainers: `<repeats>_<name>` folders, regularisation folders, caption files beside
-the images, `--in_json` metadata and `--dataset_config`; and the `metadata.jsonl` of Hugging Face image folders.
+The conventions are those of kohya's trainers: `<repeats>_<name>` folders, regularisation folders,
+caption files beside the images, `--in_json` metadata and `--dataset_config`; and the
+`metadata.jsonl` of Hugging Face image folders.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ class ImageRecord:
     """One image of a subset.
 
     Attributes:
-        caption: as written; several lines only with `enable_wildcard`, which picks one of them each time.
+        caption: as written; several lines only with `enable_wildcard`, which picks one of them each
+        time.
         repeats: how often the image comes in one epoch.
         mask_path: picture whose red channel weighs the loss, or None.
-        size_px: (width, height) with the EXIF orientation applied; (0, 0) until the image has been checked.
+        size_px: (width, height) with the EXIF orientation applied; (0, 0) until the image has been
+        checked.
     """
 
     path: Path
@@ -46,7 +50,7 @@ class ImageRecord:
         return self.subset.is_reg
 
 
-def existing_folder(folder, flag: str) -> Path:
+def existing_folder(folder: str | Path, flag: str) -> Path:
     path = Path(folder)
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
@@ -54,8 +58,11 @@ def existing_folder(folder, flag: str) -> Path:
     return path
 
 
-def subsets_of_folder(data_dir, flag: str, common: SubsetSettings, masks_dir: Optional[str]) -> list[SubsetSettings]:
-    """A subset for each `<repeats>_<name>` folder in `data_dir`; the name is the caption of images without one."""
+def subsets_of_folder(
+    data_dir: str | Path, flag: str, common: SubsetSettings, masks_dir: Optional[str]
+) -> list[SubsetSettings]:
+    """A subset for each `<repeats>_<name>` folder in `data_dir`; the name is the caption of images
+    without one."""
     root = existing_folder(data_dir, flag)
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     subsets, others = [], []
@@ -126,7 +133,8 @@ def read_records(subset: SubsetSettings) -> list[ImageRecord]:
 
 
 def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
-    """Captions of the images of a folder: caption file, else metadata.jsonl, else the folder's name."""
+    """Captions of the images of a folder: caption file, else metadata.jsonl, else the folder's
+    name."""
     folder = existing_folder(subset.image_dir, "image folder")
     listed = folder / "metadata.jsonl"
     metadata = read_image_list(listed, subset) if listed.is_file() else {}
@@ -155,7 +163,8 @@ def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
 
 
 def find_caption_file(path: Path, extension: str) -> Optional[Path]:
-    """`cat.txt` or `cat.png.txt` for cat.png; the other usual extension where the one asked for is missing."""
+    """`cat.txt` or `cat.png.txt` for cat.png; the other usual extension where the one asked for is
+    missing."""
     for suffix in dict.fromkeys((extension,) + CAPTION_EXTENSIONS):
         for candidate in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
             if candidate.is_file():
@@ -174,8 +183,9 @@ def read_caption(path: Path, all_lines: bool, problems: list[str]) -> str:
     return "\n".join(lines)
 
 
-def report_caption_sources(folder: Path, subset: SubsetSettings, sources: Counter, captions: dict[Path, str]):
-    """Says what a person may not expect: captions from another extension, from the folder's name, or none."""
+def report_caption_sources(folder: Path, subset: SubsetSettings, sources: Counter, captions: dict[Path, str]) -> None:
+    """Says what a person may not expect: captions from another extension, from the folder's name,
+    or none."""
     for suffix in CAPTION_EXTENSIONS:
         if sources[suffix] and suffix != subset.caption_extension:
             message = "%s: %d captions come from %s files, as there is no %s file for those images"
@@ -190,7 +200,8 @@ def report_caption_sources(folder: Path, subset: SubsetSettings, sources: Counte
 
 
 def read_metadata(subset: SubsetSettings) -> dict[Path, str]:
-    """Captions of the images that an --in_json file names: `{image: {"caption": ..., "tags": ...}}`, or JSON lines."""
+    """Captions of the images that an --in_json file names: `{image: {"caption": ..., "tags":
+    ...}}`, or JSON lines."""
     path = Path(subset.metadata_file)
     if not path.is_file():
         raise FileNotFoundError(f"metadata file {path} does not exist")
@@ -264,7 +275,8 @@ def joined_caption(entry: dict, separator: str) -> str:
 
 
 def find_masks(paths: list[Path], subset: SubsetSettings, problems: list[str]) -> dict[Path, Path]:
-    """The mask of each image: the file of the same name, whatever its extension, in `conditioning_data_dir`."""
+    """The mask of each image: the file of the same name, whatever its extension, in
+    `conditioning_data_dir`."""
     if subset.conditioning_data_dir is None:
         return {}
     folder = existing_folder(subset.conditioning_data_dir, "conditioning_data_dir")
@@ -272,11 +284,13 @@ def find_masks(paths: list[Path], subset: SubsetSettings, problems: list[str]) -
     missing = [path.name for path in paths if path.stem not in by_stem]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        problems.append(f"conditioning_data_dir {folder} has no mask of the same name for {len(missing)} images: {shown}")
+        problems.append(
+            f"conditioning_data_dir {folder} has no mask of the same name for {len(missing)} images: {shown}"
+        )
     return {path: by_stem[path.stem] for path in paths if path.stem in by_stem}
 
 
-def picture_name(key):
+def picture_name(key: str | Path) -> str:
     """folder/file of an image: the same on every machine."""
     path = Path(key)
     return f"{path.parent.name}/{path.name}"

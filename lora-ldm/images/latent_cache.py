@@ -1,7 +1,7 @@
 """Latents of images that do not vary from epoch to epoch, kept in memory or as npz files.
 
-An entry carries a key of everything it depends on - image, mask, VAE, size, scaling -, so that a changed one is noticed
-and computed anew. Entries appear whole or not at all.
+An entry carries a key of everything it depends on - image, mask, VAE, size, scaling -, so that a
+changed one is noticed and computed anew. Entries appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class LatentFiles:
         return self.folder / f"{place}_{name}"
 
     def read(self, record: ImageRecord, placement: Placement) -> Optional[CachedLatents]:
-        """The entry, or None where it is missing, stale, lacks flipped latents that are needed, or is damaged (which is
-        said)."""
+        """The entry, or None where it is missing, stale, lacks flipped latents that are needed, or
+        is damaged (which is said)."""
         path = self.path(record, placement)
         if not path.is_file():
             return None
@@ -86,7 +86,7 @@ class LatentFiles:
             return None
         return entry
 
-    def write(self, record: ImageRecord, placement: Placement, entry: CachedLatents):
+    def write(self, record: ImageRecord, placement: Placement, entry: CachedLatents) -> None:
         """Raises ValueError with the way out where the folder cannot be written to."""
         path = self.path(record, placement)
         arrays = {"key": np.array(cache_key(record, placement, self.vae_key)), "latents": entry.latents}

@@ -1,4 +1,5 @@
-"""In which order batches reach the optimizer steps of each process, and the loader that brings them."""
+"""In which order batches reach the optimizer steps of each process, and the loader that brings
+them."""
 
 import os
 from argparse import Namespace
@@ -11,7 +12,8 @@ from images.batches import ImageBatches
 
 
 class Order(Sampler):
-    """Indices that are set anew before each epoch; the loader, and workers that persist, stay the same."""
+    """Indices that are set anew before each epoch; the loader, and workers that persist, stay the
+    same."""
 
     def __init__(self):
         self.indices: list[int] = []

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from images.buckets import aspect_ratio_error
+from images.dataset_settings import SubsetSettings
+from images.selection import BucketedDataset
 
 SUBSET_FACTS = (
     "num_repeats",
@@ -24,9 +27,11 @@ SUBSET_FACTS = (
 )
 
 
-def dataset_metadata(datasets, *, num_batches: int, is_user_config: bool) -> dict[str, object]:
-    """Facts of all datasets. One dataset from plain folders is described in separate entries, as upstream does;
-    a --dataset_config in the one entry `ss_datasets`. Nested values are JSON texts.
+def dataset_metadata(
+    datasets: Sequence[BucketedDataset], *, num_batches: int, is_user_config: bool
+) -> dict[str, object]:
+    """Facts of all datasets. One dataset from plain folders is described in separate entries, as
+    upstream does; a --dataset_config in the one entry `ss_datasets`. Nested values are JSON texts.
 
     Args:
         datasets: list of images.selection.BucketedDataset.
@@ -62,11 +67,11 @@ def dataset_metadata(datasets, *, num_batches: int, is_user_config: bool) -> dic
     return facts
 
 
-def folder_name(subset) -> str:
+def folder_name(subset: SubsetSettings) -> str:
     return os.path.basename(os.path.normpath(subset.image_dir or subset.metadata_file))
 
 
-def describe(dataset) -> dict:
+def describe(dataset: BucketedDataset) -> dict:
     settings = dataset.settings
     images = [image.record for image in dataset.images]
     return {
@@ -84,7 +89,7 @@ def describe(dataset) -> dict:
     }
 
 
-def describe_subset(dataset, subset) -> dict:
+def describe_subset(dataset: BucketedDataset, subset: SubsetSettings) -> dict:
     facts = {"img_count": count_images(dataset, subset)}
     facts.update({name: getattr(subset, name) for name in SUBSET_FACTS})
     if subset.metadata_file:
@@ -94,15 +99,16 @@ def describe_subset(dataset, subset) -> dict:
     return facts
 
 
-def count_images(dataset, subset) -> int:
+def count_images(dataset: BucketedDataset, subset: SubsetSettings) -> int:
     return sum(image.record.subset is subset for image in dataset.images)
 
 
-def folder_counts(dataset, *, is_reg: bool) -> dict[str, dict[str, int]]:
+def folder_counts(dataset: BucketedDataset, *, is_reg: bool) -> dict[str, dict[str, int]]:
     """{folder: {"n_repeats", "img_count"}}"""
     subsets = [subset for subset in dataset.settings.subsets if subset.is_reg == is_reg]
     return {
-        folder_name(subset): {"n_repeats": subset.num_repeats, "img_count": count_images(dataset, subset)} for subset in subsets
+        folder_name(subset): {"n_repeats": subset.num_repeats, "img_count": count_images(dataset, subset)}
+        for subset in subsets
     }
 
 
@@ -118,8 +124,9 @@ def tag_frequency(datasets: list) -> dict[str, dict[str, int]]:
     return {folder: dict(tags) for folder, tags in counts.items()}
 
 
-def bucket_info(dataset) -> dict:
-    """Resolution and image count of each bucket, and how far the shapes are from their buckets on average."""
+def bucket_info(dataset: BucketedDataset) -> dict:
+    """Resolution and image count of each bucket, and how far the shapes are from their buckets on
+    average."""
     if not dataset.settings.enable_bucket:
         return {}
     buckets = {

@@ -1,11 +1,12 @@
-"""From the command line to datasets that are ready to be drawn from: every image checked, split off for validation,
-balanced against the regularisation images and put into its bucket."""
+"""From the command line to datasets that are ready to be drawn from: every image checked, split off
+for validation, balanced against the regularisation images and put into its bucket."""
 
 from __future__ import annotations
 
 import logging
 import math
 import random
+from argparse import Namespace
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -44,8 +45,9 @@ class BucketedDataset:
     buckets: dict[Size, list[int]]  # indices into `images`, each as often as it repeats
 
 
-def prepare_datasets(args, seed: int) -> tuple[list[BucketedDataset], list[BucketedDataset]]:
-    """(training, validation) datasets of the command line, in the same order; see images.batches.build_datasets."""
+def prepare_datasets(args: Namespace, seed: int) -> tuple[list[BucketedDataset], list[BucketedDataset]]:
+    """(training, validation) datasets of the command line, in the same order; see
+    images.batches.build_datasets."""
     datasets = load_datasets(args)
     records = read_all_records(datasets)
     for settings, group in zip(datasets, records):
@@ -82,7 +84,7 @@ def read_all_records(datasets: list[DatasetSettings]) -> list[list[ImageRecord]]
     return records
 
 
-def report_unused_settings(settings: DatasetSettings, records: list[ImageRecord]):
+def report_unused_settings(settings: DatasetSettings, records: list[ImageRecord]) -> None:
     """Says which settings have no effect on these images."""
     if settings.bucket_no_upscale and not settings.enable_bucket:
         logger.warning("bucket_no_upscale has no effect without enable_bucket")
@@ -94,8 +96,11 @@ def report_unused_settings(settings: DatasetSettings, records: list[ImageRecord]
         logger.warning(message, faceless, len(cropped), names + " give one")
 
 
-def split_records(settings: DatasetSettings, records: list[ImageRecord], seed: int):
-    """(training, validation) records of one dataset; each subset is split by itself, regularisation images never."""
+def split_records(
+    settings: DatasetSettings, records: list[ImageRecord], seed: int
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """(training, validation) records of one dataset; each subset is split by itself, regularisation
+    images never."""
     train, held_out = [], []
     for subset in settings.subsets:
         own = [record for record in records if record.subset is subset]
@@ -118,7 +123,7 @@ def without_chance(subset: SubsetSettings) -> SubsetSettings:
     return replace(subset, **images, **captions, **tags)
 
 
-def assert_supported(settings: DatasetSettings, args):
+def assert_supported(settings: DatasetSettings, args: Namespace) -> None:
     """Raises ValueError for settings that exclude each other."""
     caches = [flag for flag in ("cache_latents", "cache_latents_to_disk") if getattr(args, flag, False)]
     varying = sorted({name for subset in settings.subsets for name in subset.varying_images})
@@ -176,7 +181,7 @@ def check_images(records: list[ImageRecord], skip_bad: bool) -> list[Path]:
     return [record.path for record, problem in zip(records, results) if problem]
 
 
-def load_datasets(args) -> list[DatasetSettings]:
+def load_datasets(args: Namespace) -> list[DatasetSettings]:
     """Dataset settings of the command line (DESIGN: data's way); every problem in one message.
 
     Raises:
@@ -209,8 +214,11 @@ def load_datasets(args) -> list[DatasetSettings]:
     return [dataset]
 
 
-def split_validation(records: list[ImageRecord], split: float, seed: int) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """(training, validation) records of one subset; the training part is rounded up, the order follows the seed."""
+def split_validation(
+    records: list[ImageRecord], split: float, seed: int
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """(training, validation) records of one subset; the training part is rounded up, the order
+    follows the seed."""
     if split <= 0 or not records:
         return records, []
     shuffled = list(records)
@@ -224,9 +232,11 @@ def split_validation(records: list[ImageRecord], split: float, seed: int) -> tup
 
 
 def balance_regularisation(records: list[ImageRecord]) -> list[ImageRecord]:
-    """Repeats the regularisation images until they are as many as the training images; surplus ones are dropped.
+    """Repeats the regularisation images until they are as many as the training images; surplus ones
+    are dropped.
 
-    The repeats of the folder's name are taken first, in turn, then one more of each until the numbers are equal.
+    The repeats of the folder's name are taken first, in turn, then one more of each until the
+    numbers are equal.
     """
     train = [record for record in records if not record.is_reg]
     reg = [record for record in records if record.is_reg]

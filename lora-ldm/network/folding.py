@@ -1,12 +1,17 @@
-"""LoRA, LoCon, LoHa and LoKr files folded into frozen weights, of a model in memory or of a checkpoint's tensors."""
+"""LoRA, LoCon, LoHa and LoKr files folded into frozen weights, of a model in memory or of a
+checkpoint's tensors."""
+
+from __future__ import annotations
 
 from argparse import Namespace
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from base.sd import SDModel
 from network.lora_file import group_modules, load_lora, rename_text_encoder
+
+if TYPE_CHECKING:
+    from base.sd import SDModel
 
 UNET_PREFIX = "model.diffusion_model."
 # {prefix in a single file: component} of text encoders in CLIP's and in OpenCLIP's layout.
@@ -19,13 +24,15 @@ OPEN_CLIP_PREFIXES = {
 
 @torch.no_grad()
 def fold_lora(model: SDModel, tensors: dict[str, torch.Tensor], weight: float = 1.0) -> None:
-    """Add ``weight`` times a LoRA to the weights of a model, in place. Before LoRA layers are put into it.
+    """Add ``weight`` times a LoRA to the weights of a model, in place. Before LoRA layers are put
+    into it.
 
     Args:
         model: SDModel. tensors: {kohya key: tensor}, as load_lora gives them.
 
     Raises:
-        ValueError: names the modules that the model lacks or that do not fit; nothing is changed then.
+        ValueError: names the modules that the model lacks or that do not fit; nothing is changed
+        then.
     """
     from network.lora import find_modules, rename_modules
 
@@ -70,7 +77,8 @@ def original_weights(checkpoint: dict[str, torch.Tensor], layers_per_block: int 
 
 
 def update_of(parts: dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
-    """The dense update alpha / r * B A of one module in float32, or None for a kind that is not known.
+    """The dense update alpha / r * B A of one module in float32, or None for a kind that is not
+    known.
 
     Args:
         parts: {"lora_down.weight": ..., "alpha": ...} or LyCORIS' ``hada_*`` / ``lokr_*``.
@@ -133,7 +141,8 @@ def _lokr_factor(parts, name):
 
 
 def _open_clip_weights(component, name, value):
-    """The kohya names of one tensor of an OpenCLIP block; query, key and value stand in one tensor there."""
+    """The kohya names of one tensor of an OpenCLIP block; query, key and value stand in one tensor
+    there."""
     number, _, part = name.partition(".")
     stem = f"lora_{component}_text_model_encoder_layers_{number}_"
     single = {

@@ -1,14 +1,19 @@
-"""The whole U-Net as what is trained (--train_full_unet): stage one of DreamBooth, before extract_lora.py.
+"""The whole U-Net as what is trained (--train_full_unet): stage one of DreamBooth, before
+extract_lora.py.
 
-It has the methods of LoraNetwork that a run needs, so that the training loop is the same. There is no update to measure.
+It has the methods of LoraNetwork that a run needs, so that the training loop is the same. There is
+no update to measure.
 """
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
 from diffusers import UNet2DConditionModel
 
+from base.sd import SDModel
 from es_lora.files import write_folder_whole
 
 
@@ -17,35 +22,40 @@ class FullUnet:
 
     components = ["unet"]
 
-    def __init__(self, unet):
+    def __init__(self, unet: UNet2DConditionModel):
         self.unet = unet.float().requires_grad_(True)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "FullUnet":
         """Nothing varies in training: diffusers' U-Nets of Stable Diffusion have no dropout."""
         return self
 
-    def eval(self):
+    def eval(self) -> "FullUnet":
         return self
 
-    def to(self, device=None, dtype=None):
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FullUnet":
         self.unet.to(device, dtype)
         return self
 
-    def parameter_groups(self, learning_rate, unet_lr=None, text_encoder_lr=None):
+    def parameter_groups(
+        self, learning_rate: float, unet_lr: float | None = None, text_encoder_lr: float | list[float] | None = None
+    ) -> list[dict[str, Any]]:
         rate = learning_rate if unet_lr is None else unet_lr
         return [{"params": list(self.unet.parameters()), "lr": rate, "name": "unet"}]
 
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         """{diffusers name: live weight}."""
         return dict(self.unet.named_parameters())
 
-    def state_for_file(self, dtype=None, tensors=None):
+    def state_for_file(
+        self, dtype: torch.dtype | None = None, tensors: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
         """{diffusers name: copy on the CPU} of the live weights, or of these ones."""
         return {name: value.detach().to("cpu", dtype, copy=True) for name, value in (tensors or self.tensors()).items()}
 
     @torch.no_grad()
-    def load_tensors(self, tensors):
-        """Set the weights from {diffusers name: tensor}. Raises ValueError where they are not this U-Net's."""
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set the weights from {diffusers name: tensor}. Raises ValueError where they are not this
+        U-Net's."""
         live = self.tensors()
         if live.keys() != tensors.keys() or any(live[name].shape != value.shape for name, value in tensors.items()):
             raise ValueError("the saved U-Net is not the one of this base model: use the base that the run began with")
@@ -53,10 +63,14 @@ class FullUnet:
             live[name].copy_(value)
 
 
-def save_full_model(folder, model, tensors, dtype=None):
-    """Write the base model with these U-Net weights as a folder in diffusers layout, whole or not at all.
+def save_full_model(
+    folder: str | Path, model: SDModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Write the base model with these U-Net weights as a folder in diffusers layout, whole or not
+    at all.
 
-    tensors: {diffusers name: tensor on the CPU}. dtype: of the saved U-Net, None keeps theirs. A folder of that name is replaced.
+    tensors: {diffusers name: tensor on the CPU}. dtype: of the saved U-Net, None keeps theirs. A
+    folder of that name is replaced.
     """
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(model.unet.config)

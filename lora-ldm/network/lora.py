@@ -1,19 +1,24 @@
-"""LoRA layers in a Stable Diffusion model: PEFT's layers, kohya's choice of modules, names and dropouts.
+"""LoRA layers in a Stable Diffusion model: PEFT's layers, kohya's choice of modules, names and
+dropouts.
 
-Modules are found as kohya's ``networks.lora`` finds them: every linear layer and 1x1 convolution inside a
-Transformer2DModel of the U-Net, and of the attentions and MLPs of the text encoder; with a convolution rank also every
-layer of the residual, down- and upsampling blocks. Their forward pass is W x + (alpha / r) B A x.
+Modules are found as kohya's ``networks.lora`` finds them: every linear layer and 1x1 convolution
+inside a Transformer2DModel of the U-Net, and of the attentions and MLPs of the text encoder; with a
+convolution rank also every layer of the residual, down- and upsampling blocks. Their forward pass
+is W x + (alpha / r) B A x.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import quiet_libraries  # noqa: F401  (before peft)
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch.nn import functional
 
+from base.sd import SDModel
 from cs_fluctuation import LoraLayer
 from network.lora_file import group_modules, load_lora, rename_text_encoder
 
@@ -36,22 +41,24 @@ class LoraModule:
     adapter: str = ADAPTER  # PEFT's name of this one among the adapters of the layer
 
     @property
-    def down(self):
+    def down(self) -> torch.Tensor:
         return self.layer.lora_A[self.adapter].weight  # (r, in) or (r, in, kh, kw)
 
     @property
-    def up(self):
+    def up(self) -> torch.Tensor:
         return self.layer.lora_B[self.adapter].weight  # (out, r) or (out, r, 1, 1)
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         return self.layer.get_base_layer().weight  # (out, in) or (out, in, kh, kw)
 
 
 class LoraNetwork:
     """The trainable layers of a model. Build it with ``create_network``."""
 
-    def __init__(self, modules, *, dropout=0.0, rank_dropout=0.0, module_dropout=0.0):
+    def __init__(
+        self, modules: list[LoraModule], *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0
+    ):
         self.modules = modules
         self.dropout, self.rank_dropout, self.module_dropout = (
             dropout or 0.0,
@@ -73,40 +80,44 @@ class LoraNetwork:
                 module.layer.lora_B[module.adapter].register_forward_hook(self._drop_module)
 
     @property
-    def components(self):
+    def components(self) -> list[str]:
         """The adapted parts in order: "unet", "te" (or "te1", "te2")."""
         return list(dict.fromkeys(module.component for module in self.modules))
 
     @property
-    def multiplier(self):
+    def multiplier(self) -> float:
         return self._multiplier
 
     @multiplier.setter
-    def multiplier(self, value):
+    def multiplier(self, value: float) -> None:
         """Strength of the update in the forward pass; 0 gives the base model's output."""
         self._multiplier = float(value)
         for module in self.modules:
             module.layer.scaling[module.adapter] = self._multiplier * module.alpha / module.rank
 
-    def train(self, mode=True):
-        """Switch the dropouts on (the state after creation) or off. Independent of unet.train() and .eval()."""
+    def train(self, mode: bool = True) -> "LoraNetwork":
+        """Switch the dropouts on (the state after creation) or off. Independent of unet.train() and
+        .eval()."""
         self.training = mode
         return self
 
-    def eval(self):
+    def eval(self) -> "LoraNetwork":
         return self.train(False)
 
-    def to(self, device=None, dtype=None):
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LoraNetwork":
         """Move or cast the trainable tensors only, in place: references to them stay valid."""
         for weight in self.tensors().values():
             weight.data = weight.data.to(device=device, dtype=dtype)
         return self
 
-    def parameters(self):
+    def parameters(self) -> list[torch.Tensor]:
         return list(self.tensors().values())
 
-    def parameter_groups(self, learning_rate, unet_lr=None, text_encoder_lr=None):
-        """Optimizer groups, one a component; ``text_encoder_lr`` may be a list, one rate an encoder.
+    def parameter_groups(
+        self, learning_rate: float, unet_lr: float | None = None, text_encoder_lr: float | list[float] | None = None
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups, one a component; ``text_encoder_lr`` may be a list, one rate an
+        encoder.
 
         A component whose rate is 0 is left out, as kohya leaves it out.
         """
@@ -121,13 +132,14 @@ class LoraNetwork:
             groups.append({"params": weights, "lr": rate, "name": component})
         return groups
 
-    def layers(self):
-        """What the CS metric looks at: live tensors, no copies; the same objects every time (they keep ||W||)."""
+    def layers(self) -> list[LoraLayer]:
+        """What the CS metric looks at: live tensors, no copies; the same objects every time (they
+        keep ||W||)."""
         if self._layers is None:
             self._layers = [LoraLayer(m.name, m.component, m.weight, m.down, m.up) for m in self.modules]
         return self._layers
 
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         """{kohya key: live trainable tensor}."""
         named = {}
         for module in self.modules:
@@ -135,17 +147,22 @@ class LoraNetwork:
             named[f"{module.name}.lora_up.weight"] = module.up
         return named
 
-    def state_for_file(self, dtype=None, tensors=None):
-        """{kohya key: copy on the CPU}, the alphas included; of the live weights or of a snapshot of ``tensors()``."""
+    def state_for_file(
+        self, dtype: torch.dtype | None = None, tensors: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """{kohya key: copy on the CPU}, the alphas included; of the live weights or of a snapshot
+        of ``tensors()``."""
         alphas = {f"{module.name}.alpha": torch.tensor(float(module.alpha)) for module in self.modules}
         state = {**alphas, **self.tensors(), **(tensors or {})}
         return {name: value.detach().to("cpu", dtype, copy=True) for name, value in state.items()}
 
     @torch.no_grad()
-    def load_tensors(self, tensors):
-        """Set the weights from {kohya key: tensor}; an ``alpha`` among them is folded in, not trained.
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set the weights from {kohya key: tensor}; an ``alpha`` among them is folded in, not
+        trained.
 
-        Modules that the tensors do not name keep their weights. Raises ValueError for modules or shapes that do not fit.
+        Modules that the tensors do not name keep their weights. Raises ValueError for modules or
+        shapes that do not fit.
         """
         mine = {module.name: module for module in self.modules}
         given = group_modules(rename_text_encoder(tensors, mine))
@@ -157,8 +174,9 @@ class LoraNetwork:
             raise ValueError(f"the LoRA does not fit this network: {'; '.join(problems[:3])}{more}")
 
     @torch.no_grad()
-    def scale_weight_norms(self, max_norm):
-        """Shrink updates whose norm ||alpha/r B A|| exceeds ``max_norm``. -> (scaled count, mean norm, largest norm)."""
+    def scale_weight_norms(self, max_norm: float) -> tuple[int, float, float]:
+        """Shrink updates whose norm ||alpha/r B A|| exceeds ``max_norm``. -> (scaled count, mean
+        norm, largest norm)."""
         scaled, norms = 0, []
         for module in self.modules:
             down, up = module.down.flatten(1).float(), module.up.flatten(1).float()
@@ -173,7 +191,8 @@ class LoraNetwork:
         return scaled, sum(norms) / len(norms), max(norms)
 
     def _drop_ranks(self, _layer, _inputs, hidden):
-        """kohya's dropouts act on the r values between down and up: single ones, or whole ranks of a sample."""
+        """kohya's dropouts act on the r values between down and up: single ones, or whole ranks of
+        a sample."""
         if not self.training:
             return hidden
         hidden = functional.dropout(hidden, self.dropout)
@@ -192,29 +211,31 @@ class LoraNetwork:
 
 
 def create_network(
-    model,
+    model: SDModel,
     *,
-    rank=4,
-    alpha=1.0,
-    conv_rank=None,
-    conv_alpha=None,
-    dropout=0.0,
-    rank_dropout=0.0,
-    module_dropout=0.0,
-    train_unet=True,
-    train_text_encoder=True,
-    weights=None,
-    dim_from_weights=False,
-):
+    rank: int | None = 4,
+    alpha: float | None = 1.0,
+    conv_rank: int | None = None,
+    conv_alpha: float | None = None,
+    dropout: float | None = 0.0,
+    rank_dropout: float | None = 0.0,
+    module_dropout: float | None = 0.0,
+    train_unet: bool = True,
+    train_text_encoder: bool = True,
+    weights: str | Path | dict[str, torch.Tensor] | None = None,
+    dim_from_weights: bool = False,
+) -> LoraNetwork:
     """Put LoRA layers into a model, in place.
 
     Args:
         model: SDModel (unet, text_encoders, lora_unet_name).
         rank, alpha: of linear layers and 1x1 convolutions; an alpha of 0 or None means the rank.
         conv_rank, conv_alpha: of 3x3 convolutions; None leaves the convolution blocks alone.
-        dropout, rank_dropout, module_dropout: chance that a value between down and up, a rank, a whole layer is off.
+        dropout, rank_dropout, module_dropout: chance that a value between down and up, a rank, a
+        whole layer is off.
         weights: a LoRA file or {kohya key: tensor} to start from.
-        dim_from_weights: take modules, ranks and alphas from ``weights``; rank, alpha and conv_* are then ignored.
+        dim_from_weights: take modules, ranks and alphas from ``weights``; rank, alpha and conv_*
+        are then ignored.
 
     Raises:
         ValueError: nothing to train, or the weights do not fit.
@@ -247,10 +268,12 @@ def create_network(
     return network
 
 
-def create_network_beside(model, network, adapter, rank):
-    """A fresh network called ``adapter`` in the layers of ``network``, with its alphas and its dropouts.
+def create_network_beside(model: SDModel, network: LoraNetwork, adapter: str, rank: int) -> LoraNetwork:
+    """A fresh network called ``adapter`` in the layers of ``network``, with its alphas and its
+    dropouts.
 
-    A forward pass goes through ``network`` as before: the new one lies in the layers (PEFT's) for whoever calls it there.
+    A forward pass goes through ``network`` as before: the new one lies in the layers (PEFT's) for
+    whoever calls it there.
     """
     places = {}
     for component, root in component_roots(model).items():
@@ -273,8 +296,9 @@ def create_network_beside(model, network, adapter, rank):
     return LoraNetwork(modules, **dropouts)
 
 
-def parse_network_args(arguments):
-    """``["conv_dim=4", ...]`` of --network_args -> {"conv_rank": 4, ...}, arguments of ``create_network``.
+def parse_network_args(arguments: Sequence[str] | None) -> dict[str, float]:
+    """``["conv_dim=4", ...]`` of --network_args -> {"conv_rank": 4, ...}, arguments of
+    ``create_network``.
 
     Raises ValueError for what networks.lora does not know.
     """
@@ -292,15 +316,23 @@ def parse_network_args(arguments):
         parsed.setdefault("conv_alpha", 1.0)
     if problems:
         raise ValueError(
-            f"--network_args: {', '.join(problems)} not understood; networks.lora takes {', '.join(NETWORK_ARGS)} as NAME=VALUE"
+            f"--network_args: {', '.join(problems)} not understood; networks.lora takes {', '.join(NETWORK_ARGS)} "
+            "as NAME=VALUE"
         )
     return parsed
 
 
-def find_modules(model, train_unet=True, train_text_encoder=True, with_convolutions=False, everywhere=False):
+def find_modules(
+    model: SDModel,
+    train_unet: bool = True,
+    train_text_encoder: bool = True,
+    with_convolutions: bool = False,
+    everywhere: bool = False,
+) -> list[tuple[str, str, str, torch.nn.Module]]:
     """[(component, path in its root, kohya name, frozen layer)] in the order of the file.
 
-    ``everywhere`` finds all linear layers and convolutions: files of other trainers may have any of them.
+    ``everywhere`` finds all linear layers and convolutions: files of other trainers may have any of
+    them.
     """
     found = []
     text_blocks = None if everywhere else TEXT_ENCODER_BLOCKS
@@ -310,7 +342,8 @@ def find_modules(model, train_unet=True, train_text_encoder=True, with_convoluti
         for index, text_encoder in enumerate(model.text_encoders):
             component = f"te{index + 1}" if several else "te"
             for path, layer in _layers_inside(text_encoder, text_blocks):
-                # transformers 5 has no text_model level in CLIPTextModel; the names in the file keep it.
+                # transformers 5 has no text_model level in CLIPTextModel; the names in the file
+                # keep it.
                 inner = path.startswith(("text_model.", "text_projection"))
                 full_path = path if inner else f"text_model.{path}"
                 found.append((component, path, f"lora_{component}_{full_path}".replace(".", "_"), layer))
@@ -320,10 +353,11 @@ def find_modules(model, train_unet=True, train_text_encoder=True, with_convoluti
     return found
 
 
-def rename_modules(tensors, candidates):
+def rename_modules(tensors: dict[str, torch.Tensor], candidates: list[tuple]) -> dict[str, torch.Tensor]:
     """{key of a LoRA file: tensor} under the names that this model's modules have.
 
-    Programs disagree on the first text encoder's prefix, and some name SDXL's U-Net as diffusers does.
+    Programs disagree on the first text encoder's prefix, and some name SDXL's U-Net as diffusers
+    does.
     candidates: what ``find_modules`` gives.
     """
     names = {f"lora_{part}_{path}".replace(".", "_"): name for part, path, name, _ in candidates if part == "unet"}
@@ -334,14 +368,14 @@ def rename_modules(tensors, candidates):
     return rename_text_encoder(renamed, [name for _, _, name, _ in candidates])
 
 
-def component_roots(model):
+def component_roots(model: SDModel) -> dict[str, torch.nn.Module]:
     """{component: the module that its layers' paths start from}."""
     several = len(model.text_encoders) > 1
     roots = {f"te{index + 1}" if several else "te": encoder for index, encoder in enumerate(model.text_encoders)}
     return {**roots, "unet": model.unet}
 
 
-def sizes_from_weights(tensors):
+def sizes_from_weights(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, float]]:
     """{module: (rank, alpha)} of a LoRA file; without an alpha it is the rank."""
     sizes = {}
     for name, parts in group_modules(tensors).items():

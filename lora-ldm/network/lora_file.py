@@ -1,14 +1,17 @@
 """LoRA files in kohya's format: read them (and diffusers' key names), write them, hash them.
 
-One module is three tensors: ``NAME.lora_down.weight`` (r, in, ...), ``NAME.lora_up.weight`` (out, r, ...) and the
-scalar ``NAME.alpha``; the update is ``alpha / r * up @ down``. NAME is ``lora_unet_`` or ``lora_te_`` (``lora_te1_`` and
-``lora_te2_`` where there are two text encoders) and the module's path with underscores.
+One module is three tensors: ``NAME.lora_down.weight`` (r, in, ...), ``NAME.lora_up.weight`` (out,
+r, ...) and the scalar ``NAME.alpha``; the update is ``alpha / r * up @ down``. NAME is
+``lora_unet_`` or ``lora_te_`` (``lora_te1_`` and ``lora_te2_`` where there are two text encoders)
+and the module's path with underscores.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -29,11 +32,17 @@ _PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2":
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
-def save_lora(path, tensors, metadata=None, dtype=None):
+def save_lora(
+    path: str | Path,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a LoRA, whole or not at all.
 
     Args:
-        path: ``.safetensors``, or ``.pt`` / ``.ckpt`` (tensors only; those formats carry no metadata).
+        path: ``.safetensors``, or ``.pt`` / ``.ckpt`` (tensors only; those formats carry no
+        metadata).
         tensors: {kohya key: tensor}, any device; dtype: of the saved tensors, None keeps theirs.
         metadata: {name: text}; ``sshs_model_hash`` and ``sshs_legacy_hash`` are added.
     """
@@ -49,8 +58,9 @@ def save_lora(path, tensors, metadata=None, dtype=None):
         raise ValueError(f"{path} ends in {path.suffix!r}; a LoRA is saved as .safetensors, .pt or .ckpt")
 
 
-def load_lora(path):
-    """Read a LoRA as ({kohya key: tensor}, metadata); diffusers' and PEFT's key names are translated.
+def load_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a LoRA as ({kohya key: tensor}, metadata); diffusers' and PEFT's key names are
+    translated.
 
     Raises:
         FileNotFoundError: no such file. ValueError: damaged, empty, or no LoRA.
@@ -69,10 +79,13 @@ def load_lora(path):
     return tensors, metadata
 
 
-def from_diffusers_names(tensors, metadata=None):
+def from_diffusers_names(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> dict[str, torch.Tensor]:
     """{diffusers or PEFT key: tensor} -> {kohya key: tensor}.
 
-    A file without alphas means alpha = rank, unless its ``lora_adapter_metadata`` gives ``lora_alpha``.
+    A file without alphas means alpha = rank, unless its ``lora_adapter_metadata`` gives
+    ``lora_alpha``.
     Raises ValueError for keys of no known form.
     """
     converted, unknown, modules = {}, [], {}
@@ -101,8 +114,9 @@ def from_diffusers_names(tensors, metadata=None):
     return converted
 
 
-def group_modules(tensors):
-    """{kohya key: tensor} -> {module name: {"lora_down.weight": ..., "lora_up.weight": ..., "alpha": ...}}."""
+def group_modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """{kohya key: tensor} -> {module name: {"lora_down.weight": ..., "lora_up.weight": ...,
+    "alpha": ...}}."""
     modules = {}
     for key, value in tensors.items():
         name, _, part = key.partition(".")
@@ -110,8 +124,9 @@ def group_modules(tensors):
     return modules
 
 
-def rename_text_encoder(tensors, known_names):
-    """Swap ``lora_te_`` and ``lora_te1_`` where that is how the network names its first text encoder.
+def rename_text_encoder(tensors: dict[str, torch.Tensor], known_names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Swap ``lora_te_`` and ``lora_te1_`` where that is how the network names its first text
+    encoder.
 
     Programs disagree on the prefix of the only text encoder of SD 1.x and 2.x.
     """
@@ -127,11 +142,12 @@ def rename_text_encoder(tensors, known_names):
     return renamed
 
 
-def lora_hashes(tensors, metadata):
+def lora_hashes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[str, str]:
     """(sshs_model_hash, sshs_legacy_hash): how WebUIs recognise a LoRA.
 
-    The first is the SHA-256 of the safetensors file after its header, so that later edits of the metadata keep it; the
-    second the first 8 digits of the SHA-256 of 64 KiB from 1 MiB on, of the file with only its ``ss_`` metadata.
+    The first is the SHA-256 of the safetensors file after its header, so that later edits of the
+    metadata keep it; the second the first 8 digits of the SHA-256 of 64 KiB from 1 MiB on, of the
+    file with only its ``ss_`` metadata.
     """
     training_facts = {name: value for name, value in metadata.items() if name.startswith("ss_")}
     content = safetensors.torch.save(tensors, training_facts)

@@ -1,11 +1,14 @@
 """LyCORIS networks (``--network_module lycoris.kohya``) with the methods of LoraNetwork.
 
-The layers, their options and the key names in the file are those of the lycoris-lora package. CS can be measured where
-the update is added to the weight and the weight is all there is: lora (locon), loha and lokr.
+The layers, their options and the key names in the file are those of the lycoris-lora package. CS
+can be measured where the update is added to the weight and the weight is all there is: lora
+(locon), loha and lokr.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import quiet_libraries  # noqa: F401  (before lycoris)
 import torch
@@ -13,6 +16,7 @@ from lycoris.config import PRESET
 from lycoris.kohya import LycorisNetworkKohya, create_network_from_weights
 from lycoris.kohya import create_network as create_lycoris
 
+from base.sd import SDModel
 from cs_fluctuation import BLOCK_VALUES, LoraLayer
 from network.lora_file import load_lora, rename_text_encoder
 
@@ -27,8 +31,8 @@ OPTIONS = """
     loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio
 """.split()
 
-# lycoris-lora 4.1.3 lists the layers of Stable Diffusion's time embedding both by name and by the class around them,
-# and then fails on the duplicate; the names are enough.
+# lycoris-lora 4.1.3 lists the layers of Stable Diffusion's time embedding both by name and by the
+# class around them, and then fails on the duplicate; the names are enough.
 for _preset in PRESET.values():
     if "time_embedding.linear_1" in _preset.get("unet_target_name", ()):
         _preset["unet_target_module"] = [name for name in _preset["unet_target_module"] if name != "TimestepEmbedding"]
@@ -37,35 +41,35 @@ for _preset in PRESET.values():
 class DenseUpdateLayer(LoraLayer):
     """A layer whose update has no low-rank form B A, as the CS metric can take it.
 
-    The update D is formed for one layer at a time and dropped at once; W is not copied. Seen as a rank-1 LoRA with
-    A = (1) and B[i] = ||D[i]||, it has the norms of D, and ``project`` gives <W[i], D[i]> / ||D[i]||, so that all
-    products equal those with D itself.
+    The update D is formed for one layer at a time and dropped at once; W is not copied. Seen as a
+    rank-1 LoRA with A = (1) and B[i] = ||D[i]||, it has the norms of D, and ``project`` gives
+    <W[i], D[i]> / ||D[i]||, so that all products equal those with D itself.
 
     Args:
         module: a LyCORIS module around a frozen layer.
     """
 
-    def __init__(self, name, component, module):
+    def __init__(self, name: str, component: str, module: torch.nn.Module):
         self.module = module
         super().__init__(name, component, self, None, None)
 
     @property
-    def down(self):
+    def down(self) -> torch.Tensor:
         return torch.ones(1, 1, device=self._frozen().device)  # A (1, 1)
 
     @property
-    def up(self):
+    def up(self) -> torch.Tensor:
         return self._update().norm(dim=1, keepdim=True)  # B (out, 1)
 
     @down.setter
-    def down(self, _value):
+    def down(self, _value: Any) -> None:
         """Given by the module."""
 
     @up.setter
-    def up(self, _value):
+    def up(self, _value: Any) -> None:
         """Given by the module."""
 
-    def project(self, _down):
+    def project(self, _down: torch.Tensor) -> torch.Tensor:
         """<W[i], D[i]> / ||D[i]|| (out, 1), 0 for a row without update."""
         update, weight = self._update(), self._frozen()
         rows = max(1, BLOCK_VALUES // update.shape[1])
@@ -75,7 +79,7 @@ class DenseUpdateLayer(LoraLayer):
         ]
         return torch.cat(dots) / update.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
-    def row_norms(self):
+    def row_norms(self) -> torch.Tensor:
         """||W[i]|| (out,)."""
         return torch.linalg.vector_norm(self._frozen(), dim=1, dtype=torch.float32)
 
@@ -100,7 +104,7 @@ class DenseUpdateLayer(LoraLayer):
 class LycorisNetwork:
     """LyCORIS layers in a model. Build it with ``create_lycoris_network``."""
 
-    def __init__(self, network):
+    def __init__(self, network: LycorisNetworkKohya):
         self.network = network
         self.modules = list(network.loras)
         self._layers = None
@@ -108,38 +112,41 @@ class LycorisNetwork:
         network.train()
 
     @property
-    def components(self):
+    def components(self) -> list[str]:
         """The adapted parts in order: "te" (or "te1", "te2"), "unet"."""
         return list(dict.fromkeys(_component(module) for module in self.modules))
 
     @property
-    def multiplier(self):
+    def multiplier(self) -> float:
         return self.network.multiplier
 
     @multiplier.setter
-    def multiplier(self, value):
+    def multiplier(self, value: float) -> None:
         self.network.multiplier = float(value)
         for module in self.modules:
             module.multiplier = float(value)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "LycorisNetwork":
         """Switch the dropouts on (the state after creation) or off."""
         self.network.train(mode)
         return self
 
-    def eval(self):
+    def eval(self) -> "LycorisNetwork":
         return self.train(False)
 
-    def to(self, device=None, dtype=None):
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LycorisNetwork":
         """Move or cast the trainable tensors in place."""
         self.network.to(device=device, dtype=dtype)
         return self
 
-    def parameters(self):
+    def parameters(self) -> list[torch.Tensor]:
         return list(self.tensors().values())
 
-    def parameter_groups(self, learning_rate, unet_lr=None, text_encoder_lr=None):
-        """Optimizer groups, one a component (two with LoRA+ ratios); a rate of 0 leaves a component out."""
+    def parameter_groups(
+        self, learning_rate: float, unet_lr: float | None = None, text_encoder_lr: float | list[float] | None = None
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups, one a component (two with LoRA+ ratios); a rate of 0 leaves a component
+        out."""
         if isinstance(text_encoder_lr, (list, tuple)):
             if len(set(text_encoder_lr)) > 1:
                 raise ValueError("LyCORIS trains both text encoders at one rate: give --text_encoder_lr one value")
@@ -148,7 +155,7 @@ class LycorisNetwork:
         names = [description.replace("textencoder", "te") for description in descriptions]
         return [{**group, "params": list(group["params"]), "name": name} for group, name in zip(groups, names)]
 
-    def layers(self):
+    def layers(self) -> list[LoraLayer]:
         """What the CS metric looks at, live.
 
         Raises ValueError for algorithms whose update is not a weight that is added to W.
@@ -157,12 +164,15 @@ class LycorisNetwork:
             self._layers = [_layer(module) for module in self.modules if type(module).__name__ != "NormModule"]
         return self._layers
 
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         """{key: live trainable tensor}."""
         return dict(self.network.named_parameters())
 
-    def state_for_file(self, dtype=None, tensors=None):
-        """{LyCORIS key: copy on the CPU}, the alphas included; of the live weights or of a snapshot of ``tensors()``."""
+    def state_for_file(
+        self, dtype: torch.dtype | None = None, tensors: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """{LyCORIS key: copy on the CPU}, the alphas included; of the live weights or of a snapshot
+        of ``tensors()``."""
         if tensors is not None:  # a trained scalar is multiplied into other tensors, so that the layers must do it
             live = {name: value.detach().clone() for name, value in self.tensors().items()}
             self.load_tensors(tensors)
@@ -173,8 +183,9 @@ class LycorisNetwork:
         return {name: value.detach().to("cpu", dtype, copy=True) for name, value in self.network.state_dict().items()}
 
     @torch.no_grad()
-    def load_tensors(self, tensors):
-        """Set the weights from ``tensors()`` or from a file's tensors. Raises ValueError where they do not fit."""
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set the weights from ``tensors()`` or from a file's tensors. Raises ValueError where they
+        do not fit."""
         mine = self.tensors()
         tensors = rename_text_encoder(tensors, [module.lora_name for module in self.modules])
         alphas = {
@@ -198,25 +209,26 @@ class LycorisNetwork:
             elif name.endswith(".scalar"):
                 target.fill_(1.0)  # files have it multiplied in
 
-    def scale_weight_norms(self, max_norm):
-        """Shrink updates whose norm exceeds ``max_norm``. -> (scaled count, mean norm, largest norm)."""
+    def scale_weight_norms(self, max_norm: float) -> tuple[int, float, float]:
+        """Shrink updates whose norm exceeds ``max_norm``. -> (scaled count, mean norm, largest
+        norm)."""
         device = self.parameters()[0].device
         count, mean, largest = self.network.apply_max_norm_regularization(max_norm, device)
         return int(count), float(mean), float(largest)
 
 
 def create_lycoris_network(
-    model,
+    model: SDModel,
     *,
-    rank=4,
-    alpha=1.0,
-    dropout=0.0,
-    network_args=None,
-    train_unet=True,
-    train_text_encoder=True,
-    weights=None,
-    dim_from_weights=False,
-):
+    rank: int | None = 4,
+    alpha: float | None = 1.0,
+    dropout: float | None = 0.0,
+    network_args: Sequence[str] | None = None,
+    train_unet: bool = True,
+    train_text_encoder: bool = True,
+    weights: str | Path | None = None,
+    dim_from_weights: bool = False,
+) -> LycorisNetwork:
     """Put LyCORIS layers into a model, in place.
 
     Args:
@@ -250,8 +262,9 @@ def create_lycoris_network(
     return wrapped
 
 
-def parse_lycoris_args(arguments):
-    """``["algo=loha", "use_tucker=True"]`` -> {"algo": "loha", "use_tucker": True}. Raises ValueError with all problems."""
+def parse_lycoris_args(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """``["algo=loha", "use_tucker=True"]`` -> {"algo": "loha", "use_tucker": True}. Raises
+    ValueError with all problems."""
     parsed, problems = {}, []
     for argument in arguments or []:
         name, separator, text = argument.partition("=")
@@ -270,7 +283,8 @@ def parse_lycoris_args(arguments):
 
 
 def _network_like(weights, model, text_encoders):
-    """Layers with the algorithm, rank and alpha that the tensors of a file have, and their values."""
+    """Layers with the algorithm, rank and alpha that the tensors of a file have, and their
+    values."""
     if weights is None:
         raise ValueError("--dim_from_weights needs --network_weights, the file whose layers are to be taken")
     own_names, flat = {name: own for own, name in _unet_names(model).items()}, ("lora_te_", "lora_te1_")
@@ -298,8 +312,8 @@ def _layer(module):
     kind = type(module).__name__
     if kind not in MEASURABLE:
         raise ValueError(
-            f"CS cannot be measured for this LyCORIS algorithm ({kind}): its update is not a weight that is added to the "
-            "frozen one. Use algo=lora, loha or lokr, or train without --calculate_cs and --early_stop"
+            f"CS cannot be measured for this LyCORIS algorithm ({kind}): its update is not a weight that is added "
+            "to the frozen one. Use algo=lora, loha or lokr, or train without --calculate_cs and --early_stop"
         )
     if kind == "LoConModule" and not module.tucker and not isinstance(module.scalar, torch.nn.Parameter):
         weights = module.org_weight, module.lora_down.weight, module.lora_up.weight

@@ -1,4 +1,5 @@
-"""What a LoRA file says about its training: kohya's ``ss_*`` keys and the ``modelspec.*`` keys of the SAI model spec."""
+"""What a LoRA file says about its training: kohya's ``ss_*`` keys and the ``modelspec.*`` keys of
+the SAI model spec."""
 
 import datetime
 import json
@@ -56,8 +57,9 @@ def build_metadata(
         base: ``SDModel.base_hashes``.
         network_args: the parsed --network_args, a dict.
         data: what ``ImageBatches.metadata()`` gives; values that are not texts are written as JSON.
-        training: facts of the run by their final names without ``ss_`` (session_id, training_started_at,
-            num_epochs, max_train_steps, optimizer, steps, epoch, ...). They win over flags.
+        training: facts of the run by their final names without ``ss_`` (session_id,
+            training_started_at, num_epochs, max_train_steps, optimizer, steps, epoch, ...). They
+            win over flags.
     """
     metadata = {f"ss_{name}": settings[name] for name in PLAIN_FLAGS if name in settings}
     kind = (bool(settings.get(name)) for name in ("v2", "v_parameterization", "sdxl"))

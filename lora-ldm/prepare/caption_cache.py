@@ -1,4 +1,5 @@
-"""Answers that were had once: a file of JSON lines, to which each answer is added the moment it comes."""
+"""Answers that were had once: a file of JSON lines, to which each answer is added the moment it
+comes."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class AnswerCache:
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
         if content and not self.answers:
-            raise ValueError(f"--cache {path} holds no answer: it is another kind of file, or damaged; remove it or name another")
+            raise ValueError(
+                f"--cache {path} holds no answer: it is another kind of file, or damaged; remove it or name another"
+            )
         if content and not content.endswith(b"\n"):
             with open(path, "ab") as file:
                 file.write(b"\n")
@@ -45,7 +48,7 @@ class AnswerCache:
     def get(self, key: str) -> Optional[Answer]:
         return self.answers.get(key)
 
-    def put(self, key: str, answer: Answer):
+    def put(self, key: str, answer: Answer) -> None:
         with self.lock:
             self.answers[key] = answer
             with open(self.path, "a", encoding="utf-8") as file:

@@ -1,4 +1,5 @@
-"""Where captions go: a text file beside each picture, or one metadata.jsonl for the folder. Written whole or not at all."""
+"""Where captions go: a text file beside each picture, or one metadata.jsonl for the folder. Written
+whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def find_pictures(folder: Path, recursive: bool) -> list[Path]:
 
 
 def existing_caption(path: Path) -> Optional[str]:
-    """The text of a caption file, None where there is none. Raises ValueError where it is not UTF-8."""
+    """The text of a caption file, None where there is none. Raises ValueError where it is not
+    UTF-8."""
     if not path.exists():
         return None
     try:
@@ -34,7 +36,7 @@ def existing_caption(path: Path) -> Optional[str]:
         raise ValueError(f"caption file {path} is not UTF-8 text: save it as UTF-8") from None
 
 
-def write_caption(path: Path, text: str):
+def write_caption(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; it ends with a line break."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(aside, "w", encoding="utf-8") as file:
@@ -57,7 +59,9 @@ class CaptionFiles:
         for picture in pictures:
             first = owners.setdefault(self.path(picture), picture)
             if first != picture:
-                raise ValueError(f"{first} and {picture.name} would share {self.path(picture).name}: rename one of them")
+                raise ValueError(
+                    f"{first} and {picture.name} would share {self.path(picture).name}: rename one of them"
+                )
 
     def path(self, picture: Path) -> Path:
         return picture.with_suffix(self.extension)
@@ -65,12 +69,13 @@ class CaptionFiles:
     def get(self, picture: Path) -> Optional[str]:
         return existing_caption(self.path(picture))
 
-    def put(self, picture: Path, caption: str):
+    def put(self, picture: Path, caption: str) -> None:
         write_caption(self.path(picture), caption)
 
 
 class MetadataFile:
-    """Captions as lines {"file_name", "text"} of FOLDER/metadata.jsonl; other lines and fields stay as they are.
+    """Captions as lines {"file_name", "text"} of FOLDER/metadata.jsonl; other lines and fields stay
+    as they are.
 
     Raises:
         ValueError: the file that is there is not such a list.
@@ -85,7 +90,9 @@ class MetadataFile:
                     entry = json.loads(line)
                     self.entries[entry["file_name"]] = entry
                 except (json.JSONDecodeError, TypeError, KeyError):
-                    raise ValueError(f'{self.file} line {number} is no JSON object with a "file_name": mend it') from None
+                    raise ValueError(
+                        f'{self.file} line {number} is no JSON object with a "file_name": mend it'
+                    ) from None
 
     def name(self, picture: Path) -> str:
         return picture.relative_to(self.folder).as_posix()
@@ -94,7 +101,7 @@ class MetadataFile:
         entry = self.entries.get(self.name(picture), {})
         return entry.get("caption", entry.get("text"))
 
-    def put(self, picture: Path, caption: str):
+    def put(self, picture: Path, caption: str) -> None:
         with self.lock:
             entry = self.entries.setdefault(self.name(picture), {"file_name": self.name(picture)})
             entry["caption" if "caption" in entry else "text"] = caption

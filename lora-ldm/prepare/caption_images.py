@@ -1,27 +1,27 @@
 """Captions in plain sentences from a vision model, beside each picture.
 
-    python lora-ldm/prepare/caption_images.py data/10_statue --captioner claude --trigger_word "CUS statue" --review look.html
-    python lora-ldm/prepare/caption_images.py data/10_statue --captioner openai --base_url http://127.0.0.1:8000/v1 --model NAME
-    python lora-ldm/prepare/caption_images.py data/10_statue --captioner local --model models/blip
+    python lora-ldm/prepare/caption_images.py data/10_statue --captioner claude --trigger_word "CUS
+    statue" --review look.html python lora-ldm/prepare/caption_images.py data/10_statue --captioner
+    openai --base_url http://127.0.0.1:8000/v1 --model NAME python
+    lora-ldm/prepare/caption_images.py data/10_statue --captioner local --model models/blip
 
-Pictures are made smaller before they are sent. What will be sent where, and what it may cost, is shown and asked about before
-the first request. Captions that exist are kept unless --overwrite says otherwise. Keys come from ANTHROPIC_API_KEY,
-OPENAI_API_KEY or --key_file, and go nowhere but to their own service.
+Pictures are made smaller before they are sent. What will be sent where, and what it may cost, is
+shown and asked about before the first request. Captions that exist are kept unless --overwrite says
+otherwise. Keys come from ANTHROPIC_API_KEY, OPENAI_API_KEY or --key_file, and go nowhere but to
+their own service.
 
-What a fault does; every answer that came before is on disk by then, and the same command goes on where it was:
+What a fault does; every answer that came before is on disk by then, and the same command goes on
+where it was:
 
-    HTTP 429, 408, 409, 5xx   asked again up to --retries times, later each time (as late as the server says); then left out
-    no answer in --timeout    the same
-    connection cut            the same
-    answer is not JSON        left out, named; not asked again by itself, as it may have been paid for
-    JSON without a caption    the same
-    the model declines        left out, named; remembered, so that the refusal is not paid for twice
-    HTTP 400, 413, 422        left out, named: this picture is not accepted
-    HTTP 401, 402, 403, 404   the run stops at once: no other picture would fare better
-    5 of the first three in a row: the run stops, the service is down
-    picture damaged           left out, named; never sent
-    Ctrl-C                    answers under way are still written; exit code 130
-    kill                      what was under way is lost, nothing else
+    HTTP 429, 408, 409, 5xx   asked again up to --retries times, later each time (as late as the
+    server says); then left out no answer in --timeout    the same connection cut            the
+    same answer is not JSON        left out, named; not asked again by itself, as it may have been
+    paid for JSON without a caption    the same the model declines        left out, named;
+    remembered, so that the refusal is not paid for twice HTTP 400, 413, 422        left out, named:
+    this picture is not accepted HTTP 401, 402, 403, 404   the run stops at once: no other picture
+    would fare better 5 of the first three in a row: the run stops, the service is down picture
+    damaged           left out, named; never sent Ctrl-C                    answers under way are
+    still written; exit code 130 kill                      what was under way is lost, nothing else
 
 Exit codes: 0 every picture has a caption, 2 bad arguments or pictures left out, 130 interrupted.
 """
@@ -51,6 +51,7 @@ from prepare.caption_services import (  # noqa: E402
     Answer,
     NoAnswer,
     PictureFault,
+    Service,
     ServiceFault,
     one_line,
 )
@@ -69,7 +70,11 @@ def parse_arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     add("--model", help=f"model name ({models}); for local the folder of a BLIP or Florence-2 model")
     add("--base_url", help="another server that speaks the same protocol")
     add("--key_file", type=Path, help="file that holds the key alone")
-    add("--key_env", metavar="NAME", help="environment variable that holds the key; needed with --base_url, if it wants one")
+    add(
+        "--key_env",
+        metavar="NAME",
+        help="environment variable that holds the key; needed with --base_url, if it wants one",
+    )
     add("--instruction", help="what to ask of the model (local: a beginning for BLIP, a task for Florence-2)")
     add("--prefix", default="", help="put before every caption, as it is")
     add("--trigger_word", "--trigger", default="", help='put first, such as "CUS statue"')
@@ -91,8 +96,9 @@ def parse_arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def validate(args: argparse.Namespace):
-    """Fills model, instruction and address in, on which answers depend. Raises ValueError with all problems."""
+def validate(args: argparse.Namespace) -> None:
+    """Fills model, instruction and address in, on which answers depend. Raises ValueError with all
+    problems."""
     if args.captioner != "local":
         args.own_address = not args.base_url
         args.model = args.model or DEFAULTS[args.captioner][0]
@@ -166,8 +172,9 @@ def money(tokens_in: float, tokens_out: float, args: argparse.Namespace) -> str:
     return f"{dollars:.4f} US dollars at {found[0]:g} and {found[1]:g} per million tokens in and out"
 
 
-def confirm(plan: Plan, service, args: argparse.Namespace) -> bool:
-    """Shows how many pictures go where and what that may cost, and asks. Raises ValueError where nobody can answer."""
+def confirm(plan: Plan, service: Service, args: argparse.Namespace) -> bool:
+    """Shows how many pictures go where and what that may cost, and asks. Raises ValueError where
+    nobody can answer."""
     sizes = [smaller_size(path, args.max_side) for path in plan.ask]
     words = len(args.instruction) / 4 + 20  # about 4 letters a token
     tokens_in = sum(service.tokens_of(*size) + words for size in sizes)
@@ -183,20 +190,21 @@ def confirm(plan: Plan, service, args: argparse.Namespace) -> bool:
 
 
 def caption_text(answer: str, args: argparse.Namespace) -> str:
-    """The trigger word, the prefix, the model's words; a trigger word that they begin with comes once."""
+    """The trigger word, the prefix, the model's words; a trigger word that they begin with comes
+    once."""
     text = one_line(f"{args.prefix}{answer}")
     if args.trigger_word and not text.lower().startswith(args.trigger_word.lower()):
         text = f"{args.trigger_word}{args.caption_separator}{text}"
     return text
 
 
-def write_answer(path: Path, answer: Answer, plan: Plan, args: argparse.Namespace):
+def write_answer(path: Path, answer: Answer, plan: Plan, args: argparse.Namespace) -> None:
     if answer.declined:
         raise PictureFault("the model declines to describe it (write a caption by hand)")
     plan.captions.put(path, caption_text(answer.text, args))
 
 
-def ask_about(path: Path, plan: Plan, service, args: argparse.Namespace) -> Answer:
+def ask_about(path: Path, plan: Plan, service: Service, args: argparse.Namespace) -> Answer:
     """One request; the answer goes to disk before anything else happens to it."""
     try:
         picture = to_rgb_and_alpha(open_image(path))[0]
@@ -209,8 +217,9 @@ def ask_about(path: Path, plan: Plan, service, args: argparse.Namespace) -> Answ
     return answer
 
 
-def ask_about_all(plan: Plan, service, args: argparse.Namespace, failures: dict[Path, str]) -> tuple[int, int]:
-    """Requests a few at a time; fills `failures` and returns (tokens in, tokens out). Raises ServiceFault."""
+def ask_about_all(plan: Plan, service: Service, args: argparse.Namespace, failures: dict[Path, str]) -> tuple[int, int]:
+    """Requests a few at a time; fills `failures` and returns (tokens in, tokens out). Raises
+    ServiceFault."""
     tokens, in_a_row = (0, 0), 0
     with ThreadPoolExecutor(1 if args.captioner == "local" else args.parallel) as pool:
         futures = {pool.submit(ask_about, path, plan, service, args): path for path in plan.ask}
@@ -252,7 +261,7 @@ def caption_folder(args: argparse.Namespace) -> dict[Path, str]:
     return failures
 
 
-def report(plan: Plan, args: argparse.Namespace, failures: dict[Path, str]):
+def report(plan: Plan, args: argparse.Namespace, failures: dict[Path, str]) -> None:
     have = sum(plan.captions.get(path) is not None for path in plan.pictures)
     print(f"{have} of {len(plan.pictures)} pictures in {args.train_data_dir} have captions")
     kept = len(plan.pictures) - len(plan.keys)

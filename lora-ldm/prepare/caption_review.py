@@ -10,12 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images.loading import UnreadableImageError, open_image, to_rgb_and_alpha  # noqa: E402
-from prepare.caption_files import write_caption  # noqa: E402
+from prepare.caption_files import CaptionFiles, MetadataFile, write_caption  # noqa: E402
 
 THUMBNAIL_PX = 320
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2126; background: #fbfbfa; max-width: 60rem; margin: 2rem auto }
-article { display: flex; gap: 1.2rem; padding: 1rem 0; border-top: 1px solid #ddd } img { width: 14rem; object-fit: contain }
+article { display: flex; gap: 1.2rem; padding: 1rem 0; border-top: 1px solid #ddd }
+img { width: 14rem; object-fit: contain }
 h2 { font-size: .85rem; color: #6a7078; margin: 0 } p { margin: .3rem 0 } .missing { color: #c8553d }
 """
 
@@ -32,7 +33,7 @@ def thumbnail(path: Path) -> str:
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode("ascii")}">'
 
 
-def write_review(page: Path, pictures: list[Path], captions):
+def write_review(page: Path, pictures: list[Path], captions: CaptionFiles | MetadataFile) -> None:
     """Write the page. captions: CaptionFiles or MetadataFile."""
     articles = []
     for path in pictures:

@@ -1,7 +1,9 @@
-"""Who writes the captions: Claude, OpenAI or a compatible server through their SDKs, or a model on this machine.
+"""Who writes the captions: Claude, OpenAI or a compatible server through their SDKs, or a model on
+this machine.
 
-Every captioner has `destination` (where pictures go, for the person to read), `caption(picture) -> Answer`, and
-`tokens_of(width_px, height_px)`, the tokens that a picture costs; the SDKs repeat a request that failed, with back-off.
+Every captioner has `destination` (where pictures go, for the person to read), `caption(picture) ->
+Answer`, and `tokens_of(width_px, height_px)`, the tokens that a picture costs; the SDKs repeat a
+request that failed, with back-off.
 """
 
 from __future__ import annotations
@@ -10,17 +12,20 @@ import base64
 import io
 import json
 import os
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from PIL import Image
 
 INSTRUCTION = (
-    "Describe this picture in one sentence of at most 40 words, as a caption to train an image model with: the subject, its "
-    "look and pose, the surroundings, the light and the style. Name only what can be seen. Answer with the caption alone."
+    "Describe this picture in one sentence of at most 40 words, as a caption to train an image model with: the "
+    "subject, its look and pose, the surroundings, the light and the style. Name only what can be seen. Answer with "
+    "the caption alone."
 )
-# (model, US dollars per million tokens in, and out): list prices of 2025; --price_in and --price_out override them.
+# (model, US dollars per million tokens in, and out): list prices of 2025; --price_in and
+# --price_out override them.
 DEFAULTS = {"claude": ("claude-haiku-4-5", 1.00, 5.00), "openai": ("gpt-4.1-mini", 0.40, 1.60)}
 ADDRESSES = {"claude": "https://api.anthropic.com", "openai": "https://api.openai.com/v1"}
 KEY_VARIABLES = {"claude": "ANTHROPIC_API_KEY", "openai": "OPENAI_API_KEY"}
@@ -52,10 +57,11 @@ class Answer:
     tokens_out: int = 0
 
 
-def read_key(args) -> Optional[str]:
+def read_key(args: Namespace) -> Optional[str]:
     """The key from --key_file, --key_env or the service's own variable; never shown anywhere.
 
-    The service's variable is not used with --base_url: a key goes to nobody but the one who gave it.
+    The service's variable is not used with --base_url: a key goes to nobody but the one who gave
+    it.
     Raises ValueError where there is none.
     """
     variable = args.key_env or (KEY_VARIABLES[args.captioner] if args.own_address else None)
@@ -85,11 +91,11 @@ class Service:
     """What both SDKs share, which have the same client arguments and exceptions.
 
     Args:
-        args: captioner, model, base_url, own_address (no --base_url was given), key_file, key_env, instruction, max_tokens,
-            retries, timeout (seconds).
+        args: captioner, model, base_url, own_address (no --base_url was given), key_file, key_env,
+            instruction, max_tokens, retries, timeout (seconds).
     """
 
-    def __init__(self, sdk, client_class, args):
+    def __init__(self, sdk: Any, client_class: type, args: Namespace):
         self.sdk, self.args, self.destination = sdk, args, args.base_url
         self.key = read_key(args)
         self.client = client_class(
@@ -110,7 +116,9 @@ class Service:
             if error.status_code in NO_USE:
                 advice = "see --key_file, --key_env, --model and --base_url"
                 raise ServiceFault(f"{self.destination}: {NO_USE[error.status_code]} ({reason}); {advice}") from None
-            raise (NoAnswer if error.status_code in TRANSIENT or error.status_code >= 500 else PictureFault)(reason) from None
+            raise (NoAnswer if error.status_code in TRANSIENT or error.status_code >= 500 else PictureFault)(
+                reason
+            ) from None
         except (json.JSONDecodeError, sdk.APIResponseValidationError):
             raise PictureFault("the answer is not valid JSON") from None
         except (AttributeError, IndexError, TypeError):  # JSON, but with other contents: the SDKs do not look into it
@@ -126,7 +134,7 @@ class Service:
 
 
 class Claude(Service):
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         try:
             import anthropic
         except ImportError:
@@ -149,7 +157,7 @@ class Claude(Service):
 
 
 class OpenAI(Service):
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         try:
             import openai
         except ImportError:
@@ -159,7 +167,8 @@ class OpenAI(Service):
     def ask(self, jpeg: str) -> Answer:
         address = {"url": f"data:image/jpeg;base64,{jpeg}"}
         content = [{"type": "text", "text": self.args.instruction}, {"type": "image_url", "image_url": address}]
-        # Compatible servers know the older name of the limit, OpenAI's newer models only the new one.
+        # Compatible servers know the older name of the limit, OpenAI's newer models only the new
+        # one.
         limit = {"max_completion_tokens" if self.args.own_address else "max_tokens": self.args.max_tokens}
         completion = self.client.chat.completions.create(
             model=self.args.model, messages=[{"role": "user", "content": content}], **limit
@@ -175,7 +184,8 @@ class OpenAI(Service):
 
 
 class LocalModel:
-    """A captioning model of transformers (BLIP, Florence-2) from a folder, on the GPU where there is one.
+    """A captioning model of transformers (BLIP, Florence-2) from a folder, on the GPU where there
+    is one.
 
     Raises:
         ValueError: the folder does not hold such a model.
@@ -183,9 +193,11 @@ class LocalModel:
 
     destination = "this machine"
 
-    def __init__(self, args):
+    def __init__(self, args: Namespace):
         if not args.model or not Path(args.model).is_dir():
-            raise ValueError(f"--model {args.model or ''}: --captioner local needs the folder of a BLIP or Florence-2 model")
+            raise ValueError(
+                f"--model {args.model or ''}: --captioner local needs the folder of a BLIP or Florence-2 model"
+            )
         import quiet_libraries  # noqa: F401  (before transformers)
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -1,9 +1,11 @@
-"""From photographs to training images: upright, 8-bit RGB, scaled and cut to one resolution or to buckets.
+"""From photographs to training images: upright, 8-bit RGB, scaled and cut to one resolution or to
+buckets.
 
     python lora-ldm/prepare/resize_images.py photos data/10_mycat --size 512 --crop smart
     python lora-ldm/prepare/resize_images.py photos data/10_mycat --size 512 --buckets --dry_run
 
-Originals are never touched and nothing is overwritten without --overwrite. Captions (.txt, .caption) come along.
+Originals are never touched and nothing is overwritten without --overwrite. Captions (.txt,
+.caption) come along.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Optional, TextIO
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -27,7 +29,7 @@ from images.buckets import BucketSelector, Size  # noqa: E402
 from images.dataset_settings import INTERPOLATIONS, checked_resolution  # noqa: E402
 from images.folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER  # noqa: E402
 from images.loading import UnreadableImageError, open_image, resize, resize_mask, to_rgb_and_alpha  # noqa: E402
-from prepare.smart_crop import METHODS, crop_box, face_finder  # noqa: E402
+from prepare.smart_crop import METHODS, Box, crop_box, face_finder  # noqa: E402
 
 HEIF_EXTENSIONS = (".heic", ".heif")
 FORMATS = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95}}
@@ -132,7 +134,7 @@ def find_pictures(folder: Path, recursive: bool, output: Path) -> list[Path]:
     return pictures
 
 
-def register_heif():
+def register_heif() -> None:
     try:
         import pillow_heif
     except ImportError:
@@ -141,7 +143,8 @@ def register_heif():
 
 
 def output_paths(pictures: list[Path], args: argparse.Namespace) -> dict[Path, Path]:
-    """Where each picture goes; a name that two pictures would share gets the old extension added."""
+    """Where each picture goes; a name that two pictures would share gets the old extension
+    added."""
     taken, targets = set(), {}
     for path in pictures:
         target = args.output / path.relative_to(args.input).with_suffix(f".{args.format}")
@@ -165,13 +168,13 @@ def to_srgb(image: Image.Image) -> Image.Image:
         return image  # a profile of another kind of picture; its numbers are taken as they are
 
 
-def cut_and_scale(array: np.ndarray, box, size_px: Size, interpolation: Optional[str]) -> np.ndarray:
+def cut_and_scale(array: np.ndarray, box: Box, size_px: Size, interpolation: Optional[str]) -> np.ndarray:
     left, top, width, height = box
     part = np.ascontiguousarray(array[top : top + height, left : left + width])
     return resize_mask(part, size_px) if array.ndim == 2 else resize(part, size_px, interpolation)
 
 
-def save_whole(image: Image.Image, path: Path, options: dict):
+def save_whole(image: Image.Image, path: Path, options: dict) -> None:
     """Writes a picture aside and renames it, so that a half-written one is never met."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -204,7 +207,14 @@ def nearest_earlier(path: Path, image: Image.Image, report: Report, max_bits: in
     return match
 
 
-def convert(path: Path, target: Path, args: argparse.Namespace, selector: BucketSelector, find_faces, report: Report):
+def convert(
+    path: Path,
+    target: Path,
+    args: argparse.Namespace,
+    selector: BucketSelector,
+    find_faces: Callable | None,
+    report: Report,
+) -> None:
     """One picture: load, place, cut, scale, write; notes the outcome in the report."""
     rgb_image, alpha_image = to_rgb_and_alpha(to_srgb(open_image(path)))
     twin = nearest_earlier(path, rgb_image, report, args.duplicate_bits)
@@ -231,14 +241,14 @@ def convert(path: Path, target: Path, args: argparse.Namespace, selector: Bucket
     copy_captions(path, target, args.overwrite)
 
 
-def copy_captions(path: Path, target: Path, overwrite: bool):
+def copy_captions(path: Path, target: Path, overwrite: bool) -> None:
     for suffix in CAPTION_EXTENSIONS:
         source, copy = path.with_suffix(suffix), target.with_suffix(suffix)
         if source.is_file() and (overwrite or not copy.exists()):
             shutil.copyfile(source, copy)
 
 
-def print_report(report: Report, total: int, args: argparse.Namespace):
+def print_report(report: Report, total: int, args: argparse.Namespace) -> None:
     verb = "would write" if args.dry_run else "wrote"
     print(f"{verb} {len(report.written)} of {total} pictures to {args.output}")
     for size, count in sorted(report.sizes.items()):
@@ -251,10 +261,13 @@ def print_report(report: Report, total: int, args: argparse.Namespace):
     print_list("damaged and left out", report.damaged, sys.stderr)
     if report.written and not REPEAT_FOLDER.fullmatch(args.output.resolve().name):
         name = args.output.resolve().name
-        print(f"to train on them, name the folder <repeats>_<name>, such as 10_{name}, and give its parent as --train_data_dir")
+        print(
+            f"to train on them, name the folder <repeats>_<name>, such as 10_{name}, and give its parent as "
+            "--train_data_dir"
+        )
 
 
-def print_list(title: str, items: list, file=None):
+def print_list(title: str, items: list, file: TextIO = None) -> None:
     if items:
         print(f"{len(items)} {title}:", *(f"  {item}" for item in items), sep="\n", file=file)
 

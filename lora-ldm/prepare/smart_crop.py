@@ -1,10 +1,12 @@
 """Where to cut a picture: in the middle, around faces, or where its edges or its entropy are.
 
-The cut always has the shape asked for and is as large as the picture allows, so only its position is chosen. Nothing is
-invented here: faces come from OpenCV's YuNet (where its model file is given) or from scikit-image's bundled cascade,
-edges, skin and colours from smartcrop.py, entropy from scikit-image.
+The cut always has the shape asked for and is as large as the picture allows, so only its position
+is chosen. Nothing is invented here: faces come from OpenCV's YuNet (where its model file is given)
+or from scikit-image's bundled cascade, edges, skin and colours from smartcrop.py, entropy from
+scikit-image.
 
-    python lora-ldm/prepare/smart_crop.py photos --size 512 --method faces     # prints the cut of each picture
+    python lora-ldm/prepare/smart_crop.py photos --size 512 --method faces     # prints the cut of
+    each picture
 """
 
 from __future__ import annotations
@@ -49,12 +51,15 @@ def crop_box(rgb: np.ndarray, shape_px: Size, method: str = "smart", find_faces:
     if box_px != (width, height) and method != "centre":
         centre = centre_of_interest(rgb, box_px, method, find_faces) or centre
     left, top = (
-        int(min(max(0, centre[axis] - box_px[axis] / 2), limit - box_px[axis])) for axis, limit in enumerate((width, height))
+        int(min(max(0, centre[axis] - box_px[axis] / 2), limit - box_px[axis]))
+        for axis, limit in enumerate((width, height))
     )
     return left, top, box_px[0], box_px[1]
 
 
-def centre_of_interest(rgb: np.ndarray, box_px: Size, method: str, find_faces: Optional[Callable]):
+def centre_of_interest(
+    rgb: np.ndarray, box_px: Size, method: str, find_faces: Optional[Callable]
+) -> Optional[tuple[float, float]]:
     """(x, y) in pixels that the cut is to be centred on, or None for the middle."""
     if method in ("faces", "smart"):
         faces = (find_faces or face_finder())(rgb)
@@ -68,7 +73,7 @@ def centre_of_interest(rgb: np.ndarray, box_px: Size, method: str, find_faces: O
     return x / factor, y / factor
 
 
-def centre_of_faces(faces: list[Box], box_px: Size):
+def centre_of_faces(faces: list[Box], box_px: Size) -> tuple[float, float]:
     """Middle of all faces if they fit into the cut together, else of the largest."""
     left, top = min(face[0] for face in faces), min(face[1] for face in faces)
     right, bottom = max(face[0] + face[2] for face in faces), max(face[1] + face[3] for face in faces)
@@ -85,8 +90,9 @@ def reduced(rgb: np.ndarray) -> tuple[np.ndarray, float]:
     return resize(rgb, (max(1, round(width * factor)), max(1, round(height * factor))), None), factor
 
 
-def edges_centre(rgb: np.ndarray, box_px: Size):
-    """Centre of smartcrop.py's best cut: edges, skin and saturated colours, few of them at its border."""
+def edges_centre(rgb: np.ndarray, box_px: Size) -> tuple[float, float]:
+    """Centre of smartcrop.py's best cut: edges, skin and saturated colours, few of them at its
+    border."""
     try:
         import smartcrop
     except ImportError:
@@ -98,7 +104,7 @@ def edges_centre(rgb: np.ndarray, box_px: Size):
     return best["x"] + best["width"] / 2, best["y"] + best["height"] / 2
 
 
-def entropy_centre(rgb: np.ndarray, box_px: Size):
+def entropy_centre(rgb: np.ndarray, box_px: Size) -> tuple[float, float]:
     """Centre of the cut with the largest sum of local entropy."""
     try:
         from skimage.filters.rank import entropy
@@ -119,8 +125,8 @@ def face_finder(model_path: Optional[str] = None) -> Callable[[np.ndarray], list
     """Function picture -> faces as boxes in its pixels.
 
     Args:
-        model_path: OpenCV's face_detection_yunet_*.onnx, which finds far more faces and fewer wrong ones; without it
-            the frontal-face cascade in scikit-image.
+        model_path: OpenCV's face_detection_yunet_*.onnx, which finds far more faces and fewer wrong
+            ones; without it the frontal-face cascade in scikit-image.
     Raises:
         ValueError: the model file cannot be read, or scikit-image is missing.
         FileNotFoundError: no such model file.
@@ -143,7 +149,8 @@ def face_finder(model_path: Optional[str] = None) -> Callable[[np.ndarray], list
         sizes = {"min_size": (smallest, smallest), "max_size": (shorter, shorter)}
         found = cascade.detect_multi_scale(small, scale_factor=1.1, step_ratio=1, **sizes)
         boxes = [(face["c"], face["r"], face["width"], face["height"]) for face in found]
-        # The cascade takes small patterns for faces; what is much smaller than the largest find is left out.
+        # The cascade takes small patterns for faces; what is much smaller than the largest find is
+        # left out.
         largest = max((box[2] for box in boxes), default=0)
         return [tuple(round(value / factor) for value in box) for box in boxes if box[2] >= 0.75 * largest]
 
@@ -168,9 +175,10 @@ def yunet_finder(model_path: str) -> Callable[[np.ndarray], list[Box]]:
     return find
 
 
-def copy_with_face(path: Path, faces: list[Box], folder: Path):
-    """Copies a picture and its captions; the position of the largest face goes to the end of the name, where
-    --face_crop_aug_range reads it (centre x, centre y, width, height). What is there already is kept."""
+def copy_with_face(path: Path, faces: list[Box], folder: Path) -> None:
+    """Copies a picture and its captions; the position of the largest face goes to the end of the
+    name, where --face_crop_aug_range reads it (centre x, centre y, width, height). What is there
+    already is kept."""
     stem = path.stem
     if faces:
         left, top, width, height = max(faces, key=lambda face: face[2] * face[3])

@@ -3,8 +3,8 @@
     python lora-ldm/prepare/tag_wd14.py data/10_mycat --always_first_tags mycat --remove_underscore
     python lora-ldm/prepare/tag_wd14.py data/10_mycat --model wd14/model.onnx --append_tags
 
-The model and its selected_tags.csv come from the hub (--repo_id) or from files (--model, --tags). Captions that exist are
-kept unless --append_tags or --overwrite says otherwise.
+The model and its selected_tags.csv come from the hub (--repo_id) or from files (--model, --tags).
+Captions that exist are kept unless --append_tags or --overwrite says otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ DEFAULT_REPO = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 # Categories of selected_tags.csv.
 GENERAL, CHARACTER, RATING = 0, 4, 9
 # Faces made of signs keep their underscores.
-KEEP_UNDERSCORE = frozenset("0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||".split())
+KEEP_UNDERSCORE = frozenset(
+    "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||".split()
+)
 
 
 @dataclass
@@ -43,7 +45,8 @@ class Tagger:
     """An ONNX tagger: pictures in, one probability per row of selected_tags.csv out.
 
     Raises:
-        ValueError: the model cannot be loaded, is of another kind, or has another number of tags than the csv.
+        ValueError: the model cannot be loaded, is of another kind, or has another number of tags
+        than the csv.
     """
 
     def __init__(self, model_path: Path, tags: list[Tag]):
@@ -55,7 +58,9 @@ class Tagger:
         options.log_severity_level = 3
         providers = [p for p in onnxruntime.get_available_providers() if p in ("CUDAExecutionProvider",)]
         try:
-            self.session = onnxruntime.InferenceSession(str(model_path), options, providers=[*providers, "CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                str(model_path), options, providers=[*providers, "CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime's own exceptions share no narrower base class
             raise ValueError(f"--model {model_path} cannot be loaded as an ONNX model: {error}") from error
         self.input = self.session.get_inputs()[0]
@@ -84,8 +89,8 @@ class Tagger:
 
 
 def prepared(rgb: np.ndarray, side_px: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (side, side, 3) float32 as the taggers were trained: blue first, 0 to 255, white padding
-    around the picture in the middle of a square."""
+    """(H, W, 3) uint8 RGB -> (side, side, 3) float32 as the taggers were trained: blue first, 0 to
+    255, white padding around the picture in the middle of a square."""
     height, width = rgb.shape[:2]
     longest = max(height, width)
     square = np.full((longest, longest, 3), 255, np.uint8)
@@ -96,9 +101,12 @@ def prepared(rgb: np.ndarray, side_px: int) -> np.ndarray:
 
 
 def read_tags(path: Path) -> list[Tag]:
-    """Rows of selected_tags.csv (columns `name` and `category`). Raises ValueError or FileNotFoundError."""
+    """Rows of selected_tags.csv (columns `name` and `category`). Raises ValueError or
+    FileNotFoundError."""
     if not path.is_file():
-        raise FileNotFoundError(f"tag list {path} does not exist (it is the selected_tags.csv that belongs to the model)")
+        raise FileNotFoundError(
+            f"tag list {path} does not exist (it is the selected_tags.csv that belongs to the model)"
+        )
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
@@ -138,7 +146,8 @@ def spelled(name: str, args: argparse.Namespace) -> str:
 
 
 def caption_text(names: list[str], existing: Optional[str], args: argparse.Namespace) -> str:
-    """The caption: trigger words, then what was there (when appending), then new tags; each once."""
+    """The caption: trigger words, then what was there (when appending), then new tags; each
+    once."""
     old = []
     if existing is not None and args.append_tags:
         old = [tag.strip() for tag in existing.strip().split(args.caption_separator.strip() or None) if tag.strip()]
@@ -201,7 +210,7 @@ def parse_arguments(argv: Optional[list[str]]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def validate(args: argparse.Namespace):
+def validate(args: argparse.Namespace) -> None:
     """Fills the thresholds in. Raises ValueError with all problems."""
     args.general_threshold = args.thresh if args.general_threshold is None else args.general_threshold
     args.character_threshold = args.thresh if args.character_threshold is None else args.character_threshold
@@ -223,7 +232,8 @@ def validate(args: argparse.Namespace):
 
 
 def tag_pictures(captions: dict[Path, Path], tagger: Tagger, args: argparse.Namespace) -> tuple[list[str], Counter]:
-    """Writes the caption of each picture; returns the messages of damaged pictures and the count of each tag."""
+    """Writes the caption of each picture; returns the messages of damaged pictures and the count of
+    each tag."""
     damaged, frequency = [], Counter()
 
     def load(path: Path) -> Optional[np.ndarray]:

@@ -1,10 +1,13 @@
 """Words of the form name=value, as --network_args and --optimizer_args take them."""
 
 import ast
+from collections.abc import Sequence
+from typing import Any
 
 
-def key_values(words):
-    """{"key": value} of words such as `weight_decay=0.01`, `betas=0.9,0.999`, `decouple=True`, `decay_type=linear`."""
+def key_values(words: Sequence[str] | None) -> dict[str, Any]:
+    """{"key": value} of words such as `weight_decay=0.01`, `betas=0.9,0.999`, `decouple=True`,
+    `decay_type=linear`."""
     result = {}
     for word in words or []:
         key, equals, text = word.partition("=")

@@ -1,7 +1,8 @@
-"""The command line of the diffusion trainers: kohya's flag names, defaults and meanings, plus early stopping.
+"""The command line of the diffusion trainers: kohya's flag names, defaults and meanings, plus early
+stopping.
 
-A flag that exists there and is not supported here is declared too, and refused by name with the reason
-(see checks.REJECTED): nothing is accepted and then ignored.
+A flag that exists there and is not supported here is declared too, and refused by name with the
+reason (see checks.REJECTED): nothing is accepted and then ignored.
 """
 
 import argparse
@@ -20,12 +21,15 @@ NOT_IN_CONFIG_FILE = ("config_file", "output_config", "wandb_api_key", "huggingf
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None, sdxl: bool = False) -> argparse.Namespace:
-    """The checked settings of a run as an argparse.Namespace; those of early stopping are its `stop`.
+    """The checked settings of a run as an argparse.Namespace; those of early stopping are its
+    `stop`.
 
-    argv: list of words, or None for sys.argv. A --config_file supplies values that the command line overrides.
+    argv: list of words, or None for sys.argv. A --config_file supplies values that the command line
+    overrides.
     sdxl: with the flags of es_lora_sdxl.py.
-    Raises ValueError with one line per problem (unknown flag or key, unsupported flag, contradiction, missing file).
-    With --output_config the settings that differ from the defaults are written to --config_file; SystemExit(0) follows.
+    Raises ValueError with one line per problem (unknown flag or key, unsupported flag,
+    contradiction, missing file). With --output_config the settings that differ from the defaults
+    are written to --config_file; SystemExit(0) follows.
     """
     parser = build_parser(sdxl)
     args, unknown = parser.parse_known_args(argv)
@@ -48,7 +52,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None, sdxl: bool = False) ->
 
 
 def read_config(parser: Parser, path: Union[str, Path]) -> dict[str, Any]:
-    """{flag: value} of a TOML file; sections only group flags, as in sd-scripts. Every problem is collected first."""
+    """{flag: value} of a TOML file; sections only group flags, as in sd-scripts. Every problem is
+    collected first."""
     path = Path(path if str(path).endswith(".toml") else f"{path}.toml")
     if not path.is_file():
         raise FileNotFoundError(f"--config_file {path} does not exist")
@@ -73,7 +78,8 @@ def read_config(parser: Parser, path: Union[str, Path]) -> dict[str, Any]:
 
 
 def write_config(parser: Parser, args: argparse.Namespace) -> None:
-    """Write the settings that differ from the defaults to args.config_file, which must not exist yet."""
+    """Write the settings that differ from the defaults to args.config_file, which must not exist
+    yet."""
     path = Path(args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml")
     if path.exists():
         raise ValueError(f"--output_config would overwrite {path}; name a file that does not exist")
@@ -87,7 +93,8 @@ def write_config(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def _value_from_config(action, value):
-    """`value` as the command line would have given it; raises ValueError where the flag would not take it."""
+    """`value` as the command line would have given it; raises ValueError where the flag would not
+    take it."""
     many = action.nargs in ("*", "+")
     values = value if isinstance(value, list) else [value]
     if isinstance(action, argparse._StoreTrueAction):

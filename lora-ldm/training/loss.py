@@ -1,13 +1,16 @@
 """The training objective: noise, noisy latents, targets, and the weighting of the loss.
 
-Everything is a pure function of tensors, a generator and a NoiseSchedule. Names and defaults of the settings are those
-of sd-scripts; formulas: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v), Hang et al. 2023 (min-SNR), Lin et al. 2024
-(zero terminal SNR), Ning et al. 2023 (input perturbation), the published notes on noise offset and pyramid noise.
+Everything is a pure function of tensors, a generator and a NoiseSchedule. Names and defaults of the
+settings are those of sd-scripts; formulas: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v), Hang
+et al. 2023 (min-SNR), Lin et al. 2024 (zero terminal SNR), Ning et al. 2023 (input perturbation),
+the published notes on noise offset and pyramid noise.
 """
 
 import hashlib
 import math
+from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -17,7 +20,8 @@ SNR_CEILING = 1000.0  # the first timesteps have almost no noise: their ratio wo
 
 @dataclass
 class NoiseSchedule:
-    """alphas_cumprod (T,) float32 on the CPU, and what the model predicts: "epsilon" or "v_prediction"."""
+    """alphas_cumprod (T,) float32 on the CPU, and what the model predicts: "epsilon" or
+    "v_prediction"."""
 
     alphas_cumprod: torch.Tensor
     prediction_type: str = "epsilon"
@@ -29,43 +33,47 @@ class NoiseSchedule:
     def __len__(self):
         return len(self.alphas_cumprod)
 
-    def alpha_sigma(self, timesteps, like):
-        """Square roots of the signal's and the noise's share, each (B, 1, 1, 1), in the dtype and place of `like`."""
+    def alpha_sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Square roots of the signal's and the noise's share, each (B, 1, 1, 1), in the dtype and
+        place of `like`."""
         share = self.alphas_cumprod[timesteps.cpu()].view(-1, 1, 1, 1)
         return share.sqrt().to(like), (1 - share).sqrt().to(like)
 
-    def snr(self, timesteps):
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio (B,), at most SNR_CEILING."""
         share = self.alphas_cumprod[timesteps.cpu()]
         return (share / (1 - share)).clamp(max=SNR_CEILING).to(timesteps.device)
 
 
-def rescale_to_zero_terminal_snr(alphas_cumprod):
-    """alphas_cumprod (T,) whose last value is 0 and whose first is unchanged (Lin et al. 2024, algorithm 1)."""
+def rescale_to_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """alphas_cumprod (T,) whose last value is 0 and whose first is unchanged (Lin et al. 2024,
+    algorithm 1)."""
     root = alphas_cumprod.double().sqrt()
     first, last = root[0], root[-1]
     return ((root - last) * first / (first - last)).square().to(alphas_cumprod.dtype)
 
 
-def sample_generator(seed, step, key, occurrence):
+def sample_generator(seed: int, step: int | str, key: str, occurrence: Any) -> torch.Generator:
     """The random stream of one picture in one step, on the CPU.
 
-    A stream of its own for each picture makes the noise independent of how a step is divided into micro-batches and
-    processes, and lets a resumed run draw what the uninterrupted one would have drawn.
+    A stream of its own for each picture makes the noise independent of how a step is divided into
+    micro-batches and processes, and lets a resumed run draw what the uninterrupted one would have
+    drawn.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{key}/{occurrence}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def draw_timestep(settings, schedule, generator):
+def draw_timestep(settings: Namespace, schedule: NoiseSchedule, generator: torch.Generator) -> torch.Tensor:
     """A timestep as (1,) int64, uniform in [min_timestep, max_timestep)."""
     low = settings.min_timestep or 0
     high = len(schedule) if settings.max_timestep is None else min(settings.max_timestep, len(schedule))
     return torch.randint(low, high, (1,), generator=generator)
 
 
-def draw_noise(settings, latent, generator):
-    """Noise for one latent (C, h, w): white, then offset and multi-resolution noise where asked for."""
+def draw_noise(settings: Namespace, latent: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Noise for one latent (C, h, w): white, then offset and multi-resolution noise where asked
+    for."""
     noise = torch.randn(latent.shape, generator=generator)  # (C, h, w)
     if settings.noise_offset:
         noise = noise + _offset_strength(settings, latent, generator) * _per_channel(latent, generator)
@@ -89,7 +97,8 @@ def _offset_strength(settings, latent, generator):
 
 
 def _multires(noise, iterations, discount, generator):
-    """Add noise of ever coarser grids, each `discount` times the last, and bring the sum back to unit deviation."""
+    """Add noise of ever coarser grids, each `discount` times the last, and bring the sum back to
+    unit deviation."""
     channels, height, width = noise.shape
     for level in range(iterations):
         coarser = (torch.rand(1, generator=generator).item() * 2 + 2) ** level
@@ -101,8 +110,9 @@ def _multires(noise, iterations, discount, generator):
     return noise / noise.std()
 
 
-def draw_input_noise(settings, noise, generator):
-    """The noise the model sees, (C, h, w): perturbed by ip_noise_gamma; the target stays `noise` (Ning et al. 2023)."""
+def draw_input_noise(settings: Namespace, noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The noise the model sees, (C, h, w): perturbed by ip_noise_gamma; the target stays `noise`
+    (Ning et al. 2023)."""
     if not settings.ip_noise_gamma:
         return noise
     strength = settings.ip_noise_gamma
@@ -111,8 +121,11 @@ def draw_input_noise(settings, noise, generator):
     return noise + strength * torch.randn(noise.shape, generator=generator)
 
 
-def draw_batch(settings, schedule, latents, generators):
-    """Noise, input noise (both as latents) and timesteps (B,) for a batch, one generator a picture."""
+def draw_batch(
+    settings: Namespace, schedule: NoiseSchedule, latents: torch.Tensor, generators: list[torch.Generator]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise, input noise (both as latents) and timesteps (B,) for a batch, one generator a
+    picture."""
     noise, input_noise, timesteps = [], [], []
     for latent, generator in zip(latents, generators):
         noise.append(draw_noise(settings, latent, generator))
@@ -123,13 +136,17 @@ def draw_batch(settings, schedule, latents, generators):
     return noise, input_noise, torch.cat(timesteps).to(device)
 
 
-def add_noise(schedule, latents, noise, timesteps):
+def add_noise(
+    schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
     """alpha * latents + sigma * noise, (B, C, h, w)."""
     alpha, sigma = schedule.alpha_sigma(timesteps, latents)
     return alpha * latents + sigma * noise
 
 
-def target(schedule, latents, noise, timesteps):
+def target(
+    schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
     """What the model should predict: the noise, or v = alpha * noise - sigma * latents."""
     if schedule.prediction_type == "epsilon":
         return noise
@@ -137,7 +154,7 @@ def target(schedule, latents, noise, timesteps):
     return alpha * noise - sigma * latents
 
 
-def huber_threshold(settings, schedule, timesteps):
+def huber_threshold(settings: Namespace, schedule: NoiseSchedule, timesteps: torch.Tensor) -> torch.Tensor:
     """The huber loss's transition from squared to linear, (B,)."""
     if settings.huber_schedule == "constant":
         return torch.full(timesteps.shape, settings.huber_c * settings.huber_scale, device=timesteps.device)
@@ -149,7 +166,13 @@ def huber_threshold(settings, schedule, timesteps):
     return (1 - settings.huber_c) / (1 + noise_to_signal) ** 2 + settings.huber_c
 
 
-def elementwise_loss(settings, schedule, prediction, wanted, timesteps):
+def elementwise_loss(
+    settings: Namespace,
+    schedule: NoiseSchedule,
+    prediction: torch.Tensor,
+    wanted: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
     """The loss of each element, (B, C, h, w)."""
     difference = prediction - wanted
     if settings.loss_type == "l1":
@@ -161,7 +184,7 @@ def elementwise_loss(settings, schedule, prediction, wanted, timesteps):
     return 2 * threshold * root if settings.loss_type == "huber" else 2 * root
 
 
-def snr_weights(settings, schedule, timesteps):
+def snr_weights(settings: Namespace, schedule: NoiseSchedule, timesteps: torch.Tensor) -> torch.Tensor:
     """Product of the timestep weights that are switched on, (B,)."""
     snr = schedule.snr(timesteps)
     predicts_v = schedule.prediction_type == "v_prediction"
@@ -177,7 +200,15 @@ def snr_weights(settings, schedule, timesteps):
     return weights
 
 
-def sample_losses(settings, schedule, prediction, wanted, timesteps, loss_weights, masks=None):
+def sample_losses(
+    settings: Namespace,
+    schedule: NoiseSchedule,
+    prediction: torch.Tensor,
+    wanted: torch.Tensor,
+    timesteps: torch.Tensor,
+    loss_weights: torch.Tensor,
+    masks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The weighted loss of each picture, (B,); the loss of the batch is its mean.
 
     loss_weights (B,): prior-preservation weights. masks (B, 1, H, W) in [0, 1] or None.

@@ -1,4 +1,5 @@
-"""The objective of a run: pictures to latents, noise, the model's prediction, and the loss of each picture."""
+"""The objective of a run: pictures to latents, noise, the model's prediction, and the loss of each
+picture."""
 
 from argparse import Namespace
 from collections import Counter
@@ -36,7 +37,8 @@ class Noised(NamedTuple):
 
 
 class Objective:
-    """The loss of pictures on a base. args: the settings of noise and loss; args.seed decides every draw.
+    """The loss of pictures on a base. args: the settings of noise and loss; args.seed decides every
+    draw.
 
     trains_text: gradients flow into the text encoders.
     """
@@ -59,9 +61,11 @@ class Objective:
         return self.base.encode_images(batch["images"], generators[0]).to(self.processes.device)
 
     def noised(self, batch: dict, step: int, seen: Counter) -> Noised:
-        """A micro-batch with its noise. seen: how often each picture came in this step; it is counted on.
+        """A micro-batch with its noise. seen: how often each picture came in this step; it is
+        counted on.
 
-        Each picture has a random stream of its own: of seed, step, picture, how often it came, and process.
+        Each picture has a random stream of its own: of seed, step, picture, how often it came, and
+        process.
         """
         generators = []
         for key in map(picture_name, batch["image_keys"]):
@@ -85,7 +89,8 @@ class Objective:
 
     @torch.no_grad()
     def fixed_losses(self, batches: ImageBatches, count: int) -> list[float]:
-        """The losses of the pictures of the first `count` batches at TIMESTEPS timesteps, the same noise every time."""
+        """The losses of the pictures of the first `count` batches at TIMESTEPS timesteps, the same
+        noise every time."""
         low, high = self.args.min_timestep or 0, self.args.max_timestep or len(self.schedule)
         timesteps = torch.linspace(low, high, TIMESTEPS + 2)[1:-1].long().tolist()
         return [loss for index in range(count) for loss in self._fixed_losses(batches[index], timesteps)]
@@ -112,7 +117,8 @@ class Objective:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pictures that are not trained on. most_batches: as many of them are scored at most, None: all."""
+    """Pictures that are not trained on. most_batches: as many of them are scored at most, None:
+    all."""
 
     objective: Objective
     network: Any
@@ -123,7 +129,8 @@ class HeldOut:
     def loss(self) -> float:
         """The mean loss with the same noise and timesteps every time.
 
-        Draws nothing from the random state of training, and switches the network's dropouts off meanwhile.
+        Draws nothing from the random state of training, and switches the network's dropouts off
+        meanwhile.
         """
         count = min(len(self.batches), self.most_batches or len(self.batches))
         self.network.eval()

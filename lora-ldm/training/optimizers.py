@@ -1,6 +1,8 @@
-"""Optimizers by the names sd-scripts gives them, each from its own package, and an optimizer with all that goes with it.
+"""Optimizers by the names sd-scripts gives them, each from its own package, and an optimizer with
+all that goes with it.
 
-Names are matched without regard to case. Any other class can be named with its package: `torch.optim.Adamax`.
+Names are matched without regard to case. Any other class can be named with its package:
+`torch.optim.Adamax`.
 """
 
 import contextlib
@@ -49,7 +51,8 @@ ONE_RATE_FOR_ALL = ("dadapt", "prodigy")  # they find the rate themselves and re
 
 @dataclass(frozen=True)
 class Optimization:
-    """What turns gradients into steps. raw: the optimizer as its class made it; prepared: the accelerator's, around it."""
+    """What turns gradients into steps. raw: the optimizer as its class made it; prepared: the
+    accelerator's, around it."""
 
     raw: torch.optim.Optimizer
     prepared: Any
@@ -75,7 +78,8 @@ class Optimization:
 
     @contextlib.contextmanager
     def weights_to_use(self) -> Iterator[None]:
-        """Within it the parameters are those to measure and to save: schedule-free optimizers average them."""
+        """Within it the parameters are those to measure and to save: schedule-free optimizers
+        average them."""
         if is_schedule_free(self.raw):
             self.raw.eval()
         yield
@@ -89,9 +93,11 @@ def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer_type over parameter groups [{"params": [...], "lr": float}, ...].
+    """The optimizer of --optimizer_type over parameter groups [{"params": [...], "lr": float},
+    ...].
 
-    Raises ValueError for an unknown name, a missing package, a setting the class does not take, or rates it refuses.
+    Raises ValueError for an unknown name, a missing package, a setting the class does not take, or
+    rates it refuses.
     """
     name = args.optimizer_type.lower()
     if name in OPTIMIZERS:
@@ -123,7 +129,8 @@ def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim
 
 
 def _adafactor_settings(settings, groups):
-    """Adafactor with relative steps (its default) takes no rate, neither of its own nor of a group."""
+    """Adafactor with relative steps (its default) takes no rate, neither of its own nor of a
+    group."""
     settings.setdefault("relative_step", True)
     if not settings["relative_step"]:
         return settings, groups
@@ -140,7 +147,8 @@ def built(name: str, build: Callable[[], Any]) -> Any:
 
 
 def import_class(package: str, class_name: str, flag: str) -> type:
-    """A class by its name. Raises ValueError that names the flag where it, or its package, is not there."""
+    """A class by its name. Raises ValueError that names the flag where it, or its package, is not
+    there."""
     try:
         return getattr(importlib.import_module(package), class_name)
     except ImportError as error:

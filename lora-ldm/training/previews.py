@@ -1,4 +1,5 @@
-"""Pictures that a run makes: previews of its prompts, and DreamBooth's class pictures where they are missing."""
+"""Pictures that a run makes: previews of its prompts, and DreamBooth's class pictures where they
+are missing."""
 
 import itertools
 from argparse import Namespace
@@ -55,7 +56,8 @@ class Previews:
         return made
 
     def compared(self, kinds: list[tuple[str, str, Optional[dict[str, torch.Tensor]]]]) -> list[tuple[str, Path]]:
-        """The same prompts and seeds with other weights: [(caption, path)], those of a prompt side by side.
+        """The same prompts and seeds with other weights: [(caption, path)], those of a prompt side
+        by side.
 
         kinds: (caption, part of the file name, tensors of the network or None: the live ones).
         Pictures without LoRA come first; the live weights are as before afterwards.
@@ -79,8 +81,8 @@ class Previews:
 def make_class_images(args: Namespace, family: type[StableDiffusion], processes: Processes) -> None:
     """Fill the class folder of --reg_data_dir up to --num_class_images pictures of --class_prompt.
 
-    Every picture has a seed of its own, and those that are there are counted, so that an interrupted run goes on. All
-    processes call it; the first one generates.
+    Every picture has a seed of its own, and those that are there are counted, so that an
+    interrupted run goes on. All processes call it; the first one generates.
     """
     folder = class_folder(args.reg_data_dir)
     missing = args.num_class_images - (len(list(image_files(folder))) if folder.is_dir() else 0)

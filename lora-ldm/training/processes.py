@@ -1,4 +1,5 @@
-"""The processes of a run: the accelerator, what the first one says, and what all of them agree on."""
+"""The processes of a run: the accelerator, what the first one says, and what all of them agree
+on."""
 
 import datetime
 import os
@@ -63,7 +64,8 @@ class Processes:
         return self.accelerator.reduce(values, "mean") if self.count > 1 else values
 
     def share_gradients(self, parameters: list[torch.Tensor]) -> None:
-        """Mean of the gradients over the processes: one transfer a step, however many micro-batches it had."""
+        """Mean of the gradients over the processes: one transfer a step, however many micro-batches
+        it had."""
         if self.count == 1:
             return
         for weight in parameters:
@@ -75,7 +77,8 @@ class Processes:
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """The accelerate.Accelerator of the run. Raises ValueError for a precision that the device does not have."""
+    """The accelerate.Accelerator of the run. Raises ValueError for a precision that the device does
+    not have."""
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU; use no or bf16 on a CPU")
     handlers = (

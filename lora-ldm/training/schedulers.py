@@ -1,4 +1,5 @@
-"""Learning rate schedules by kohya's names: diffusers', transformers', Adafactor's, or a class by its name."""
+"""Learning rate schedules by kohya's names: diffusers', transformers', Adafactor's, or a class by
+its name."""
 
 from argparse import Namespace
 from typing import Any
@@ -20,9 +21,11 @@ SCHEDULER_SETTINGS = {
 
 
 def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """The scheduler of --lr_scheduler / --lr_scheduler_type; step it once after each optimizer step.
+    """The scheduler of --lr_scheduler / --lr_scheduler_type; step it once after each optimizer
+    step.
 
-    total_steps: optimizer steps of the whole run. Raises ValueError for unknown names and settings without effect.
+    total_steps: optimizer steps of the whole run. Raises ValueError for unknown names and settings
+    without effect.
     """
     if is_schedule_free(optimizer):
         if args.lr_scheduler != "constant" or args.lr_scheduler_type:

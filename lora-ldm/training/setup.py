@@ -1,4 +1,5 @@
-"""A run, complete before its first step: everything that trains, measures and saves, made of the command line."""
+"""A run, complete before its first step: everything that trains, measures and saves, made of the
+command line."""
 
 import contextlib
 import time
@@ -38,7 +39,8 @@ from training.state import Progress, load_state, read_progress
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is, in optimizer steps. steps_per_epoch: repeats, accumulation and processes counted in."""
+    """How long a run is, in optimizer steps. steps_per_epoch: repeats, accumulation and processes
+    counted in."""
 
     total_steps: int
     steps_per_epoch: int
@@ -74,7 +76,8 @@ class Run:
 
 
 def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> Run:
-    """The run of these settings. family: the kind of base. Raises ValueError / FileNotFoundError with one message."""
+    """The run of these settings. family: the kind of base. Raises ValueError / FileNotFoundError
+    with one message."""
     prompts, processes = prompts_of(args), Processes(args)
     resumed = read_progress(args.resume) if args.resume else None
     args.seed = resumed.seed if resumed else processes.agreed_seed(args.seed)
@@ -142,8 +145,8 @@ def progress_of(args: Namespace, length: Length, resumed: Optional[Progress]) ->
     per_epoch = length.steps_per_epoch
     if resumed and resumed.steps_per_epoch != per_epoch:
         raise ValueError(
-            f"--resume {args.resume}: that run had {resumed.steps_per_epoch} steps an epoch, this one has {per_epoch}: use "
-            "the same images, batch size and accumulation"
+            f"--resume {args.resume}: that run had {resumed.steps_per_epoch} steps an epoch, this one has "
+            f"{per_epoch}: use the same images, batch size and accumulation"
         )
     start = args.initial_step or (args.initial_epoch - 1 if args.initial_epoch else 0) * per_epoch
     progress = resumed or Progress(
@@ -166,7 +169,8 @@ def make_optimization(
 
 
 def place_model(objective: Objective, network: LoraNetwork | FullUnet) -> None:
-    """Put model and network on the device in their precisions, with the attention and checkpointing asked for."""
+    """Put model and network on the device in their precisions, with the attention and checkpointing
+    asked for."""
     args, model, processes = objective.args, objective.base.model, objective.processes
     device, dtype = processes.device, processes.weight_dtype
     set_attention(model.unet, choose_attention(args, device))
@@ -233,7 +237,8 @@ def make_monitor(
     loader: StepLoader,
     columns: dict[str, Callable[[], Optional[float]]],
 ) -> EarlyStopMonitor:
-    """The monitor over the network's live layers, its history in --output_dir; says what it is going to do."""
+    """The monitor over the network's live layers, its history in --output_dir; says what it is
+    going to do."""
     args, processes = objective.args, objective.processes
     total_steps = length_of(args, len(loader)).total_steps
     header = {"trainer": objective.base.program, "seed": args.seed, "total_steps": total_steps}

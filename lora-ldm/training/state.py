@@ -1,7 +1,8 @@
 """The state of a run on disk: all that --resume needs to go on as if it had never stopped.
 
-A state is a folder: lora.safetensors, optimizer.pt (tensors and numbers only), random-RANK.pt, progress.json, and the
-files of the early-stop monitor and of the shadows. It appears whole or not at all.
+A state is a folder: lora.safetensors, optimizer.pt (tensors and numbers only), random-RANK.pt,
+progress.json, and the files of the early-stop monitor and of the shadows. It appears whole or not
+at all.
 """
 
 import json
@@ -28,7 +29,8 @@ FORMAT = "es-lora-ldm-state/1"
 
 @dataclass
 class Progress:
-    """Where a run stands. step: completed optimizer steps; the losses are what the logs have summed up so far."""
+    """Where a run stands. step: completed optimizer steps; the losses are what the logs have summed
+    up so far."""
 
     seed: int
     steps_per_epoch: int
@@ -70,7 +72,8 @@ def save_state(
     monitor: Optional[EarlyStopMonitor],
     shadows: Optional[ShadowNetworks],
 ) -> None:
-    """Write a state folder; every process calls it, and the folder gets its name when all have written."""
+    """Write a state folder; every process calls it, and the folder gets its name when all have
+    written."""
     aside = folder.with_name(f".{folder.name}.part")
     accelerator = processes.accelerator
     if processes.is_main:
@@ -119,9 +122,11 @@ def load_state(
     optimization: Optimization,
     shadows: Optional[ShadowNetworks],
 ) -> None:
-    """Put weights, optimizer, scheduler, shadows and random states back; the caller has read the Progress already.
+    """Put weights, optimizer, scheduler, shadows and random states back; the caller has read the
+    Progress already.
 
-    Raises ValueError where network, optimizer, shadows or the number of processes are not those of the state.
+    Raises ValueError where network, optimizer, shadows or the number of processes are not those of
+    the state.
     """
     folder, accelerator = Path(folder), processes.accelerator
     own = folder / f"random-{processes.rank}.pt"
@@ -145,7 +150,8 @@ def load_state(
 
 
 def _plain(value):
-    """The same without numpy scalars and subclassed containers, which a load with weights only would refuse."""
+    """The same without numpy scalars and subclassed containers, which a load with weights only
+    would refuse."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

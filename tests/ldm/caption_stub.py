@@ -1,6 +1,8 @@
-"""A server on this machine that answers like Claude's and OpenAI's, and fails in every way that they can.
+"""A server on this machine that answers like Claude's and OpenAI's, and fails in every way that
+they can.
 
-It sees the pictures: a caption names the colour, so that each can be told to be that of its picture.
+It sees the pictures: a caption names the colour, so that each can be told to be that of its
+picture.
 """
 
 import base64
@@ -16,8 +18,9 @@ STATUS_MESSAGES = {400: "picture not accepted", 401: "bad key", 404: "no such mo
 
 
 class CaptionStub(ThreadingHTTPServer):
-    """faults: {colour: [what to do with the next requests about it]}: an HTTP status, "silence", "cut", "garbled", "other json",
-    "empty" or "decline". requests: [(colour, size in px, headers by lower-case name, body)]."""
+    """faults: {colour: [what to do with the next requests about it]}: an HTTP status, "silence",
+    "cut", "garbled", "other json", "empty" or "decline". requests: [(colour, size in px, headers by
+    lower-case name, body)]."""
 
     daemon_threads = True
 

@@ -1,4 +1,5 @@
-"""Puts the lora-ldm tree on sys.path, as running one of its entry points would, and this folder's helper modules.
+"""Puts the lora-ldm tree on sys.path, as running one of its entry points would, and this folder's
+helper modules.
 
 Here are the base and the pictures that most runs of the tests are made of.
 """
@@ -14,7 +15,8 @@ sys.path[:0] = [str(TREE), str(Path(__file__).parent), str(Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A random Stable Diffusion of about 0.1M parameters, as a diffusers folder. Not to be written to."""
+    """A random Stable Diffusion of about 0.1M parameters, as a diffusers folder. Not to be written
+    to."""
     from ldm_runs import make_base
 
     return make_base(tmp_path_factory.mktemp("base"))

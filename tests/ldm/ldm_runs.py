@@ -1,4 +1,5 @@
-"""Small complete training runs for the tests: a random base model, a few pictures, and the trainer in this process."""
+"""Small complete training runs for the tests: a random base model, a few pictures, and the trainer
+in this process."""
 
 import json
 import sys
@@ -12,7 +13,8 @@ SCRIPT = TREE / "es_lora_ldm.py"
 
 
 def make_base(folder, prediction_type="epsilon"):
-    """A random Stable Diffusion of about 0.1M parameters for pictures of 32 px, as a diffusers folder."""
+    """A random Stable Diffusion of about 0.1M parameters for pictures of 32 px, as a diffusers
+    folder."""
     import quiet_libraries  # noqa: F401  (before diffusers)
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel

@@ -1,4 +1,5 @@
-"""A small random Stable Diffusion in diffusers layout, and the same in the original single-file layout, for tests."""
+"""A small random Stable Diffusion in diffusers layout, and the same in the original single-file
+layout, for tests."""
 
 import json
 import re
@@ -40,7 +41,8 @@ def tiny_tokenizer(folder, pad_token="<|endoftext|>"):
 
 
 def tiny_sd(folder, seed=0, linear_projection=False, pad_token="<|endoftext|>"):
-    """An SDModel with random weights: 8 latent pixels a side at 64 px, text width 32. About 0.3M parameters."""
+    """An SDModel with random weights: 8 latent pixels a side at 64 px, text width 32. About 0.3M
+    parameters."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer(Path(folder) / "tiny_tokenizer", pad_token)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -67,8 +69,9 @@ def tiny_sd(folder, seed=0, linear_projection=False, pad_token="<|endoftext|>"):
 def original_layout(model):
     """The state dict of a tiny_sd in the layout of the original latent-diffusion code (SD 1.x).
 
-    Written from the published layout: input_blocks count the first convolution, each residual block and each
-    downsampler; middle_block is residual, attention, residual; output_blocks hold residual, attention, upsampler.
+    Written from the published layout: input_blocks count the first convolution, each residual block
+    and each downsampler; middle_block is residual, attention, residual; output_blocks hold
+    residual, attention, upsampler.
     """
     tensors = {}
     for name, value in model.unet.state_dict().items():

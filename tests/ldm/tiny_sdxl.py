@@ -1,4 +1,5 @@
-"""A small random SDXL in diffusers layout, and the same in the original single-file layout, for tests."""
+"""A small random SDXL in diffusers layout, and the same in the original single-file layout, for
+tests."""
 
 import re
 from pathlib import Path
@@ -15,13 +16,15 @@ WIDTHS = (16, 24)  # of the two text encoders
 
 
 def tiny_sdxl(folder, seed=0, sample_px=32):
-    """An SDXLModel with random weights and SDXL's structure: three levels, deeper transformers inside, text and sizes."""
+    """An SDXLModel with random weights and SDXL's structure: three levels, deeper transformers
+    inside, text and sizes."""
     torch.manual_seed(seed)
     tokenizers = [tiny_tokenizer(Path(folder) / f"tokens_{n}", pad) for n, pad in enumerate(("<|endoftext|>", "!"))]
     encoders = []
     for encoder_class, width, tokenizer in zip((CLIPTextModel, CLIPTextModelWithProjection), WIDTHS, tokenizers):
         encoders.append(encoder_class(CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2,
             projection_dim=width, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )))  # fmt: skip
@@ -30,7 +33,8 @@ def tiny_sdxl(folder, seed=0, sample_px=32):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(1, 2, 2),
         cross_attention_dim=sum(WIDTHS), transformer_layers_per_block=(1, 1, 2), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=WIDTHS[1] + 6 * 8,
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=WIDTHS[1] + 6 * 8,
     )  # fmt: skip
     vae = AutoencoderKL(
         sample_size=sample_px, block_out_channels=(4, 4, 4, 8), layers_per_block=2, norm_num_groups=4,
@@ -43,7 +47,8 @@ def tiny_sdxl(folder, seed=0, sample_px=32):
 
 
 def original_layout(model):
-    """The state dict of a tiny_sdxl in the layout of the original SDXL code: an OpenCLIP second text encoder."""
+    """The state dict of a tiny_sdxl in the layout of the original SDXL code: an OpenCLIP second
+    text encoder."""
     config, tensors = model.unet.config, {}
     for name, value in model.unet.state_dict().items():
         original = original_unet_name(name, config.layers_per_block, config.up_block_types)
@@ -74,7 +79,8 @@ def _open_clip_layout(state):
             ("encoder.layers.", "transformer.resblocks."), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
             ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
             ("embeddings.token_embedding", "token_embedding"), ("final_layer_norm", "ln_final"),
-            ("embeddings.position_embedding.weight", "positional_embedding"), ("text_projection.weight", "text_projection"),
+            ("embeddings.position_embedding.weight", "positional_embedding"), ("text_projection.weight",
+            "text_projection"),
         ):  # fmt: skip
             name = name.replace(own, original)
         tensors[name] = value.T if name == "text_projection" else value

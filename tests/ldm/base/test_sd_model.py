@@ -209,7 +209,8 @@ def test_images_to_latents_and_back(model):
 
 
 def literal_chunks(tokenizer, caption, chunks):
-    """The chunks by way of the tokenizer's own padding and truncation, as kohya's trainers make them."""
+    """The chunks by way of the tokenizer's own padding and truncation, as kohya's trainers make
+    them."""
     length = 75 * chunks + 2
     ids = tokenizer(caption, padding="max_length", truncation=True, max_length=length).input_ids
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id

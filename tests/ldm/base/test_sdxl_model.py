@@ -28,7 +28,8 @@ CAPTIONS = ["a cat", "red dog, tree (photo)"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The same random model as a folder ``base`` and as a file ``base.safetensors``, and a LoRA of it."""
+    """The same random model as a folder ``base`` and as a file ``base.safetensors``, and a LoRA of
+    it."""
     path = tmp_path_factory.mktemp("sdxl")
     model = tiny_sdxl(path)
     model.save_pipeline(path / "base")

@@ -1,4 +1,5 @@
-"""The embedded diffusion base: it loads offline, is small, keeps pictures, and its captions matter."""
+"""The embedded diffusion base: it loads offline, is small, keeps pictures, and its captions
+matter."""
 
 import json
 import sys

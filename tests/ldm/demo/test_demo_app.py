@@ -1,4 +1,5 @@
-"""The page in a real browser: Debian's Chromium, driven by Playwright. DEMO_SCREENSHOTS=FOLDER keeps what it looked like."""
+"""The page in a real browser: Debian's Chromium, driven by Playwright. DEMO_SCREENSHOTS=FOLDER
+keeps what it looked like."""
 
 import io
 import os
@@ -24,7 +25,8 @@ FLAGS = """
 """.split()
 WAIT_MS = 600_000  # for a training on a busy machine
 SCREENSHOTS = os.environ.get("DEMO_SCREENSHOTS")
-# Steps between measurements, measurements a window, steps of a picture: as few as will do, or enough to look at.
+# Steps between measurements, measurements a window, steps of a picture: as few as will do, or
+# enough to look at.
 INTERVAL, WINDOW, STEPS = (2, 5, 20) if SCREENSHOTS else (1, 2, 4)
 
 
@@ -74,7 +76,8 @@ def type_into(page, label, value):
 
 
 def set_until(page, words, fill_in):
-    """Fill a field in until the command shows the words: a page that is drawn anew meanwhile can swallow what is typed."""
+    """Fill a field in until the command shows the words: a page that is drawn anew meanwhile can
+    swallow what is typed."""
     for _ in range(20):
         try:
             fill_in()

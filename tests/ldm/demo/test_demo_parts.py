@@ -1,4 +1,5 @@
-"""What stands behind the page: which runs, bases and commands it offers and refuses, what it says of a run, its pictures."""
+"""What stands behind the page: which runs, bases and commands it offers and refuses, what it says
+of a run, its pictures."""
 
 import json
 import os
@@ -12,7 +13,8 @@ from ldm_runs import TREE, make_base
 from demo.run_folders import LOG_NAME, Places, Run, offered
 
 HEADER = {
-    "format": "cs-history/1", "cs_interval": 1, "window": 2, "steps_per_epoch": 4, "reduction": "matrix", "decided_on": "unet",
+    "format": "cs-history/1", "cs_interval": 1, "window": 2, "steps_per_epoch": 4, "reduction": "matrix",
+    "decided_on": "unet",
     "rule": "second-valley", "valley": 2, "total_steps": 40,
 }  # fmt: skip
 
@@ -33,7 +35,8 @@ def make_run(folder, cs=(), result=None, files=()):
 
 
 RESULT = {
-    "outcome": "stopped_early", "kept_step": 5, "turning_step": 5, "detection_step": 9, "usable_steps": [5, 9], "last_step": 9,
+    "outcome": "stopped_early", "kept_step": 5, "turning_step": 5, "detection_step": 9, "usable_steps": [5, 9],
+    "last_step": 9,
     "total_steps": 40, "reason": "It became steady.", "files": {"kept": "a.safetensors", "last": "a-last.safetensors"},
     "settings": {"calculate_cs": True, "pretrained_model_name_or_path": "BASE"},
 }  # fmt: skip
@@ -47,7 +50,7 @@ def places(tmp_path):
     return Places([tmp_path / "root"], {"small": str(tmp_path / "base")}, {"cats": tmp_path / "pictures"})
 
 
-# ------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def test_runs_below_the_roots_are_found_and_links_out_of_them_are_not_followed(places, tmp_path):
@@ -138,7 +141,7 @@ def test_base_of_a_run_is_only_one_that_is_offered(places, tmp_path):
     assert offered({"a": 1}, "a", "letter") == 1
 
 
-# ------------------------------------------------------------------------------------------------ trainings
+# ---------------------------------------------------------------------------------------- trainings
 
 
 def settings(**changes):
@@ -231,7 +234,7 @@ def test_stop_is_an_interrupt(places, tmp_path, monkeypatch):
     assert process.process.wait(60) == 130 and run.log_lines() == ["ready", "saved"]
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
@@ -283,7 +286,7 @@ def test_pictures_of_a_lora_and_the_base_as_before_afterwards(base, tmp_path):
     }
 
 
-# ------------------------------------------------------------------------------------------------ start of the page
+# -------------------------------------------------------------------------------- start of the page
 
 
 def test_folders_that_the_page_is_started_with(tmp_path):

@@ -1,4 +1,5 @@
-"""The four image sets that come with the project: layout, captions, separation of training and held-out pictures, licence."""
+"""The four image sets that come with the project: layout, captions, separation of training and
+held-out pictures, licence."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Crops, colours and faces: what varies does so within its bounds, and by the given generator alone."""
+"""Crops, colours and faces: what varies does so within its bounds, and by the given generator
+alone."""
 
 import random
 
@@ -13,7 +14,8 @@ from images.folders import ImageRecord
 
 
 def coordinates(width=40, height=30):
-    """A picture whose red and green channels say x and y, so that a crop can be read off its pixels."""
+    """A picture whose red and green channels say x and y, so that a crop can be read off its
+    pixels."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x, y, np.zeros_like(x)], -1).astype(np.uint8)
 

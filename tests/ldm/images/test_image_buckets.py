@@ -8,7 +8,8 @@ from images.buckets import BucketSelector, aspect_ratio_error, bucket_sizes, cov
 
 
 def slow_bucket_sizes(resolution, low, high, step):
-    """All pairs of multiples of the step within the area that cannot grow in one direction (seen from either side)."""
+    """All pairs of multiples of the step within the area that cannot grow in one direction (seen
+    from either side)."""
     area = resolution[0] * resolution[1]
     found = set()
     for width in range(low, high + 1, step):

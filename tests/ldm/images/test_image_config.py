@@ -1,4 +1,5 @@
-"""--dataset_config TOML: precedence, and every mistake named with its place and the nearest right key."""
+"""--dataset_config TOML: precedence, and every mistake named with its place and the nearest right
+key."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,5 @@
-"""Folders, caption files and metadata become records; what a person may have got wrong is said with its fix."""
+"""Folders, caption files and metadata become records; what a person may have got wrong is said with
+its fix."""
 
 import json
 import logging

@@ -40,7 +40,8 @@ def real_size_model(name):
 
 
 def kohya_names_sd1():
-    """The module names of a LoRA for SD 1.x, from the structure of the model: 192 of the U-Net, 72 of CLIP."""
+    """The module names of a LoRA for SD 1.x, from the structure of the model: 192 of the U-Net, 72
+    of CLIP."""
     blocks = [f"down_blocks_{b}_attentions_{a}" for b in range(3) for a in range(2)]
     blocks += [f"up_blocks_{b}_attentions_{a}" for b in range(1, 4) for a in range(3)]
     blocks += ["mid_block_attentions_0"]
@@ -73,7 +74,8 @@ def test_sd2_has_linear_projections_and_23_text_layers():
 
 def test_convolution_rank_adds_the_residual_and_sampling_blocks():
     found = find_modules(real_size_model("sd1"), train_text_encoder=False, with_convolutions=True)
-    # 22 residual blocks of two 3x3 convolutions and a linear layer, 14 of them with a 1x1 shortcut, 3 + 3 samplers.
+    # 22 residual blocks of two 3x3 convolutions and a linear layer, 14 of them with a 1x1 shortcut,
+    # 3 + 3 samplers.
     assert len(found) == 192 + 22 * 3 + 14 + 6
     network = create_network(real_size_model("sd1"), rank=8, conv_rank=2, conv_alpha=1, train_text_encoder=False)
     by_name = {module.name: module for module in network.modules}
@@ -126,7 +128,8 @@ def test_multiplier_zero_is_the_base_and_one_comes_back(model):
 
 
 def test_a_handmade_kohya_file_loads_with_its_alpha(model, tmp_path):
-    """A LoRA written by another program: own alpha, half precision, one linear layer and one 1x1 convolution."""
+    """A LoRA written by another program: own alpha, half precision, one linear layer and one 1x1
+    convolution."""
     torch.manual_seed(3)
     linear = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     pointwise = "lora_unet_down_blocks_0_attentions_0_proj_in"

@@ -58,7 +58,7 @@ def captions(folder):
     return {path.stem: path.read_text().strip() for path in sorted(folder.glob("*.txt"))}
 
 
-# ------------------------------------------------------------------------------------------------ answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 @pytest.mark.parametrize("captioner", ["claude", "openai"])
@@ -126,7 +126,7 @@ def test_review_page_shows_pictures_captions_and_gaps(folder, stub, tmp_path):
     assert "&lt;b&gt;mine" in page and page.count("no caption yet") == 1
 
 
-# ------------------------------------------------------------------------------------------------ before the first request
+# ------------------------------------------------------------------------- before the first request
 
 
 def test_nothing_is_sent_without_a_yes(folder, stub, capsys, monkeypatch):
@@ -179,7 +179,7 @@ def test_key_from_a_file_is_never_shown_or_written(folder, stub, tmp_path, capsy
     assert len(written) > 5 and all(KEY.encode() not in path.read_bytes() for path in written)
 
 
-# ------------------------------------------------------------------------------------------------ the table of faults
+# ------------------------------------------------------------------------------ the table of faults
 
 ASKED_AGAIN = [(429, "HTTP 429"), (500, "HTTP 500"), ("silence", "no answer within 0.3 s"), ("cut", "the connection")]
 NOT_ASKED_AGAIN = [
@@ -199,7 +199,8 @@ def test_a_passing_fault_is_asked_again(folder, stub, captioner, fault, message)
 
 
 def expect_only_green_missing(folder, stub, captioner, message, err):
-    """Green is left out and named, the captions before and after it are there; the next run asks about it alone."""
+    """Green is left out and named, the captions before and after it are there; the next run asks
+    about it alone."""
     assert captions(folder) == {name: text for name, text in EVERYTHING.items() if name != "green"}
     assert "green.png" in err and message in err
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.txt")}
@@ -296,7 +297,7 @@ def test_an_answer_whose_caption_was_not_written_is_not_asked_for_again(folder, 
     assert caption(folder, stub, "claude", "--instruction", "Other words.") == 0 and len(stub.requests) == 5
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ def test_key_of_the_service_is_asked_for(folder, capsys):
     assert "environment variable ANTHROPIC_API_KEY is empty" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ a model on this machine
+# -------------------------------------------------------------------------- a model on this machine
 
 
 @pytest.fixture(scope="module")

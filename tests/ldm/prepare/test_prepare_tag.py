@@ -1,5 +1,5 @@
-"""tag_wd14.py with a small tagger built here: its outputs are the mean of blue, green and red, so that the order of the
-channels, the range, the padding and the batches can be read off the tags."""
+"""tag_wd14.py with a small tagger built here: its outputs are the mean of blue, green and red, so
+that the order of the channels, the range, the padding and the batches can be read off the tags."""
 
 import subprocess
 import sys

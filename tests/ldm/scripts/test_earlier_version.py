@@ -1,4 +1,5 @@
-"""A training state, a LoRA and a run folder of the version before the rooms: resumed to the same end, loaded, read."""
+"""A training state, a LoRA and a run folder of the version before the rooms: resumed to the same
+end, loaded, read."""
 
 import json
 import shutil

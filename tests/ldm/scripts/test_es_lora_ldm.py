@@ -1,4 +1,5 @@
-"""Whole runs of the trainer on a tiny random model: what they leave, and that they repeat bit for bit."""
+"""Whole runs of the trainer on a tiny random model: what they leave, and that they repeat bit for
+bit."""
 
 import json
 import shutil
@@ -119,7 +120,8 @@ def test_measuring_does_not_change_training(base, images, tmp_path):
 
 @pytest.fixture
 def states(monkeypatch, tmp_path):
-    """A folder with a copy of every state as it was when it was saved: later ones take the snapshots over."""
+    """A folder with a copy of every state as it was when it was saved: later ones take the
+    snapshots over."""
     from training import loop
 
     save = loop.save_state
@@ -134,7 +136,8 @@ def states(monkeypatch, tmp_path):
 
 
 RANDOM = dict(
-    network_dropout=0.1, shuffle_caption=True, flip_aug=True, caption_tag_dropout_rate=0.2, calculate_cs=True, cs_interval=1,
+    network_dropout=0.1, shuffle_caption=True, flip_aug=True, caption_tag_dropout_rate=0.2, calculate_cs=True,
+    cs_interval=1,
     lr_scheduler="cosine", lr_warmup_steps=2, noise_offset=0.1, window_size=2, network_args=["rank_dropout=0.1"],
 )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Bad input gets one message that says the value and the fix, exit code 2, and nothing is written."""
+"""Bad input gets one message that says the value and the fix, exit code 2, and nothing is
+written."""
 
 import pytest
 import toml

@@ -1,4 +1,5 @@
-"""LoRAs out of the difference of two models: exact at full rank, the best at every other, the layers asked for."""
+"""LoRAs out of the difference of two models: exact at full rank, the best at every other, the
+layers asked for."""
 
 import pytest
 import torch  # noqa: E402
@@ -30,7 +31,8 @@ def noise_of(model):
 
 
 def without_other_changes(base, tuned):
-    """The tuned model with the base's biases, norms and embeddings: all that a LoRA can reproduce."""
+    """The tuned model with the base's biases, norms and embeddings: all that a LoRA can
+    reproduce."""
     original, tuned = load_sd_model(base), load_sd_model(tuned)
     kept = {f"{path}.weight" for part, path, _, _ in find_modules(tuned, with_convolutions=True) if part == "unet"}
     state = {name: value for name, value in original.unet.state_dict().items() if name not in kept}

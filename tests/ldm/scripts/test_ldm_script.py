@@ -1,4 +1,5 @@
-"""early_stop_lora_ldm.sh: which trainer its settings start, and with which flags. The trainer is a stub that shows them."""
+"""early_stop_lora_ldm.sh: which trainer its settings start, and with which flags. The trainer is a
+stub that shows them."""
 
 import re
 import shutil
@@ -12,7 +13,8 @@ SCRIPT = "early_stop_lora_ldm.sh"
 
 
 def flags_of(folder, **settings):
-    """(exit code, words that the trainer gets) of the script with these settings in place of its own."""
+    """(exit code, words that the trainer gets) of the script with these settings in place of its
+    own."""
     text = (ROOT / SCRIPT).read_text()
     for name, value in settings.items():
         text, replaced = re.subn(rf"^{name}=\S*", f'{name}="{value}"', text, flags=re.MULTILINE)

@@ -31,7 +31,8 @@ def randomized(network, seed):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A base as folder and as file, and two LoRAs (one with convolutions); the live outputs at 0.7."""
+    """A base as folder and as file, and two LoRAs (one with convolutions); the live outputs at
+    0.7."""
     path = tmp_path_factory.mktemp("merge")
     tiny_sd(path).save_pipeline(path / "base")
     save_file(original_layout(tiny_sd(path)), path / "base.safetensors", {"modelspec.title": "tiny"})

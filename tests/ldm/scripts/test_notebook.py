@@ -1,4 +1,5 @@
-"""The notebook: its committed copy was executed whole, and it executes from top to bottom with short settings."""
+"""The notebook: its committed copy was executed whole, and it executes from top to bottom with
+short settings."""
 
 import json
 import zipfile

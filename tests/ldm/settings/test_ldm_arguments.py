@@ -1,4 +1,5 @@
-"""The command line: kohya's names and defaults, refusals by name, TOML, and every problem at once."""
+"""The command line: kohya's names and defaults, refusals by name, TOML, and every problem at
+once."""
 
 import ast
 import re

@@ -1,4 +1,5 @@
-"""DreamBooth: class pictures that are generated when they are too few, the trigger word, and training the whole U-Net."""
+"""DreamBooth: class pictures that are generated when they are too few, the trigger word, and
+training the whole U-Net."""
 
 import json
 import random

@@ -1,4 +1,5 @@
-"""What only a GPU can do: fp16, gradients in fp16, 8-bit optimizers, the same run on both devices."""
+"""What only a GPU can do: fp16, gradients in fp16, 8-bit optimizers, the same run on both
+devices."""
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def test_a_step_is_the_same_on_both_devices(base, images, tmp_path, monkeypatch)
 
 def test_resumed_equals_uninterrupted(base, images, tmp_path):
     settings = dict(
-        calculate_cs=True, cs_interval=1, max_train_steps=10, save_every_n_steps=5, save_state=True, mixed_precision="fp16",
+        calculate_cs=True, cs_interval=1, max_train_steps=10, save_every_n_steps=5, save_state=True,
+        mixed_precision="fp16",
         network_dropout=0.1,
     )  # fmt: skip
     train(base, images, tmp_path / "whole", **settings)

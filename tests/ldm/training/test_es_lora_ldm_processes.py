@@ -1,4 +1,5 @@
-"""Runs in processes of their own: interruption, a kill at any time, and two processes that stop together."""
+"""Runs in processes of their own: interruption, a kill at any time, and two processes that stop
+together."""
 
 import signal
 import socket
@@ -92,7 +93,8 @@ def test_two_processes_share_gradients_and_stop_together(base, images, tmp_path)
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(tree=str(TREE)))
     flags = words(
-        base, images, tmp_path / "out", early_stop=True, window_size=3, cs_interval=1, max_train_steps=40, train_batch_size=1,
+        base, images, tmp_path / "out", early_stop=True, window_size=3, cs_interval=1, max_train_steps=40,
+        train_batch_size=1,
         shadows=1,
     )  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]

@@ -1,4 +1,5 @@
-"""A run of the diffusion trainer with each rule of the registry: it stops, or says why it did not."""
+"""A run of the diffusion trainer with each rule of the registry: it stops, or says why it did
+not."""
 
 import pytest
 from ldm_runs import history_of, make_pictures, run, train

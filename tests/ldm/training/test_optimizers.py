@@ -1,4 +1,5 @@
-"""Optimizers and schedulers by kohya's names: each really optimizes, and each rate follows its formula."""
+"""Optimizers and schedulers by kohya's names: each really optimizes, and each rate follows its
+formula."""
 
 import importlib.util
 import math

@@ -1,4 +1,5 @@
-"""Shadows beside a diffusion LoRA: they change nothing, never see their fold, decide, and resume."""
+"""Shadows beside a diffusion LoRA: they change nothing, never see their fold, decide, and
+resume."""
 
 import shutil
 from pathlib import Path
@@ -65,7 +66,8 @@ def test_the_main_run_is_bit_for_bit_that_without_shadows(base, images, tmp_path
 
 
 def test_a_shadow_without_a_fold_is_a_second_main_network(base, images, tmp_path, monkeypatch):
-    """Same rank, same first weights, nothing left out: the shadow's passes and steps must end where the main ones do."""
+    """Same rank, same first weights, nothing left out: the shadow's passes and steps must end where
+    the main ones do."""
     from training import shadows
 
     create = shadows.create_network_beside
@@ -101,7 +103,8 @@ def test_every_shadow_is_trained(base, images, tmp_path):
 
 
 def test_a_shadow_never_learns_from_its_fold_and_is_scored_on_it(base, images, tmp_path):
-    """With other pixels in the pictures of a fold, its shadow ends with the same weights and another score."""
+    """With other pixels in the pictures of a fold, its shadow ends with the same weights and
+    another score."""
     (folder,) = Path(images).iterdir()
     pictures = [f"{folder.name}/{path.name}" for path in folder.glob("*.png")]
     left_out = {picture for picture, fold in make_folds(pictures, 2, 1).items() if fold == 0}
@@ -156,7 +159,8 @@ def test_scores_at_every_nth_measurement_only(base, images, tmp_path):
 
 
 def test_automatic_scores_follow_from_the_pictures_of_a_fold(base, images, tmp_path):
-    """One picture of six, at four timesteps, against two trained on between two measurements, three times an epoch."""
+    """One picture of six, at four timesteps, against two trained on between two measurements, three
+    times an epoch."""
     result = train(base, images, tmp_path, **BESIDE, shadow_interval="auto")
     assert result["shadows"]["interval"] == auto_interval(1 * 4, 2, 6) == 3
     assert [score is not None for score in history_of(tmp_path, "shadow_loss")] == [i % 3 == 0 for i in range(9)]
