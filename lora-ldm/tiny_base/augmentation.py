@@ -3,6 +3,7 @@ alike."""
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,13 +28,13 @@ def _premultiplied(pictures_uint8):
     return torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
 
 
-def on_white(pictures_uint8):
+def on_white(pictures_uint8: np.ndarray) -> torch.Tensor:
     """Plain pictures: uint8 (B, H, W, 4) RGBA -> float (B, 3, H, W) in [-1, 1] on white."""
     rgba = _premultiplied(pictures_uint8)
     return (rgba[:, :3] + 1 - rgba[:, 3:]) * 2 - 1
 
 
-def placed_on_white(pictures_uint8, can_flip):
+def placed_on_white(pictures_uint8: np.ndarray, can_flip: np.ndarray) -> torch.Tensor:
     """Slightly moved, scaled and mirrored pictures on white, for the denoiser.
 
     Args:
@@ -54,7 +55,7 @@ def placed_on_white(pictures_uint8, can_flip):
     return ((rgba[:, :3] + 1 - rgba[:, 3:]) * 2 - 1).clamp(-1, 1)
 
 
-def strongly_varied(pictures_uint8):
+def strongly_varied(pictures_uint8: np.ndarray) -> torch.Tensor:
     """Zoomed, turned, recoloured and shaded pictures on any background, for the autoencoder.
 
     The autoencoder has to carry styles that it never sees, so it is not shown the narrow range of

@@ -12,6 +12,7 @@ import random
 import subprocess
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +61,11 @@ class EmojiEntry:
     is_tone_variant: bool  # one of several skin tones of the same picture
 
     @property
-    def can_flip(self):
+    def can_flip(self) -> bool:
         return self.group not in UNFLIPPABLE_GROUPS and not UNFLIPPABLE_WORDS & set(self.label.lower().split())
 
 
-def fetch_package(name, cache_folder):
+def fetch_package(name: str, cache_folder: Path) -> Path:
     """Unpack the pinned version of an npm package under `cache_folder` (once) and return its
     `package` folder."""
     version = PACKAGE_VERSIONS[name]
@@ -85,20 +86,20 @@ def fetch_package(name, cache_folder):
     return target / "package"
 
 
-def emoji_key(hexcode):
+def emoji_key(hexcode: str) -> str:
     """Spell a code point sequence in the one way used as key here: upper case, no FE0F, no ZWJ
     differences."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
-def concept_of(key):
+def concept_of(key: str) -> str:
     """Drop skin tone and gender, so that near-copies of one picture fall on the same side of a
     split."""
     parts = [_GENDERS.get(part, part) for part in key.split("-")]
     return "-".join(part for part in parts if part and part != "200D" and not "1F3FB" <= part <= "1F3FF")
 
 
-def read_catalogue(cache_folder):
+def read_catalogue(cache_folder: Path) -> list[EmojiEntry]:
     """Read every emoji that has a group, flags and bare components excluded, as a list of
     EmojiEntry."""
     folder = fetch_package("emojibase-data", cache_folder) / "en"
@@ -116,7 +117,7 @@ def read_catalogue(cache_folder):
     return entries
 
 
-def render_svg(svg_text, size_px):
+def render_svg(svg_text: str, size_px: int) -> Image.Image:
     """Rasterise one drawing. Returns an RGBA image of size_px x size_px."""
     import resvg_py  # only needed to build, not to use the model
 
@@ -125,7 +126,7 @@ def render_svg(svg_text, size_px):
     ).convert("RGBA")
 
 
-def read_noto(cache_folder, size_px=SIZE_PX):
+def read_noto(cache_folder: Path, size_px: int = SIZE_PX) -> dict[str, Image.Image]:
     """Return {emoji key: RGBA image} of the Noto artwork (available at 64 px)."""
     package = fetch_package("emoji-datasource-google", cache_folder)
     rows = json.loads((package / "emoji.json").read_text("utf8"))
@@ -138,7 +139,7 @@ def read_noto(cache_folder, size_px=SIZE_PX):
     return pictures
 
 
-def read_fluent_flat(cache_folder, size_px=SIZE_PX):
+def read_fluent_flat(cache_folder: Path, size_px: int = SIZE_PX) -> dict[str, Image.Image]:
     """Return {emoji key: RGBA image} of the Fluent flat artwork."""
     package = fetch_package("@iconify-json/fluent-emoji-flat", cache_folder)
     icon_set = json.loads((package / "icons.json").read_text("utf8"))
@@ -152,14 +153,14 @@ def read_fluent_flat(cache_folder, size_px=SIZE_PX):
     return pictures
 
 
-def read_twemoji(cache_folder, keys, size_px=SIZE_PX):
+def read_twemoji(cache_folder: Path, keys: Iterable[str], size_px: int = SIZE_PX) -> dict[str, Image.Image]:
     """Return {emoji key: RGBA image} of the Twemoji artwork for the given keys that it has."""
     folder = fetch_package("@discordapp/twemoji", cache_folder) / "dist/svg"
     paths = {emoji_key(path.stem): path for path in folder.glob("*.svg")}
     return {key: render_svg(paths[key].read_text("utf8"), size_px) for key in keys if key in paths}
 
 
-def read_fluent_3d(cache_folder, keys, size_px=SIZE_PX):
+def read_fluent_3d(cache_folder: Path, keys: Iterable[str], size_px: int = SIZE_PX) -> dict[str, Image.Image]:
     """Return {emoji key: RGBA image} of the Fluent 3D artwork (256 px originals) for the given keys
     that it has."""
     folder = fetch_package("@lobehub/fluent-emoji-3d", cache_folder) / "assets"
@@ -172,18 +173,18 @@ def read_fluent_3d(cache_folder, keys, size_px=SIZE_PX):
     return resized
 
 
-def on_white(image):
+def on_white(image: Image.Image) -> Image.Image:
     """Compose an RGBA image on white. Returns an RGB image of the same size."""
     background = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(background, image).convert("RGB")
 
 
-def heldout_caption(entry, style):
+def heldout_caption(entry: EmojiEntry, style: str) -> str:
     """The one fixed caption of a picture, used wherever captions are compared."""
     return ", ".join([entry.label, *entry.tags[:3], f"{style} style"]).lower()
 
 
-def training_captions(entry, style, count, rng):
+def training_captions(entry: EmojiEntry, style: str, count: int, rng: random.Random) -> list[str]:
     """Draw `count` captions of one picture: the name, keywords in random order, and mostly the
     style's name."""
     captions = []
@@ -203,7 +204,7 @@ def training_captions(entry, style, count, rng):
     return captions
 
 
-def split_concepts(concepts, seed):
+def split_concepts(concepts: Iterable[str], seed: int) -> dict[str, str]:
     """Assign every concept to a role, reproducibly.
 
     Returns:
@@ -222,7 +223,7 @@ def split_concepts(concepts, seed):
     return roles
 
 
-def collect_pictures(cache_folder, seed=0, captions_a_picture=24):
+def collect_pictures(cache_folder: Path, seed: int = 0, captions_a_picture: int = 24) -> tuple[list[dict], np.ndarray]:
     """Read both base styles.
 
     Returns:

@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ TILES_A_ROW = 16
 SAMPLING_STEPS, GUIDANCE = 20, 5.0
 
 
-def load_pipeline(model_dir):
+def load_pipeline(model_dir: Path) -> Any:
     """The folder as StableDiffusionPipeline in float32, offline, without progress bars."""
     from diffusers import StableDiffusionPipeline
     from diffusers.models.attention_processor import AttnProcessor
@@ -27,7 +29,7 @@ def load_pipeline(model_dir):
     return pipeline
 
 
-def save_heldout(model_dir, records, pictures_uint8):
+def save_heldout(model_dir: Path, records: list[dict], pictures_uint8: np.ndarray) -> None:
     """Write the pictures that were never trained on, skin tone copies left out: heldout.png and
     heldout.json."""
     from emoji_pictures import on_white
@@ -44,7 +46,7 @@ def save_heldout(model_dir, records, pictures_uint8):
     (Path(model_dir) / "heldout.json").write_text(f"[\n{lines}\n]\n", encoding="utf8")
 
 
-def read_heldout(model_dir):
+def read_heldout(model_dir: Path) -> tuple[list[dict], torch.Tensor]:
     """Returns (rows, pictures): list of dicts and float (N, 3, 64, 64) in [-1, 1]."""
     rows = json.loads((Path(model_dir) / "heldout.json").read_text("utf8"))
     with Image.open(Path(model_dir) / "heldout.png") as sheet:
@@ -53,12 +55,12 @@ def read_heldout(model_dir):
     return rows, to_tensor(tiles[: len(rows)])
 
 
-def to_tensor(pixels_uint8):
+def to_tensor(pixels_uint8: np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels_uint8)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def read_folder(folder):
+def read_folder(folder: Path) -> torch.Tensor | None:
     """All 64 px pictures under a folder as one tensor (N, 3, 64, 64), or None."""
     paths = sorted(Path(folder).glob("**/*.png"))
     pixels = [np.asarray(Image.open(path).convert("RGB")) for path in paths if "512px" not in path.parts]
@@ -66,12 +68,12 @@ def read_folder(folder):
 
 
 @torch.no_grad()
-def encode(vae, rgb):
+def encode(vae: torch.nn.Module, rgb: torch.Tensor) -> torch.Tensor:
     """Scaled latents (N, 4, 8, 8)."""
     return torch.cat([vae.encode(part).latent_dist.mean for part in rgb.split(64)]) * LATENT_SCALE
 
 
-def caption_gaps(pipeline, latents, rows, draws=4):
+def caption_gaps(pipeline: Any, latents: torch.Tensor, rows: list[dict], draws: int = 4) -> dict:
     """How much higher the denoising loss is with shuffled captions than with the right ones.
 
     Returns:
@@ -98,7 +100,7 @@ def caption_gaps(pipeline, latents, rows, draws=4):
     return gaps
 
 
-def measure(model_dir, dataset_folder):
+def measure(model_dir: Path, dataset_folder: Path) -> dict:
     """All figures of the exported folder.
 
     Returns:
@@ -125,7 +127,7 @@ def measure(model_dir, dataset_folder):
     return figures
 
 
-def generate_batch(pipeline, prompts, seed):
+def generate_batch(pipeline: Any, prompts: Iterable[str], seed: int) -> list[Image.Image]:
     """One 64 px picture a prompt, all from the same seed, with the settings used for all
     figures."""
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
@@ -139,12 +141,12 @@ def generate_batch(pipeline, prompts, seed):
     ).images
 
 
-def generate(pipeline, prompt, seed):
+def generate(pipeline: Any, prompt: str, seed: int) -> Image.Image:
     """One 64 px picture with the settings used for all figures."""
     return generate_batch(pipeline, [prompt], seed)[0]
 
 
-def seconds_a_picture(pipeline, repeats=5):
+def seconds_a_picture(pipeline: Any, repeats: int = 5) -> dict:
     """Median wall time and processor time of one picture at the settings above, and the number of
     threads."""
     generate(pipeline, "red heart", 0)
@@ -162,7 +164,9 @@ def seconds_a_picture(pipeline, repeats=5):
     }
 
 
-def save_grid(model_dir, prompts, columns=8, zoom=2, name="grid.png"):
+def save_grid(
+    model_dir: Path, prompts: Sequence[str], columns: int = 8, zoom: int = 2, name: str = "grid.png"
+) -> float:
     """One picture a prompt, first seed, no choosing. Writes the labelled grid and returns the
     seconds it took."""
     pipeline = load_pipeline(model_dir)

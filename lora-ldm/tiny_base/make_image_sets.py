@@ -10,9 +10,11 @@ it as .txt.
 
 import argparse
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
-from emoji_pictures import emoji_key, on_white, read_catalogue, read_fluent_3d, read_twemoji
+from emoji_pictures import EmojiEntry, emoji_key, on_white, read_catalogue, read_fluent_3d, read_twemoji
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 REPEATS = 10
@@ -45,18 +47,18 @@ SETS = {
 }
 
 
-def caption_of(entry, kind, artwork):
+def caption_of(entry: EmojiEntry, kind: str, artwork: str) -> str:
     """One line: the kind of picture, the emoji's name, the style as trigger words."""
     return f"{kind}, {entry.label}, {artwork} style".lower()
 
 
-def pictures_of(artwork, keys, cache_folder, size_px):
+def pictures_of(artwork: str, keys: Iterable[str], cache_folder: Path, size_px: int) -> dict[str, Image.Image]:
     """RGB pictures on white of the keys that the artwork has, as {key: image}."""
     read = {"fluent 3d": read_fluent_3d, "twemoji": read_twemoji}[artwork]
     return {key: on_white(image) for key, image in read(cache_folder, keys, size_px).items()}
 
 
-def write_picture(folder, entry, image, caption):
+def write_picture(folder: Path, entry: EmojiEntry, image: Image.Image, caption: str) -> None:
     """Write `<name>.png` and `<name>.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "".join(letter if letter.isalnum() else "_" for letter in entry.label.lower()).strip("_").replace("__", "_")
@@ -64,7 +66,9 @@ def write_picture(folder, entry, image, caption):
     (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf8")
 
 
-def build_set(name, dataset_folder, cache_folder, catalogue, seed=0):
+def build_set(
+    name: str, dataset_folder: Path, cache_folder: Path, catalogue: list[EmojiEntry], seed: int = 0
+) -> tuple[int, int]:
     """Write one set. Returns (training pictures, held-out pictures)."""
     artwork, kind, symbols = SETS[name]
     keys = [emoji_key("-".join(f"{ord(c):X}" for c in symbol)) for symbol in symbols.split()]
@@ -84,7 +88,7 @@ def build_set(name, dataset_folder, cache_folder, catalogue, seed=0):
     return len(keys) - HELDOUT_COUNT, HELDOUT_COUNT
 
 
-def main():
+def main() -> None:
     """Build all sets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, default=HERE.parents[1] / "output/tiny_base/packages")

@@ -14,7 +14,10 @@ import argparse
 import json
 import random
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,18 +77,18 @@ GRID_PROMPTS = (
 )
 
 
-def seed_everything(seed):
+def seed_everything(seed: int) -> None:
     """Seed Python and torch."""
     random.seed(seed)
     torch.manual_seed(seed)
 
 
-def write_json(path, value):
+def write_json(path: Path, value: Any) -> None:
     """Write readable JSON."""
     Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
 
 
-def read_records(args):
+def read_records(args: Namespace) -> tuple[list[dict], np.ndarray]:
     """Records and pictures of the stage collect: (list of dicts, uint8 (N, 64, 64, 4))."""
     path = args.work_dir / "pictures.npz"
     if not path.is_file():
@@ -93,7 +96,7 @@ def read_records(args):
     return json.loads((args.work_dir / "records.json").read_text("utf8")), np.load(path)["pictures"]
 
 
-def collect(args):
+def collect(args: Namespace) -> None:
     """Packages -> pictures.npz, records.json."""
     from emoji_pictures import collect_pictures
 
@@ -103,7 +106,7 @@ def collect(args):
     print(f"{len(records)} pictures, {sum(r['role'] == 'train' for r in records)} of them to train on")
 
 
-def tokenizer(args):
+def tokenizer(args: Namespace) -> None:
     """Captions -> tokenizer folder, tokens.npz."""
     from transformers import CLIPTokenizer
 
@@ -121,7 +124,7 @@ def tokenizer(args):
     print(f"{len(vocabulary)} tokens; the longest caption has {int((flat != flat[0, -1]).sum(1).max()) + 1}")
 
 
-def save_states(folder, name, state):
+def save_states(folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
     """Write one state dict as fp16 safetensors, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{name}.partial"
@@ -129,14 +132,14 @@ def save_states(folder, name, state):
     partial.replace(folder / f"{name}.safetensors")
 
 
-def load_states(args, name, module):
+def load_states(args: Namespace, name: str, module: torch.nn.Module) -> torch.nn.Module:
     """Read what save_states wrote into a module."""
     state = load_file(args.results / f"{name}.safetensors")
     module.load_state_dict({key: value.float() for key, value in state.items()})
     return module.to(args.device).eval()
 
 
-def vae(args):
+def vae(args: Namespace) -> None:
     """Pictures -> vae.safetensors."""
     records, pictures = read_records(args)
     training = [i for i, record in enumerate(records) if record["role"] == "train"]
@@ -158,7 +161,7 @@ def vae(args):
     print("autoencoder:", figures, flush=True)
 
 
-def unet(args):
+def unet(args: Namespace) -> None:
     """Pictures, captions and autoencoder -> unet_last, unet_best, text_last, text_best."""
     records, pictures = read_records(args)
     tokens = np.load(args.work_dir / "tokens.npz")
@@ -212,7 +215,7 @@ def unet(args):
     print("denoiser:", figures, flush=True)
 
 
-def use_plain_attention(denoiser):
+def use_plain_attention(denoiser: torch.nn.Module) -> None:
     """Attention as two matrix products: nearly twice as fast as the fused kernel in the backward
     pass on a CPU."""
     from diffusers.models.attention_processor import AttnProcessor
@@ -221,13 +224,13 @@ def use_plain_attention(denoiser):
 
 
 @torch.no_grad()
-def encode_plain(image_model, pictures_uint8, device):
+def encode_plain(image_model: torch.nn.Module, pictures_uint8: np.ndarray, device: str) -> torch.Tensor:
     """Scaled latents of pictures as they are. Returns float (N, 4, 8, 8)."""
     rgb = on_white(torch.from_numpy(pictures_uint8).to(device))
     return torch.cat([image_model.encode(part).latent_dist.mean for part in rgb.split(128)]) * LATENT_SCALE
 
 
-def export(args):
+def export(args: Namespace) -> None:
     """Weights and tokenizer -> a folder that StableDiffusionPipeline.from_pretrained reads; the
     held-out pictures."""
     from diffusers import StableDiffusionPipeline
@@ -254,7 +257,7 @@ def export(args):
     save_heldout(args.model_dir, records, pictures)
 
 
-def evaluate(args):
+def evaluate(args: Namespace) -> None:
     """Measure the exported folder: figures.json and grid.png beside the model."""
     from evaluate_tiny_base import measure, save_grid
 
@@ -270,7 +273,7 @@ def evaluate(args):
     print(f"evaluated in {time.monotonic() - started:.0f} s")
 
 
-def parse_arguments(argv=None):
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line; device-dependent defaults are filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", help=f"any of {', '.join(STAGES)}; all of them by default")
@@ -300,7 +303,7 @@ def parse_arguments(argv=None):
     return args
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the stages asked for."""
     args = parse_arguments(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)

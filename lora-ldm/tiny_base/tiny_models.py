@@ -7,7 +7,9 @@ by name finds them here too.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +22,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 LATENT_SCALE = 0.18215
 
 
-def build_vae():
+def build_vae() -> torch.nn.Module:
     """Image autoencoder, (B, 3, 64, 64) in [-1, 1] <-> (B, 4, 8, 8)."""
     from diffusers import AutoencoderKL
 
@@ -38,7 +40,7 @@ def build_vae():
     )
 
 
-def build_unet():
+def build_unet() -> torch.nn.Module:
     """Noise predictor on (B, 4, 8, 8) latents with text states (B, 77, 128)."""
     from diffusers import UNet2DConditionModel
 
@@ -56,7 +58,7 @@ def build_unet():
     )
 
 
-def build_text_encoder():
+def build_text_encoder() -> torch.nn.Module:
     """Causal CLIP text transformer, token ids (B, 77) -> states (B, 77, 128)."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -77,7 +79,7 @@ def build_text_encoder():
     )
 
 
-def build_noise_scheduler():
+def build_noise_scheduler() -> Any:
     """The noise schedule of Stable Diffusion 1.x, as a DDIM sampler."""
     from diffusers import DDIMScheduler
 
@@ -93,7 +95,7 @@ def build_noise_scheduler():
     )
 
 
-def parameter_count(*modules):
+def parameter_count(*modules) -> int:
     """Sum of the parameters of all modules."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
@@ -101,7 +103,7 @@ def parameter_count(*modules):
 # --- tokenizer ------------------------------------------------------------------------------------
 
 
-def learn_bpe(texts, vocabulary_size=VOCABULARY_SIZE):
+def learn_bpe(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE) -> tuple[dict[str, int], list]:
     """Learn a byte-level CLIP vocabulary (the last piece of a word ends in `</w>`).
 
     Every byte is in it, in the middle and at the end of a word, so that no text is unknown.
@@ -141,7 +143,7 @@ def learn_bpe(texts, vocabulary_size=VOCABULARY_SIZE):
     return {token: index for index, token in enumerate([*tokens, START, END])}, merges[:missing]
 
 
-def save_tokenizer(vocabulary, merges, folder):
+def save_tokenizer(vocabulary: dict[str, int], merges: list, folder: str | Path) -> None:
     """Write vocab.json, merges.txt and the two small configuration files of a CLIP tokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +163,7 @@ def save_tokenizer(vocabulary, merges, folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 
 
-def tokenize(tokenizer, texts):
+def tokenize(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
     """Token ids of full length. Returns an int64 tensor (len(texts), 77)."""
     return tokenizer(
         list(texts), padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"

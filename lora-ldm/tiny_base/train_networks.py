@@ -8,6 +8,8 @@ import copy
 import math
 import random
 import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from augmentation import on_white, placed_on_white, strongly_varied
@@ -18,19 +20,19 @@ from tqdm import tqdm
 class Clock:
     """Share of a time budget that is used, and the learning rate that belongs to it."""
 
-    def __init__(self, max_minutes, peak_rate, warmup=0.03):
+    def __init__(self, max_minutes: float, peak_rate: float, warmup: float = 0.03):
         self.seconds, self.peak_rate, self.warmup = max_minutes * 60, peak_rate, warmup
         self.restart()
 
-    def restart(self):
+    def restart(self) -> None:
         """Count the budget from now."""
         self.start = time.monotonic()
 
-    def share(self):
+    def share(self) -> float:
         """Elapsed share of the budget, 0 to 1."""
         return min(1.0, (time.monotonic() - self.start) / self.seconds)
 
-    def rate(self):
+    def rate(self) -> float:
         """Linear warm-up, then half a cosine down to 2% of the peak."""
         share = self.share()
         if share < self.warmup:
@@ -42,20 +44,20 @@ class Clock:
 class MovingAverage:
     """Exponential moving average of the weights of several modules."""
 
-    def __init__(self, modules, decay):
+    def __init__(self, modules: Iterable[torch.nn.Module], decay: float):
         self.modules, self.live = modules, [p for module in modules for p in module.parameters()]
         self.shadow = [p.detach().clone() for p in self.live]
         self.decay, self.updates = decay, 0
 
     @torch.no_grad()
-    def update(self):
+    def update(self) -> None:
         """Move towards the live weights; the average is short while training is young."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.shadow, [p.detach() for p in self.live], 1 - decay)
 
     @torch.no_grad()
-    def swap(self):
+    def swap(self) -> None:
         """Exchange the average and the live weights; a second call undoes it."""
         for shadow, live in zip(self.shadow, self.live):
             kept = live.detach().clone()
@@ -89,7 +91,7 @@ def _apply(optimizer, loss, parameters, clock, average):
 _TO_CHROMA = ((-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))  # BT.601 Cb and Cr
 
 
-def reconstruction_loss(output, target):
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Absolute and squared error, edges, and chroma.
 
     Without the chroma term a small autoencoder settles on the mean hue long before it learns
@@ -106,8 +108,16 @@ def reconstruction_loss(output, target):
 
 
 def train_vae(
-    vae, pictures, *, batch_size, max_minutes, max_steps=None, peak_rate=1e-3, kl_weight=5e-5, compiled=False
-):
+    vae: torch.nn.Module,
+    pictures: torch.Tensor,
+    *,
+    batch_size: int,
+    max_minutes: float,
+    max_steps: int | None = None,
+    peak_rate: float = 1e-3,
+    kl_weight: float = 5e-5,
+    compiled: bool = False,
+) -> dict:
     """Train the autoencoder in place; it ends with the averaged weights and unit-scaled latents.
 
     Args:
@@ -154,7 +164,7 @@ def train_vae(
 
 
 @torch.no_grad()
-def normalise_latents(vae, pictures, sample=1024):
+def normalise_latents(vae: torch.nn.Module, pictures: torch.Tensor, sample: int = 1024) -> None:
     """Fold mean and spread of the latents into the two 1x1 convolutions around them.
 
     Afterwards latents * 0.18215 have mean 0 and standard deviation 1 in every channel.
@@ -172,7 +182,9 @@ def normalise_latents(vae, pictures, sample=1024):
 
 
 @torch.no_grad()
-def encode_variations(vae, pictures, can_flip, variations):
+def encode_variations(
+    vae: torch.nn.Module, pictures: torch.Tensor, can_flip: torch.Tensor, variations: int
+) -> torch.Tensor:
     """Latents of several slightly moved copies. Returns float16 (variations, N, 4, 8, 8), scaled to
     unit spread."""
     sets = []
@@ -189,7 +201,16 @@ def encode_variations(vae, pictures, can_flip, variations):
 # --- denoiser -------------------------------------------------------------------------------------
 
 
-def denoising_loss(unet, text_encoder, scheduler, latents, tokens, noise, timesteps, weighted=False):
+def denoising_loss(
+    unet: torch.nn.Module,
+    text_encoder: torch.nn.Module,
+    scheduler: Any,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    weighted: bool = False,
+) -> torch.Tensor:
     """Mean squared error of the predicted noise, one value a picture (B,).
 
     Args:
@@ -206,7 +227,9 @@ def denoising_loss(unet, text_encoder, scheduler, latents, tokens, noise, timest
     return error
 
 
-def drawn_examples(latents, tokens, weights, batch_size):
+def drawn_examples(
+    latents: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(latents (B, 4, 8, 8), token ids (B, 77)): pictures by weight, each in a random variation and
     caption."""
     chosen = torch.multinomial(weights, batch_size, replacement=True)
@@ -215,7 +238,9 @@ def drawn_examples(latents, tokens, weights, batch_size):
     return latents[variation, chosen].float(), tokens[chosen, caption].long()
 
 
-def scored_average(average, validation, curve, step, best):
+def scored_average(
+    average: MovingAverage, validation: Callable[[], float], curve: list, step: int, best: tuple | None
+) -> tuple | None:
     """Append (step, validation loss of the averaged weights) to the curve; their states where it is
     lowest, else best."""
     average.swap()
@@ -227,34 +252,28 @@ def scored_average(average, validation, curve, step, best):
 
 
 def train_unet(
-    unet,
-    text_encoder,
-    scheduler,
-    latents,
-    tokens,
-    weights,
-    empty_tokens,
-    validation,
+    unet: torch.nn.Module,
+    text_encoder: torch.nn.Module,
+    scheduler: Any,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    weights: torch.Tensor,
+    empty_tokens: torch.Tensor,
+    validation: Callable[[], float],
     *,
-    batch_size,
-    max_minutes,
-    max_steps=None,
-    peak_rate=1e-3,
-    text_dropout=0.1,
-    validations=24,
-):
+    batch_size: int,
+    max_minutes: float,
+    max_steps: int | None = None,
+    peak_rate: float = 1e-3,
+    text_dropout: float = 0.1,
+    validations: int = 24,
+) -> tuple[dict, dict]:
     """Train U-Net and text encoder together in place.
 
-    Args:
-        latents: float16 (variations, N, 4, 8, 8); tokens: int16 (N, captions, 77); weights: (N,)
-        sampling weights;
-        empty_tokens: int64 (77,) of the empty caption; validation: function () -> loss on pictures
-        not trained on.
-
-    Returns:
-        (figures, best): steps, seconds, losses and the curve of the validation loss; and the
-        averaged weights (U-Net state, text encoder state) at its lowest point. The modules
-        themselves end with the last average.
+    latents: float16 (variations, N, 4, 8, 8). tokens: int16 (N, captions, 77). weights: (N,), how
+    often each is drawn. empty_tokens: int64 (77,). validation: gives the loss on held-out pictures.
+    Returns the figures (steps, seconds, losses, curve of the validation loss) and the averaged
+    states (U-Net, text encoder) at its lowest point. The modules end with the last average.
     """
     device = latents.device
     parameters = [*unet.parameters(), *text_encoder.parameters()]
@@ -294,7 +313,16 @@ def train_unet(
 
 
 @torch.no_grad()
-def caption_losses(unet, text_encoder, scheduler, latents, tokens, other_tokens, draws=4, seed=0):
+def caption_losses(
+    unet: torch.nn.Module,
+    text_encoder: torch.nn.Module,
+    scheduler: Any,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    other_tokens: torch.Tensor,
+    draws: int = 4,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Denoising loss with the right captions and with captions of other pictures, on the same
     noise.
 
@@ -319,7 +347,7 @@ def caption_losses(unet, text_encoder, scheduler, latents, tokens, other_tokens,
 
 
 @torch.no_grad()
-def psnr_db(vae, pictures_rgb):
+def psnr_db(vae: torch.nn.Module, pictures_rgb: torch.Tensor) -> float:
     """Peak signal-to-noise ratio of the autoencoder over a set, in dB, from the mean squared error
     of each picture.
 
@@ -334,7 +362,7 @@ def psnr_db(vae, pictures_rgb):
     return float(torch.cat(ratios).mean())
 
 
-def shuffled_positions(concepts, seed=0, groups=None):
+def shuffled_positions(concepts: Sequence, seed: int = 0, groups: Sequence | None = None) -> torch.Tensor:
     """A seeded permutation that gives every picture the caption of another concept.
 
     Args:
