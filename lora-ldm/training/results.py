@@ -77,8 +77,7 @@ def save_results(run: Run, ending: Ending, outcome: Outcome) -> Pictures:
     report.
 
     With --early_stop the kept weights get the normal name and the last ones `-last`; without it the
-    last ones get the normal name and those of the turning point `-turning-point`. Where the turning
-    point is the last step, there is one file.
+    last ones get the normal name and those of the turning point `-turning-point`.
     """
     if outcome.name == "interrupted":
         return []
@@ -86,10 +85,8 @@ def save_results(run: Run, ending: Ending, outcome: Outcome) -> Pictures:
         if ending.finite is not None:
             save(run, outcome, "kept", *ending.finite)
         return []
-    found = None
-    if outcome.decision is not None and not outcome.keeps_last:
-        found = run.monitor.load_snapshot(outcome.decision.keep_step)
-    if outcome.name == "stopped_early" and found is not None:
+    found = run.monitor.load_snapshot(outcome.decision.keep_step) if outcome.decision is not None else None
+    if outcome.name == "stopped_early":
         save(run, outcome, "kept", outcome.decision.keep_step, found)
         save(run, outcome, "last", outcome.last_step)
     else:
@@ -99,7 +96,7 @@ def save_results(run: Run, ending: Ending, outcome: Outcome) -> Pictures:
     if run.args.train_full_unet:
         run.previews.save("-last")  # there is no LoRA to switch off for a comparison
         return []
-    kinds = [] if found is None else [("turning point", "-turning-point", found)]
+    kinds = [] if found is None or outcome.keeps_last else [("turning point", "-turning-point", found)]
     return run.previews.compared([*kinds, ("last", "-last", None)])
 
 

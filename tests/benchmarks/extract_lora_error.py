@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "lora-ldm"))
 
 import torch  # noqa: E402
+from es_lora_ldm import main as train  # noqa: E402
 from extract_lora import Selection, changed_layers, extract, share_outside  # noqa: E402
 
 from base.sd import load_sd_model  # noqa: E402
 from network.folding import fold_lora  # noqa: E402
 from network.lora import find_modules  # noqa: E402
-from training.loop import main as train  # noqa: E402
 
 BASE = str(ROOT / "lora-ldm" / "tiny_base")
 RESULT = Path(__file__).with_suffix(".md")
