@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "lora-llm"), str(ROOT / "tests" / "cs")]
+sys.path[:0] = [str(ROOT / "lora-llm"), str(ROOT / "tests" / "cs"), str(ROOT / "tests")]
 
 
 @pytest.fixture(scope="session")
