@@ -25,7 +25,7 @@ def test_committed_copy_was_executed_from_top_to_bottom():
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3  # pictures, curves, comparison
-    assert "Stopped after step" in text_of(notebook)
+    assert "Stopped early at step" in text_of(notebook)
     raw = NOTEBOOK.read_text(encoding="utf-8")
     assert str(TREE.parent) not in raw and "/home/" not in raw and len(raw) < 2e6
 
@@ -38,7 +38,7 @@ def test_notebook_executes_on_the_embedded_base(tmp_path, monkeypatch):
         notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(TREE)}}
     )
     client.execute()
-    assert "20 pictures" in text_of(notebook) and "Stopped after step" in text_of(notebook)
+    assert "20 pictures" in text_of(notebook) and "Stopped early at step" in text_of(notebook)
     result = result_of(tmp_path / "work" / "run")
     assert result["outcome"] == "stopped_early"
     with zipfile.ZipFile(tmp_path / "work" / "portraits.zip") as parcel:
@@ -48,4 +48,4 @@ def test_notebook_executes_on_the_embedded_base(tmp_path, monkeypatch):
             "report.html",
             "result.json",
         }
-        assert json.loads(parcel.read("result.json"))["kept_step"] == result["kept_step"]
+        assert json.loads(parcel.read("result.json"))["keep_step"] == result["keep_step"]
