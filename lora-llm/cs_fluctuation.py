@@ -119,7 +119,9 @@ def measure_each(layers: Sequence[LoraLayer]) -> List[List[float]]:
     table = torch.stack([value.to(values[0]) for value in values]).tolist()
     for layer, row in zip(layers, table):
         if not math.isfinite(sum(row)):
-            raise NonFiniteWeightsError(f"the LoRA weights of layer {layer.name} are NaN or infinite: training has diverged")
+            raise NonFiniteWeightsError(
+                f"the LoRA weights of layer {layer.name} are NaN or infinite: training has diverged"
+            )
     return table
 
 

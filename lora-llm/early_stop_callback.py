@@ -2,31 +2,30 @@
 
     trainer = Trainer(..., callbacks=[EarlyStopCallback()])
 
-Works in transformers' Trainer, TRL's SFTTrainer and what is built on them, on one process or with DDP. Needs only the
-files beside it that it imports (cs_fluctuation.py, gradient_evidence.py, stop_rules.py, cs_replay.py, quantised_weights.py).
-It measures CS after every cs_interval optimizer steps, stops the Trainer cleanly, saves the last weights as `adapter-last` in
-the output folder and puts the weights of the turning point back into the model before anything after training sees it. Where
-another callback ended the training, the weights are left as they are. Who stopped, and why, is said, logged and written to
-result.json and report.html.
+Works in transformers' Trainer, TRL's SFTTrainer and what is built on them, on one process or with DDP.
+It needs two things beside it, cs_fluctuation.py and es_lora/, and imports nothing else of this project.
+It measures CS after every cs_interval optimizer steps and stops the Trainer cleanly. It saves the last
+weights as `adapter-last` in the output folder. It puts the weights of the turning point back into the
+model before anything after training sees it. Where another callback ended the training, the weights
+are left as they are. Who stopped, and why, is said, logged and written to result.json and report.html.
 """
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import Any, Optional, Union
 
-import peft
 import torch
-import transformers
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cs_fluctuation import NonFiniteWeightsError
-from es_lora.files import write_text_whole
+from es_lora.command_line import nearest
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.history import HISTORY_NAME
-from es_lora.monitor import EarlyStopMonitor
+from es_lora.monitor import EarlyStopMonitor, scalars
+from es_lora.outcome import REPORT_NAME, Outcome
 from es_lora.peft_models import (
     load_tensors,
     peft_lora_layers,
@@ -35,94 +34,136 @@ from es_lora.peft_models import (
     trainable_tensors,
     weights_swapped_in,
 )
-from es_lora.processes import DIVERGED, FAILED, GO_ON, STOP, heard_by_all, same_on_all
+from es_lora.processes import DIVERGED, FAILED, GO_ON, STOP, decision_on_all, heard_by_all, same_on_all
 from es_lora.report import write_report
-from es_lora.rules import DEFAULT_RULE, Decision
+from es_lora.rules import Decision
 from es_lora.settings import MeasurementPlan, StopSettings, read_stop_settings
 from es_lora.weights import keep_as_loaded
+
+USUAL = StopSettings(early_stop=True)
+NOT_HERE = ("calculate_cs", "shadows", "shadow_rank", "shadow_interval")  # shadows need passes through the model
+LAST, TURNING_POINT = "adapter-last", "adapter-turning-point"
+PACKAGES = ("torch", "transformers", "peft")
+
+
+class TrainingLoss:
+    """The mean training loss of the optimizer steps since it was last asked for."""
+
+    def __init__(self) -> None:
+        self._sum: Union[torch.Tensor, float] = 0.0
+        self._from_step = 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Add one micro-step's share of a step's loss, a scalar."""
+        self._sum = self._sum + loss.detach()
+
+    def start(self, step: int) -> None:
+        """Count from this completed optimizer step on."""
+        self._sum, self._from_step = 0.0, step
+
+    def mean(self, step: int) -> Optional[float]:
+        """The mean up to this completed step, and start anew there; None where nothing was added."""
+        mean = self._sum.item() / max(1, step - self._from_step) if isinstance(self._sum, torch.Tensor) else None
+        self.start(step)
+        return mean
 
 
 class EarlyStopCallback(TrainerCallback):
     """Measures CS inside a Trainer, stops it at the turning point and restores the weights of that step.
 
-    early_stop: stop the training; otherwise only measure and report. stop_rule, valley, rule_value: as in es_lora.rules.
-    cs_interval: optimizer steps between measurements; window_size: M in measurements; None: chosen from the epoch's length.
-    cs_reduction: "row" or "matrix". snapshot_disk_gb: disk that the snapshots may use. header: more facts for the history.
-    say: takes the plain sentences for the person (default: print). before_restore: called before the kept weights are put
-    back. columns: {name: function}, further columns of the history, measured each time; a rule may need some, such as
-    heldout_loss. log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names. report: at the end
-    write result.json and report.html into the output folder and delete the snapshots; False: the caller does all that.
-    Raises ValueError at the start of training where the model has no LoRA layers.
+    settings: the stop settings; with early_stop off it only measures and reports. flags: single ones
+    by name, such as stop_rule="fixed-epochs", rule_value=2, over `settings`.
+    header: more facts for the first line of the history. say: takes the sentences for the person.
+    before_restore: called before the kept weights are put back, on every process; a held-out loss of
+    the last weights that it gives is noted in the history.
+    log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names.
+    columns: {name: function} of further columns of the history; a rule may need some, such as heldout_loss.
+    training_loss: whose mean is the history's loss; None: the loss that the Trainer logs is taken.
+    report: at the end write result.json and report.html and delete the snapshots; False: the caller does.
+    Raises TypeError for an unknown flag, ValueError for a bad value, and ValueError at the start of
+    training where the model has no LoRA layers.
     """
 
     def __init__(
         self,
+        settings: Optional[StopSettings] = None,
         *,
-        early_stop: bool = True,
-        stop_rule: str = DEFAULT_RULE,
-        cs_interval: Optional[int] = None,
-        window_size: Optional[int] = None,
-        valley: int = 2,
-        rule_value: Optional[float] = None,
-        cs_reduction: str = "row",
-        cs_component: str = "lm",
-        snapshot_disk_gb: float = 20.0,
         header: Optional[dict[str, Any]] = None,
         say: Callable[[str], None] = print,
-        before_restore: Optional[Callable[[], None]] = None,
+        before_restore: Optional[Callable[[], Optional[float]]] = None,
         log_scalar: Optional[Callable[[str, float, int], None]] = None,
         columns: Optional[dict[str, Callable[[], Optional[float]]]] = None,
+        training_loss: Optional[TrainingLoss] = None,
         report: bool = True,
+        **flags: Any,
     ):
+        self.settings = _settings_of(settings or USUAL, flags)
+        self.header, self.say, self.report = header or {}, say, report
+        self.before_restore, self.log_scalar = before_restore, log_scalar
         self.columns = columns if columns is not None else {}
-        self.early_stop, self.stop_rule, self.valley, self.rule_value = early_stop, stop_rule, valley, rule_value
-        self.cs_interval, self.window_size = cs_interval, window_size
-        self.cs_reduction, self.cs_component = cs_reduction, cs_component
-        self.snapshot_disk_gb, self.header, self.say = snapshot_disk_gb, header or {}, say
-        self.before_restore, self.log_scalar, self.report = before_restore, log_scalar, report
         self.monitor: Optional[EarlyStopMonitor] = None  # on rank 0 only
         self.plan: Optional[MeasurementPlan] = None
         self.diverged: Optional[str] = None
-        self._loss_sum: Union[torch.Tensor, float] = 0.0
-        self._loss_from_step: Optional[int] = None
+        self._training_loss = training_loss
+        self._heard: Optional[Decision] = None  # on every rank once training has ended
         self._learning_rate: Optional[float] = None
         self._logged_loss: Optional[float] = None
         self._ended = False
 
     @property
     def decision(self) -> Optional[Decision]:
-        return self.monitor.decision if self.monitor is not None else None
+        """The rule's decision: on rank 0 as soon as it is made, on every rank once training has ended."""
+        return self.monitor.decision if self.monitor is not None else self._heard
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the rule has stopped this run; the same on every rank once training has ended."""
+        return self.settings.early_stop and self.decision is not None
 
     # -------------------------------------------------------------------------------------- set up
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Optional[torch.nn.Module] = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         keep_as_loaded(model)
-        try:
-            self._batches_per_epoch = len(train_dataloader)
-            steps_per_epoch = max(1, math.ceil(self._batches_per_epoch / args.gradient_accumulation_steps))
-        except TypeError:
-            if self.cs_interval is None or self.window_size is None:
-                raise ValueError("the training data has no length, so give cs_interval and window_size") from None
-            steps_per_epoch = self.cs_interval * self.window_size
-            self._batches_per_epoch = steps_per_epoch * args.gradient_accumulation_steps
-        flags = ("early_stop", "stop_rule", "rule_value", "valley", "cs_reduction", "cs_component", "snapshot_disk_gb")
-        given = {name: getattr(self, name) for name in flags}
-        counts = {"cs_interval": self.cs_interval, "window_size": self.window_size}
-        stop = read_stop_settings({**given, **counts}, StopSettings())
-        self.plan = stop.plan([self.cs_component], steps_per_epoch, state.max_steps)
-        self._loss_from_step, self._ended = state.global_step, False
-        measured = state.global_step - state.global_step % self.plan.cs_interval  # the last measurement of a resumed run
+        batches_per_epoch, steps_per_epoch = self._epoch(args, train_dataloader)
+        self.plan = self.settings.plan(["lm"], steps_per_epoch, state.max_steps)
+        self._ended = False
+        if self._training_loss is not None:
+            self._training_loss.start(state.global_step)
+        measured = (
+            state.global_step - state.global_step % self.plan.cs_interval
+        )  # the last measurement of a resumed run
         logged = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] >= measured]
         self._logged_loss = logged[-1] if logged else None
         error = None
         if state.is_world_process_zero:
             try:
-                self._open_monitor(args, state, model)
+                self._open_monitor(args, state, model, batches_per_epoch)
             except (ValueError, OSError) as failure:  # the other ranks must hear of it before it is raised
                 error = failure
         self._raise_on_all(FAILED if error else GO_ON, error, args)
 
-    def _open_monitor(self, args, state, model) -> None:
+    def _epoch(self, args: TrainingArguments, train_dataloader: Any) -> tuple[int, int]:
+        """(batches, optimizer steps) of an epoch; without a length, what the window spans."""
+        try:
+            batches = len(train_dataloader)
+            return batches, max(1, math.ceil(batches / args.gradient_accumulation_steps))
+        except TypeError:
+            interval, window = self.settings.cs_interval, self.settings.window_size
+            if interval is None or window is None:
+                raise ValueError("the training data has no length, so give cs_interval and window_size") from None
+            return interval * window * args.gradient_accumulation_steps, interval * window
+
+    def _open_monitor(
+        self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, batches_per_epoch: int
+    ) -> None:
         layers = peft_lora_layers(model)
         matrices = [matrix for layer in layers for matrix in (layer.down, layer.up)]
         self.monitor = EarlyStopMonitor(
@@ -131,13 +172,13 @@ class EarlyStopCallback(TrainerCallback):
             layers,
             lambda: trainable_tensors(model),
             header=self.header,
-            resume_from=self._resumed_checkpoint(args, state),
-            evidence=GradientEvidence(matrices, self._batches_per_epoch),
+            resume_from=_resumed_checkpoint(args, state),
+            evidence=GradientEvidence(matrices, batches_per_epoch),
             columns=self.columns,
         )
         self.say(
             f"CS is measured every {self.plan.cs_interval} steps, window M = {self.plan.window} measurements (an epoch has "
-            f"{self.plan.steps_per_epoch} optimizer steps; rule {self.stop_rule})."
+            f"{self.plan.steps_per_epoch} optimizer steps; rule {self.settings.stop_rule})."
         )
         every = self.monitor.snapshots.every
         if every > 1:
@@ -145,44 +186,51 @@ class EarlyStopCallback(TrainerCallback):
         for notice in self.plan.notices:
             self.say(notice)
 
-    def _resumed_checkpoint(self, args, state) -> Optional[Path]:
-        if state.global_step == 0:
-            return None
-        given = args.resume_from_checkpoint
-        if isinstance(given, str) and Path(given).is_dir() and (Path(given) / "trainer_state.json").is_file():
-            return Path(given)
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
     # -------------------------------------------------------------------------------------- while training
 
-    def observe_loss(self, loss: torch.Tensor) -> None:
-        """Add one micro-step's share of the training loss, for the history's `loss`; without it the logged one is taken."""
-        self._loss_sum = self._loss_sum + loss.detach()
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Optional[dict[str, float]] = None,
+        **kwargs: Any,
+    ) -> None:
         self._logged_loss = (logs or {}).get("loss", self._logged_loss)
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optional[torch.optim.Optimizer] = None,
+        **kwargs: Any,
+    ) -> None:
         self._learning_rate = optimizer.param_groups[0]["lr"]
 
     def _mean_loss(self, step: int) -> Optional[float]:
         """Mean training loss of the optimizer steps since the last measurement."""
-        if not isinstance(self._loss_sum, torch.Tensor):
-            loss, self._logged_loss = self._logged_loss, None  # a logged loss is written down once
-            return loss
-        loss = self._loss_sum.item() / max(1, step - self._loss_from_step)
-        self._loss_sum, self._loss_from_step = 0.0, step
+        if self._training_loss is not None:
+            return self._training_loss.mean(step)
+        loss, self._logged_loss = self._logged_loss, None  # a logged loss is written down once
         return loss
 
-    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        if state.global_step % self.plan.cs_interval:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Optional[torch.nn.Module] = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.plan.due(state.global_step):
             return
         answer, error = GO_ON, None
         if self.monitor is not None:
             try:
                 answer = self._measure(state)
                 if answer == STOP:  # now: load_best_model_at_end may replace the last weights before on_train_end
-                    save_adapter(model, Path(args.output_dir) / "adapter-last", self.facts(state.global_step))
+                    save_adapter(model, Path(args.output_dir) / LAST, self.outcome(args, state).facts("last"))
             except Exception as failure:  # the other ranks must hear of it before it is raised
                 answer, error = FAILED, failure
         answer = self._raise_on_all(answer, error, args)
@@ -191,7 +239,7 @@ class EarlyStopCallback(TrainerCallback):
         if answer != GO_ON:
             control.should_training_stop = True
 
-    def _raise_on_all(self, answer: int, error: Optional[Exception], args) -> int:
+    def _raise_on_all(self, answer: int, error: Optional[Exception], args: TrainingArguments) -> int:
         """Rank 0's answer on every rank; where it failed, its error there and one that points to it elsewhere."""
         answer = heard_by_all(answer, args)
         if error is not None:
@@ -200,7 +248,7 @@ class EarlyStopCallback(TrainerCallback):
             raise RuntimeError("measuring CS failed on the main process; its message says why")
         return answer
 
-    def _measure(self, state) -> int:
+    def _measure(self, state: TrainerState) -> int:
         epoch, loss = float(state.epoch or 0.0), self._mean_loss(state.global_step)
         try:
             decision = self.monitor.measure(state.global_step, epoch, loss=loss, lr=self._learning_rate)
@@ -208,21 +256,30 @@ class EarlyStopCallback(TrainerCallback):
             self.diverged = str(error)
             return DIVERGED
         if self.log_scalar is not None:
-            record = self.monitor.last_record
-            self.log_scalar("cs/steps", record["cs"][self.cs_component], state.global_step)
-            if record["fluctuation"] is not None:
-                self.log_scalar("cs_fluctuation/steps", record["fluctuation"], state.global_step)
+            for name, value in scalars(self.monitor.last_record).items():
+                self.log_scalar(name, value, state.global_step)
         if decision is not None:
             self._tell(state, decision.reason)
         # Not `decision`: a run resumed after its stop has decided already and stops again.
-        return STOP if self.early_stop and self.decision is not None else GO_ON
+        return STOP if self.stopped else GO_ON
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        loss = (metrics or {}).get("eval_loss")
-        if self.monitor is not None and not self._ended and loss is not None and math.isfinite(loss):
-            self.monitor.note("evaluation", state.global_step, heldout_loss=loss)
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Optional[dict[str, float]] = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self._ended:
+            self.note_heldout(state.global_step, (metrics or {}).get("eval_loss"))
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def note_heldout(self, step: int, loss: Optional[float]) -> None:
+        """Write the held-out loss of a step's weights into the history, where there is a finite one."""
+        if self.monitor is not None and loss is not None and math.isfinite(loss):
+            self.monitor.note("evaluation", step, heldout_loss=loss)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The last thing written into a checkpoint: where the monitor's state is, the checkpoint is whole."""
         if self.monitor is not None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -231,27 +288,34 @@ class EarlyStopCallback(TrainerCallback):
 
     # -------------------------------------------------------------------------------------- the end
 
-    def _tell(self, state, sentence: str) -> None:
+    def _tell(self, state: TrainerState, sentence: str) -> None:
         """Say it, and put it into the Trainer's log."""
         self.say(f"\n{sentence}")
         state.log_history.append({"early_stop": sentence, "step": state.global_step})
 
-    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        self._ended = True
-        kept_step = best_step_loaded(args, state) or state.global_step
-        if self.diverged is None and self.stopped(args):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Optional[torch.nn.Module] = None,
+        **kwargs: Any,
+    ) -> None:
+        self._ended, self._heard = True, decision_on_all(self.decision, args)
+        held = best_step_loaded(args, state) or state.global_step
+        if self.diverged is None and self.stopped:
             if self.before_restore is not None:
-                self.before_restore()
+                self.note_heldout(state.global_step, self.before_restore())
+            held = self.decision.keep_step
             if self.monitor is not None:
-                kept_step = self.decision.keep_step
-                load_tensors(model, self.monitor.load_snapshot(kept_step))
-                self.say(f"The model holds the weights of step {kept_step} again.")
+                load_tensors(model, self.monitor.load_snapshot(held))
+                self.say(f"The model holds the weights of step {held} again.")
             same_on_all(model, args)
         elif self.diverged is not None and self.report:
-            kept_step = restore_finite(model, kept_step, self.monitor)
+            held = restore_finite(model, held, self.monitor)
             same_on_all(model, args)
         if self.report and self.monitor is not None:
-            self._leave_results(args, state, model, kept_step)
+            self._leave_results(args, state, model, held)
 
     @contextmanager
     def turning_point_in(self, model: torch.nn.Module) -> Iterator[None]:
@@ -262,80 +326,91 @@ class EarlyStopCallback(TrainerCallback):
         with weights_swapped_in(model, self.monitor.load_snapshot(self.decision.keep_step)):
             yield
 
-    def _leave_results(self, args, state, model, kept_step: Optional[int]) -> None:
+    def outcome(self, args: TrainingArguments, state: TrainerState) -> Outcome:
+        """How the run has ended, with the adapters that this callback saves."""
+        last, decision = state.global_step, self.decision
+        by = self._stopped_by(state)
+        name = "no_turning_point" if decision is None else "budget_reached"
+        name = "stopped_early" if self.stopped else "stopped_by_other" if by else name
+        outcome = Outcome(
+            "diverged" if self.diverged else name,
+            last,
+            state.max_steps,
+            plan=self.plan,
+            decision=decision,
+            diverged=self.diverged,
+            stopped_by=by,
+            seed=args.seed,
+        )
+        if outcome.name == "stopped_early":
+            outcome.saved("last", LAST, last)
+        elif decision is not None and outcome.name != "diverged":
+            outcome.saved("turning_point", TURNING_POINT, decision.keep_step)
+        return outcome
+
+    def _stopped_by(self, state: TrainerState) -> Optional[str]:
+        """Who else ended the training before its budget; None where nobody did."""
+        if self.stopped or state.global_step >= state.max_steps:
+            return None
+        others = [name for name in state.stateful_callbacks if name != "TrainerControl"]
+        return " or ".join(others) or "another callback or the end of the data"
+
+    def _leave_results(
+        self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, held: Optional[int]
+    ) -> None:
         """Say who ended the training and what the model holds; result.json and report.html; no snapshots any more."""
-        folder, decision = Path(args.output_dir), self.decision
-        if decision is not None and not self.early_stop:
+        folder, outcome = Path(args.output_dir), self.outcome(args, state)
+        outcome.held_step = held
+        if "turning_point" in outcome.files:
             with self.turning_point_in(model):
-                save_adapter(model, folder / "adapter-turning-point", self.facts(state.global_step))
-        outcome, ended = self._outcome(args, state)
-        verdict = f"{ended} {self._held(args, state, kept_step)}"
+                save_adapter(model, folder / TURNING_POINT, outcome.facts("turning_point"))
+        verdict = f"{outcome.sentence()} {self._held(outcome, best_step_loaded(args, state))}".rstrip()
+        best = state.best_model_checkpoint
+        if outcome.name == "stopped_early" and best_step_loaded(args, state):
+            verdict += (
+                f" It replaces step {state.best_global_step}, which load_best_model_at_end had loaded from {best}."
+            )
         self._tell(state, verdict)
-        settings = {name: getattr(args, name) for name in ("learning_rate", "num_train_epochs", "seed")}
-        result = {
-            **self.facts(state.global_step),
-            "outcome": outcome,
-            "verdict": verdict,
-            "kept_step": kept_step,
-            "turning_step": decision.keep_step if decision else None,
-            "detection_step": decision.detected_step if decision else None,
-            "budget_steps": state.max_steps,
-            "settings": {**settings, "cs_interval": self.plan.cs_interval, "window_size": self.plan.window},
-            "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
-        }
-        write_text_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        settings = {name: getattr(args, name) for name in ("learning_rate", "num_train_epochs")}
+        outcome.write(folder, {**settings, **self.settings.as_flags()}, PACKAGES)
         self.monitor.close()
         if (folder / HISTORY_NAME).is_file():
-            page = folder / "report.html"
-            write_report(page, folder / HISTORY_NAME, verdict=verdict, decision=decision, settings=settings)
+            page, decision = folder / REPORT_NAME, outcome.decision
+            tables = outcome.tables()
+            write_report(
+                page, folder / HISTORY_NAME, verdict=verdict, decision=decision, settings=settings, tables=tables
+            )
             self.say(f"Report: {page.resolve()}")
 
-    def _outcome(self, args, state) -> tuple[str, str]:
-        """(outcome, who ended the training and why)."""
-        last, budget, decision = state.global_step, state.max_steps, self.decision
-        if self.diverged is not None:
-            return "diverged", f"Training diverged at step {last} of {budget}: {self.diverged}."
-        if decision is not None and self.early_stop:
-            return "stopped_early", f"EarlyStopCallback (rule {self.stop_rule}) stopped the training at step {last} of {budget}."
-        found = "had seen no evidence of overfitting yet"
-        if decision is not None:
-            found = f"found the turning point, step {decision.keep_step}: it is in adapter-turning-point"
-        if last < budget:
-            others = [name for name in state.stateful_callbacks if name != "TrainerControl"]
-            who = " or ".join(others) or "another callback or the end of the data"
-            return "stopped_by_other", f"Stopped at step {last} of {budget} by {who}; the rule {self.stop_rule} {found}."
-        outcome = "no_turning_point" if decision is None else "budget_reached"
-        return outcome, f"Trained to its budget of {budget} steps; the rule {self.stop_rule} {found}."
-
-    def _held(self, args, state, kept_step: Optional[int]) -> str:
-        """Which weights the model holds now, and what has become of the others."""
-        best = best_step_loaded(args, state)
-        if kept_step is None:
-            return "No finite weights had been measured, so the model holds none."
-        if self.diverged is not None:
-            return f"The model holds the weights of step {kept_step}, the last finite ones known."
-        if self.decision is not None and self.early_stop:
-            held = f"The model holds the turning point, step {kept_step}; the last weights are in adapter-last."
-            lost = f" It replaces step {best}, which load_best_model_at_end had loaded from {state.best_model_checkpoint}."
-            return held + (lost if best else "")
+    def _held(self, outcome: Outcome, best: Optional[int]) -> str:
+        """Which weights the model holds now, and what has become of the others; the verdict tells it of a divergence."""
+        if outcome.name == "diverged":
+            return ""
+        if outcome.name == "stopped_early":
+            who = f"EarlyStopCallback (rule {self.settings.stop_rule}) stopped the training"
+            return f"{who} and put them back into the model; the last weights are in {LAST}."
         if best:
             return f"The model holds the weights of step {best}, loaded by load_best_model_at_end; they are left as they are."
-        return f"The model holds the weights of the last step, {kept_step}; they are left as they are."
-
-    def stopped(self, args) -> bool:
-        """Whether the rule has stopped this run; the same on every rank."""
-        decided = self.early_stop and self.decision is not None
-        return heard_by_all(STOP if decided else GO_ON, args) == STOP
-
-    def facts(self, last_step: int) -> dict[str, Any]:
-        """The verdict in plain values, for metadata and reports."""
-        facts: dict[str, Any] = {"stop_rule": self.stop_rule, "last_step": last_step}
-        if self.decision is not None:
-            facts["kept_step"], facts["detected_step"] = self.decision.keep_step, self.decision.detected_step
-            facts["usable_steps"], facts["reason"] = list(self.decision.usable), self.decision.reason
-        return facts
+        return f"The model holds the weights of the last step, {outcome.held_step}; they are left as they are."
 
 
-def best_step_loaded(args, state) -> Optional[int]:
+def _settings_of(usual: StopSettings, flags: dict[str, Any]) -> StopSettings:
+    known = [entry.name for entry in fields(StopSettings) if entry.name not in NOT_HERE] + ["valley"]
+    for name in flags:
+        if name not in known:
+            raise TypeError(f"EarlyStopCallback takes no {name}{nearest(name, known)}")
+    return read_stop_settings(flags, usual)
+
+
+def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Optional[Path]:
+    if state.global_step == 0:
+        return None
+    given = args.resume_from_checkpoint
+    if isinstance(given, str) and Path(given).is_dir() and (Path(given) / "trainer_state.json").is_file():
+        return Path(given)
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def best_step_loaded(args: TrainingArguments, state: TrainerState) -> Optional[int]:
     """The step whose weights load_best_model_at_end has put into the model at the end of training; None without it."""
     return state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None

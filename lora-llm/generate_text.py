@@ -39,13 +39,17 @@ from settings.flags import GenerationArguments
 from text.collator import encode_source
 
 BASE = "base"
-CHAT_HELP = "A line is a message. /use NAME answers with another adapter, /new forgets the talk, /quit (or Ctrl-D) ends."
+CHAT_HELP = (
+    "A line is a message. /use NAME answers with another adapter, /new forgets the talk, /quit (or Ctrl-D) ends."
+)
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
     parser = OneLineParser(GenerationArguments, description="Generate text with trained adapters.", allow_abbrev=False)
     parser.add_argument("--adapter", nargs="+", default=[], help="adapter folders or runs' folders, on one base")
-    parser.add_argument("--base", help="the base model (default: the adapters' own); alone: the base without an adapter")
+    parser.add_argument(
+        "--base", help="the base model (default: the adapters' own); alone: the base without an adapter"
+    )
     parser.add_argument("--bits", type=int, choices=(4, 8, 16, 32), help="the base's bits (default: as in training)")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="the input, as in the training data")
@@ -53,7 +57,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
     asked.add_argument("--chat", action="store_true", help="talk to it")
     parser.add_argument("--compare", action="store_true", help="base, turning point and last of a run side by side")
     parser.add_argument("--output", type=Path, help="write the answers to this jsonl file too")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling, set anew for every answer (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the sampling, set anew for every answer (default %(default)s)"
+    )
     arguments = parser.parse(argv)
     problems = list(generation_problems(arguments))
     if not arguments.adapter and not arguments.base:
@@ -86,7 +92,11 @@ def run_adapters(text: str) -> dict[str, AdapterFolder]:
     names = {"turning point": "adapter", "last": "adapter-last"}
     if not (kept.parent / "adapter-last").is_dir():
         names = {"turning point": "adapter-turning-point", "last": "adapter"}
-    return {name: open_adapter(str(kept.parent / folder)) for name, folder in names.items() if (kept.parent / folder).is_dir()}
+    return {
+        name: open_adapter(str(kept.parent / folder))
+        for name, folder in names.items()
+        if (kept.parent / folder).is_dir()
+    }
 
 
 def named_adapters(texts: Sequence[str]) -> dict[str, AdapterFolder]:
@@ -140,7 +150,9 @@ def load_speaker(adapters: dict[str, AdapterFolder], arguments: Any) -> Speaker:
     tokenizer = load_tokenizer_of(base_name, folders)
     model = put_adapters_on(base, tokenizer, folders) if folders else base
     names = {BASE: None, **{name: f"adapter{number}" for number, name in enumerate(adapters)}}
-    generation = GenerationArguments(**{entry.name: getattr(arguments, entry.name) for entry in fields(GenerationArguments)})
+    generation = GenerationArguments(
+        **{entry.name: getattr(arguments, entry.name) for entry in fields(GenerationArguments)}
+    )
     return Speaker(model, tokenizer, names, generation, arguments.seed)
 
 
@@ -183,7 +195,9 @@ def answer_all(speaker: Speaker, requests: Sequence[dict[str, Any]], compare: bo
     trained = [name for name in speaker.adapters if name != BASE]
     unknown = {request["adapter"] for request in requests if request.get("adapter") not in (None, *speaker.adapters)}
     if unknown:
-        raise ValueError(f"adapter {', '.join(map(str, sorted(unknown)))} was not given; there are {', '.join(speaker.adapters)}")
+        raise ValueError(
+            f"adapter {', '.join(map(str, sorted(unknown)))} was not given; there are {', '.join(speaker.adapters)}"
+        )
     answers = []
     for request in requests:
         names = [BASE, *trained] if compare else [request["adapter"]] if request.get("adapter") else trained or [BASE]
@@ -220,7 +234,11 @@ def chat(speaker: Speaker, name: str) -> None:
         elif message.startswith("/use"):
             wanted = message[4:].strip()
             name = wanted if wanted in speaker.adapters else name
-            print(f"{name} answers." if wanted == name else f"There is no {wanted!r}; choose of {', '.join(speaker.adapters)}.")
+            print(
+                f"{name} answers."
+                if wanted == name
+                else f"There is no {wanted!r}; choose of {', '.join(speaker.adapters)}."
+            )
         elif message:
             talk.append({"role": "user", "content": message})
             if has_template:

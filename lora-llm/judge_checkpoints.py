@@ -33,7 +33,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, required=True, help="the model they were trained on: a folder or a file")
     rules = f"{', '.join(RULES)}, or recorded (default: the project's default, or one that weights can answer)"
     parser.add_argument("--rule", help=rules)
-    parser.add_argument("--steps_per_epoch", type=_positive, help="optimizer steps an epoch, where the files do not tell")
+    parser.add_argument(
+        "--steps_per_epoch", type=_positive, help="optimizer steps an epoch, where the files do not tell"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", type=Path, help="write the report page to this file")
     return parser.parse_args(argv)

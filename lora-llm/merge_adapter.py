@@ -52,7 +52,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
     parser = OneLineParser([], description="Fold LoRA adapters into their base.", allow_abbrev=False)
     parser.add_argument("--adapter", nargs="+", required=True, help="adapter folders, each as FOLDER or FOLDER:WEIGHT")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--base", help="folder or hub name of the base (default: the one in the adapter's configuration)")
+    parser.add_argument(
+        "--base", help="folder or hub name of the base (default: the one in the adapter's configuration)"
+    )
     parser.add_argument("--bits", type=int, choices=(4, 8, 16, 32), help="the base's bits (default: as in training)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the folder written (default: as the base is stored)")
     return parser.parse(argv)
@@ -118,7 +120,9 @@ def tolerance_share(bits: int, dtypes: Sequence[torch.dtype]) -> float:
     return max([TOLERANCE[dtype] for dtype in dtypes] + [TOLERANCE_8_BIT] * (bits == 8))
 
 
-def merge(adapters: Sequence[AdapterFolder], base_name: str, bits: Optional[int], dtype: torch.dtype, output: Path) -> dict:
+def merge(
+    adapters: Sequence[AdapterFolder], base_name: str, bits: Optional[int], dtype: torch.dtype, output: Path
+) -> dict:
     """Merge, write aside, compare the logits of what was written, and only then give the folder its name.
 
     Returns the facts written to `merge.json`. Raises ValueError where the logits differ or an adapter does not fit.
@@ -148,7 +152,9 @@ def merge(adapters: Sequence[AdapterFolder], base_name: str, bits: Optional[int]
         largest = (probe_logits(written.eval(), tokenizer) - apart).abs().max().item()
         tolerance = tolerance_share(bits, (dtype, computed_in)) * apart.abs().max().item()
         moved = (apart[:, : plain.shape[1]] - plain).abs().max().item()
-        print(f"Base in {bits} bits, written as {dtype}. Logits, merged against apart: largest difference {largest:.3g},")
+        print(
+            f"Base in {bits} bits, written as {dtype}. Logits, merged against apart: largest difference {largest:.3g},"
+        )
         print(f"tolerance {tolerance:.3g}; the adapters themselves move the logits by up to {moved:.3g}.")
         if not largest <= tolerance:
             raise ValueError(f"the merged model differs from base and adapters by {largest:.3g}; nothing was written")

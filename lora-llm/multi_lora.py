@@ -16,21 +16,20 @@ trained (the others were); 3 a job diverged (the others went on); 130 interrupte
 """
 
 import argparse
-import difflib
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable, Optional, Union
 
 import quiet_libraries  # noqa: F401  (first, before the libraries speak)
 import torch
 
 from base.layers import linear_layers, linear_shape
-from base.loading import fit_embeddings, load_base, load_tokenizer
+from base.loading import compute_dtype, fit_embeddings, load_base, load_tokenizer
+from base.spec import BaseSpec
+from es_lora.command_line import command_line, nearest, truth, without_flag
 from jobs.config import Job, read_jobs
 from jobs.data import JobData, prepare_job
 from jobs.loop import FusedTraining, finished_result, memory_need
@@ -44,28 +43,6 @@ __all__ = ["Job", "main", "train_jobs"]
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM ended the run; every state is saved."""
-
-
-def base_settings(base_model: str, bits: int, use_cpu: bool, device: Any, **options: Any) -> SimpleNamespace:
-    """What base_model.load_base reads of the single trainer's settings."""
-    model = SimpleNamespace(
-        model_name_or_path=str(base_model), trust_remote_code=options["trust_remote_code"], use_auth_token=False
-    )
-    training = SimpleNamespace(
-        bits=bits,
-        use_cpu=use_cpu,
-        device=device,
-        world_size=2,  # the whole base on this process's own device
-        bf16=options["bf16"],
-        fp16=False,
-        cache_dir=options["cache_dir"],
-        double_quant=True,
-        quant_type="nf4",
-        full_finetune=False,
-        activation_checkpointing=options["gradient_checkpointing"],
-        activation_checkpointing_kwargs={"use_reentrant": False},
-    )
-    return SimpleNamespace(model=model, training=training)
 
 
 def train_jobs(
@@ -101,19 +78,25 @@ def train_jobs(
     together = data_parallel if data_parallel is not None else len(jobs) < _processes_asked_for()
     processes = Processes(use_cpu, together)
     say = say if processes.is_first or not processes.together else lambda text: None
-    tokenizer = load_tokenizer(str(base_model), cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    options = {"bf16": bf16, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    settings = base_settings(
-        str(base_model), bits, use_cpu, processes.device, gradient_checkpointing=gradient_checkpointing, **options
+    spec = BaseSpec(
+        str(base_model),
+        bits,
+        compute=compute_dtype(bf16, fp16=False),
+        device=None if use_cpu else processes.device,
+        checkpointing={"use_reentrant": False} if gradient_checkpointing else None,
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
     )
-    base = load_base(settings)
+    tokenizer, base = load_tokenizer(spec), load_base(spec)
     fit_embeddings(base, tokenizer)
     if bits in (16, 32):
         base.to(processes.device)
     base.requires_grad_(False)
     facts = {"model": str(base_model), "bits": bits}
     limits = _limits(base, max_rows, max_jobs, memory_gb, gradient_checkpointing)
-    ready, refused = _prepare(jobs, base, tokenizer, limits, cache_dir, say if processes.is_first else lambda text: None)
+    ready, refused = _prepare(
+        jobs, base, tokenizer, limits, cache_dir, say if processes.is_first else lambda text: None
+    )
     earlier = {data.job.name: finished_result(output_dir / data.job.name) if resume else None for data, _ in ready}
     to_train = [(data, need) for data, need in ready if earlier[data.job.name] is None]
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -165,7 +148,9 @@ def _check_run(jobs: Sequence[Job], output_dir: Path, bits: int, max_rows: int, 
     if output_dir.exists() and not output_dir.is_dir():
         raise FileExistsError(f"--output_dir {output_dir} is a file: choose a folder")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not resume:
-        raise FileExistsError(f"--output_dir {output_dir} is not empty: choose a new folder, or go on with its run by --resume")
+        raise FileExistsError(
+            f"--output_dir {output_dir} is not empty: choose a new folder, or go on with its run by --resume"
+        )
 
 
 def _limits(base: Any, max_rows: int, max_jobs: int, memory_gb: Optional[float], checkpointing: bool) -> Limits:
@@ -176,7 +161,9 @@ def _limits(base: Any, max_rows: int, max_jobs: int, memory_gb: Optional[float],
     sizes = [linear_shape(layer) for layer in linear_layers(base).values()]
     free = memory_gb * 1e9 - base_bytes
     if free <= 0:
-        raise ValueError(f"--memory_gb {memory_gb:g}: the base alone takes {base_bytes / 1e9:.2f} GB; raise it or lower --bits")
+        raise ValueError(
+            f"--memory_gb {memory_gb:g}: the base alone takes {base_bytes / 1e9:.2f} GB; raise it or lower --bits"
+        )
     return Limits(max_rows, max_jobs, free, token_bytes(base, sizes, checkpointing), pass_tokens)
 
 
@@ -194,13 +181,19 @@ def _prepare(
             need = memory_need(base, data)
             if not limits.fit([need]):
                 size = f"{(need.adapter_bytes + need.tokens * limits.token_bytes) / 1e9:.2f} GB"
-                raise ValueError(f"it needs about {size} beside the base, more than --memory_gb leaves; lower batch_size")
+                raise ValueError(
+                    f"it needs about {size} beside the base, more than --memory_gb leaves; lower batch_size"
+                )
             ready.append((data, need))
         except (ValueError, FileNotFoundError) as error:
             say(f"{job.name}: not trained: {error}")
-            refused.append({"name": job.name, "group": job.group, "outcome": "refused", "reason": str(error), "heldout": {}})
+            refused.append(
+                {"name": job.name, "group": job.group, "outcome": "refused", "reason": str(error), "heldout": {}}
+            )
     if not ready:
-        raise ValueError("no job can be trained: " + "; ".join(f"{entry['name']}: {entry['reason']}" for entry in refused))
+        raise ValueError(
+            "no job can be trained: " + "; ".join(f"{entry['name']}: {entry['reason']}" for entry in refused)
+        )
     return ready, refused
 
 
@@ -213,7 +206,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    truth = {"type": _truth, "nargs": "?", "const": True, "default": False}
+    switch = {"type": truth, "nargs": "?", "const": True, "default": False}
     parser = Parser(
         description="Many LoRA adapters at once over one frozen base, each stopped at its own turning point.",
         epilog="The jobs file is described in jobs/config.py; three that run as they are lie in templates/.",
@@ -224,28 +217,26 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", required=True, help="the jobs: a toml, yaml or json file")
     add("--output_dir", default="./output", help="where everything goes; a new folder for every run")
     add("--bits", type=int, default=None, help="bits of the frozen base: 4 (the default), 8, 16 or 32")
-    add("--load_4bit", help="the same as --bits 4", **truth)
-    add("--load_8bit", help="the same as --bits 8", **truth)
-    add("--bf16", help="compute in bf16", **truth)
-    add("--gradient_checkpointing", help="recompute activations to save memory", **truth)
+    add("--load_4bit", help="the same as --bits 4", **switch)
+    add("--load_8bit", help="the same as --bits 8", **switch)
+    add("--bf16", help="compute in bf16", **switch)
+    add("--gradient_checkpointing", help="recompute activations to save memory", **switch)
     add("--max_rows", type=int, default=32, help="examples in one pass, of all jobs together (default 32)")
     add("--max_jobs", type=int, default=16, help="adapters that train at once; others wait (default 16)")
-    add("--memory_gb", type=float, default=None, help="bound on the estimated memory of base, adapters and activations, in GB")
+    add(
+        "--memory_gb",
+        type=float,
+        default=None,
+        help="bound on the estimated memory of base, adapters and activations, in GB",
+    )
     together = "several processes train every job together; default: only where there are fewer jobs than processes"
-    add("--data_parallel", **{**truth, "default": None}, help=together)
+    add("--data_parallel", **{**switch, "default": None}, help=together)
     add("--save_minutes", type=float, default=10.0, help="save everything for --resume so often (default 10)")
-    add("--resume", help="go on with the run in --output_dir", **truth)
-    add("--use_cpu", help="train on the CPU even where there is a GPU", **truth)
+    add("--resume", help="go on with the run in --output_dir", **switch)
+    add("--use_cpu", help="train on the CPU even where there is a GPU", **switch)
     add("--cache_dir", default=None, help="where hub downloads are kept")
-    add("--trust_remote_code", help="run code that comes with the base model (only if you trust its authors)", **truth)
+    add("--trust_remote_code", help="run code that comes with the base model (only if you trust its authors)", **switch)
     return parser
-
-
-def _truth(text: str) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return words[text.lower()]
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -255,12 +246,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     problems = []
     for word in (word.split("=")[0] for word in argv if word.startswith("--")):
         if word not in known:
-            nearest = difflib.get_close_matches(word, known, n=1)
-            problems.append(f"{word} is unknown" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+            problems.append(f"{word} is unknown{nearest(word, known)}")
     if problems:
         raise ValueError("; ".join(problems))
     arguments = parser.parse_args(argv)
-    said = {bits for bits, flag in ((4, arguments.load_4bit), (8, arguments.load_8bit), (arguments.bits, arguments.bits)) if flag}
+    said = {
+        bits
+        for bits, flag in ((4, arguments.load_4bit), (8, arguments.load_8bit), (arguments.bits, arguments.bits))
+        if flag
+    }
     if len(said) > 1:
         raise ValueError("--bits, --load_4bit and --load_8bit contradict each other: give one of them")
     arguments.bits = said.pop() if said else 4
@@ -279,7 +273,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"multi_lora: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:
-        print(f"\n{error}\ngo on:  {_command(argv)} --resume true")
+        words = [*without_flag(argv, "--resume"), "--resume", "true"]
+        print(f"\n{error}\ngo on:  {command_line(sys.executable, Path(__file__).resolve(), words)}")
         return 130
     finally:
         if torch.distributed.is_initialized():
@@ -288,11 +283,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _last_words(overview, output_dir)
     outcomes = {result["outcome"] for result in overview["jobs"]}
     return 3 if "diverged" in outcomes else 2 if "refused" in outcomes else 0
-
-
-def _command(argv: Sequence[str]) -> str:
-    kept = [word for word in argv if not word.startswith("--resume")]
-    return f"{shlex.quote(sys.executable)} {shlex.quote(str(Path(__file__).resolve()))} {shlex.join(kept)}"
 
 
 def _last_words(overview: dict[str, Any], output_dir: Path) -> None:
@@ -304,10 +294,12 @@ def _last_words(overview: dict[str, Any], output_dir: Path) -> None:
         print(f"{group}: {choice['name'] or 'none chosen'}: {choice['reason']}.")
     print(f"overview: {output_dir.resolve() / 'overview.html'}")
     best = [choice["name"] for choice in overview["chosen"].values() if choice["name"]]
-    kept = best or [result["name"] for result in overview["jobs"] if result.get("adapters")]
+    kept = best or [result["name"] for result in overview["jobs"] if result.get("files")]
     for name in kept[:1]:
-        for line in next_commands("stopped_early", output_dir.resolve() / name, Path(__file__).resolve(), []):
-            print(line)
+        for what, command in next_commands(
+            "stopped_early", output_dir.resolve() / name, Path(__file__).resolve(), []
+        ).items():
+            print(f"{what}: {command}")
 
 
 if __name__ == "__main__":

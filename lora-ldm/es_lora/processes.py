@@ -1,10 +1,11 @@
 """Several processes: what the first one says is heard by all, and no rank waits for one that has stopped."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
 from es_lora.peft_models import trainable_tensors
+from es_lora.rules import Decision
 
 # What rank 0 tells the others after a measurement.
 GO_ON, STOP, DIVERGED, FAILED = range(4)
@@ -36,6 +37,17 @@ def heard_by_all(answer: int, args: Any) -> int:
     tensor = torch.tensor([answer], device=_device(args))
     _broadcast(tensor)
     return int(tensor.item())
+
+
+def decision_on_all(decision: Optional[Decision], args: Any) -> Optional[Decision]:
+    """Rank 0's decision on every rank; on the others without its reason."""
+    if args.world_size == 1:
+        return decision
+    steps = [-1] * 4 if decision is None else [decision.keep_step, decision.detected_step, *decision.usable]
+    tensor = torch.tensor(steps, device=_device(args))
+    _broadcast(tensor)
+    keep, detected, first, last = tensor.tolist()
+    return decision if decision is not None or keep < 0 else Decision(keep, detected, (first, last), "")
 
 
 def same_on_all(model: torch.nn.Module, args: Any) -> None:

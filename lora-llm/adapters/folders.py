@@ -1,14 +1,12 @@
 """Adapter folders that a run (or PEFT) left, and the base they belong to: what merge_adapter and generate_text share."""
 
 import argparse
-import difflib
 import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -17,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 from base.loading import fit_embeddings, load_base
+from base.spec import BaseSpec
+from es_lora.command_line import nearest
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -30,11 +30,10 @@ class OneLineParser(HfArgumentParser):
         for word in argv:
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in known:
-                nearest = difflib.get_close_matches(flag, known, n=1)
-                self.error(f"{flag} is unknown" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+                self.error(f"{flag} is unknown{nearest(flag, known)}")
         return self.parse_args(argv)
 
-    def error(self, message: str):
+    def error(self, message: str) -> None:
         self.exit(2, f"{Path(self.prog).stem}: {message}; see --help\n")
 
 
@@ -104,7 +103,9 @@ def stored_dtype(base: str) -> torch.dtype:
     try:
         dtype = AutoConfig.from_pretrained(base).dtype
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"the base model {base} cannot be found; put it there again or name another by --base") from error
+        raise FileNotFoundError(
+            f"the base model {base} cannot be found; put it there again or name another by --base"
+        ) from error
     return dtype or torch.float32
 
 
@@ -115,26 +116,20 @@ def load_frozen_base(base: str, bits: Optional[int], adapters: Sequence[AdapterF
     """
     dtype, trained = stored_dtype(base), trained_bits(adapters) or {}
     bits = bits or trained.get("bits") or (32 if dtype == torch.float32 else 16)
-    on_cpu = not torch.accelerator.is_available()
-    training = SimpleNamespace(
-        bits=bits,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    spec = BaseSpec(
+        base,
+        bits,
+        compute=dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32,
         quant_type=trained.get("quant_type", "nf4"),
         double_quant=trained.get("double_quant", True),
-        use_cpu=on_cpu,
-        device=torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator(),
-        world_size=1,
-        max_memory_MB=10**7,
-        activation_checkpointing=False,
-        activation_checkpointing_kwargs=None,
-        full_finetune=True,  # nothing here is trained through the base's inputs
-        cache_dir=None,
+        device=device,
+        spread_MB=10**7,
+        for_lora=False,  # nothing here is trained through the base
     )
-    model = SimpleNamespace(model_name_or_path=base, trust_remote_code=False, use_auth_token=False)
-    loaded = load_base(SimpleNamespace(model=model, training=training))
-    if bits in (16, 32) and not on_cpu:
-        loaded.to(training.device)
+    loaded = load_base(spec)
+    if bits in (16, 32) and device is not None:
+        loaded.to(device)
     loaded.config.use_cache = True
     return loaded.eval(), bits
 

@@ -112,7 +112,9 @@ class FusedAdapter:
     this number makes the dropout masks, so that a resumed run (which sets it) draws the same ones, in whatever company.
     """
 
-    def __init__(self, layers: dict[str, torch.nn.Module], base: Any, rank: int, alpha: float, dropout: float, seed: int):
+    def __init__(
+        self, layers: dict[str, torch.nn.Module], base: Any, rank: int, alpha: float, dropout: float, seed: int
+    ):
         self.rank, self.alpha, self.dropout, self.seed, self.passes = rank, alpha, dropout, seed, 0
         self.down: dict[str, torch.nn.Parameter] = {}
         self.up: dict[str, torch.nn.Parameter] = {}
@@ -140,14 +142,18 @@ class FusedAdapter:
         """{PEFT's name in adapter_model.safetensors: live matrix}."""
         pairs = (("lora_A", self.down), ("lora_B", self.up))
         return {
-            f"base_model.model.{name}.{kind}.weight": matrices[name].detach() for name in self.down for kind, matrices in pairs
+            f"base_model.model.{name}.{kind}.weight": matrices[name].detach()
+            for name in self.down
+            for kind, matrices in pairs
         }
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copy saved matrices in, in place. Raises ValueError where names or shapes are not those of this adapter."""
         own = self.state_dict()
-        if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+        if {name: tensor.shape for name, tensor in own.items()} != {
+            name: tensor.shape for name, tensor in tensors.items()
+        }:
             raise ValueError("these weights belong to another adapter: its layers or its rank differ")
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
@@ -188,7 +194,9 @@ class _Pass:
 
     parts: list[tuple[FusedAdapter, int, int, int]]
     rows: int
-    length_tokens: Optional[int] = None  # what the embedding has seen; for models that flatten (rows, T, in) to (rows * T, in)
+    length_tokens: Optional[int] = (
+        None  # what the embedding has seen; for models that flatten (rows, T, in) to (rows * T, in)
+    )
 
     def inputs_a_row(self, x: torch.Tensor) -> int:
         """How many input vectors of x belong to each row. Raises ValueError where x is not of this batch."""
@@ -196,7 +204,9 @@ class _Pass:
             return x[0].numel() // x.shape[-1]
         if x.dim() == 2 and self.length_tokens is not None and x.shape[0] == self.rows * self.length_tokens:
             return self.length_tokens
-        raise ValueError(f"rows() was given {self.rows} rows, and a layer with a LoRA got an input of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"rows() was given {self.rows} rows, and a layer with a LoRA got an input of shape {tuple(x.shape)}"
+        )
 
 
 class FusedLora:
@@ -235,7 +245,9 @@ class FusedLora:
         if name in self.adapters:
             raise ValueError(f"there is an adapter {name!r} already; give each a name of its own")
         if rank < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"rank {rank} and dropout {dropout}: rank must be at least 1, dropout at least 0 and below 1")
+            raise ValueError(
+                f"rank {rank} and dropout {dropout}: rank must be at least 1, dropout at least 0 and below 1"
+            )
         wanted = target_modules if isinstance(target_modules, str) else ",".join(target_modules)
         layers = {target: self._layers[target] for target in lora_target_names(self._base, wanted)}
         self.adapters[name] = FusedAdapter(layers, self._base, rank, alpha, dropout, seed)

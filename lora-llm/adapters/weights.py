@@ -9,15 +9,20 @@ from transformers.pytorch_utils import Conv1D
 from base.layers import lora_target_names
 
 
-def attach_lora(base: torch.nn.Module, training: Any) -> PeftModel:
-    """The base with a fresh LoRA in the layers of --lora_modules; only it (and --lora_bias) is trained."""
-    targets = lora_target_names(base, training.lora_modules)
+def attach_lora(
+    base: torch.nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, modules: str = "all", bias: str = "none"
+) -> PeftModel:
+    """The base with a fresh LoRA in the layers that `modules` chooses (lora_target_names).
+
+    Only it is trained, and the biases that `bias` chooses: none, all or lora_only.
+    """
+    targets = lora_target_names(base, modules)
     config = LoraConfig(
-        r=training.lora_r,
-        lora_alpha=training.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         target_modules=targets,
-        lora_dropout=training.lora_dropout,
-        bias=training.lora_bias,
+        lora_dropout=dropout,
+        bias=bias,
         task_type="CAUSAL_LM",
         fan_in_fan_out=all(isinstance(base.get_submodule(name), Conv1D) for name in targets),
     )

@@ -41,7 +41,9 @@ def lora_target_names(base: torch.nn.Module, lora_modules: str) -> list[str]:
         blocks = [name for name, module in base.named_modules() if "attention" in type(module).__name__.lower()]
         chosen = [name for name in names if any(name.startswith(f"{block}.") for block in blocks)]
         if not chosen:
-            raise ValueError(f"--lora_modules attention: found no attention block; name the layers, of {', '.join(short)}")
+            raise ValueError(
+                f"--lora_modules attention: found no attention block; name the layers, of {', '.join(short)}"
+            )
         return chosen
     wanted = [part.strip() for part in lora_modules.split(",") if part.strip()]
     missing = [part for part in wanted if not any(name == part or name.endswith(f".{part}") for name in names)]

@@ -1,13 +1,14 @@
-"""The frozen base model and its tokenizer in 4, 8, 16 or 32 bits, and the LoRA layers put into it."""
+"""The frozen base model and its tokenizer, in 4, 8, 16 or 32 bits."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from base.layers import check_dequantisation
+from base.spec import BaseSpec
 from es_lora.weights import keep_as_loaded
 
 
@@ -21,9 +22,9 @@ def check_base_path(name: str) -> None:
         raise FileNotFoundError(f"--model_name_or_path {name}: there is no such folder")
 
 
-def compute_dtype(training: Any) -> torch.dtype:
+def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
     """What the base computes in: bf16 or fp16 where asked for, float32 otherwise."""
-    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
 def _from_hub_or_folder(load: Any, name: str, what: str, **options: Any) -> Any:
@@ -38,80 +39,65 @@ def _from_hub_or_folder(load: Any, name: str, what: str, **options: Any) -> Any:
         ) from error
 
 
-def load_tokenizer(name: str, *, cache_dir: Any = None, trust_remote_code: bool = False, token: bool = False) -> Any:
+def load_tokenizer(base: BaseSpec) -> Any:
     """The base model's tokenizer, padding on the right, with a pad token (its unknown or end token where it has none)."""
-    check_base_path(name)
-    options = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code, "token": token or None}
-    tokenizer = _from_hub_or_folder(AutoTokenizer.from_pretrained, name, "tokenizer", padding_side="right", **options)
+    check_base_path(base.name)
+    options = {**base.hub_options, "padding_side": "right"}
+    tokenizer = _from_hub_or_folder(AutoTokenizer.from_pretrained, base.name, "tokenizer", **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"--model_name_or_path {name}: its tokenizer has no pad, unknown or end token; add a pad_token to it")
+        raise ValueError(
+            f"--model_name_or_path {base.name}: its tokenizer has no pad, unknown or end token; add a pad_token to it"
+        )
     return tokenizer
 
 
-def _device_map(training: Any) -> dict[str, Any]:
-    """One process keeps the whole model on its own device; a single process on several GPUs spreads it."""
-    if training.use_cpu:
-        return {"device_map": {"": "cpu"}}
-    if training.world_size > 1 or torch.cuda.device_count() == 1:
-        return {"device_map": {"": training.device}}
-    memory = f"{training.max_memory_MB}MB"
+def _device_map(spec: BaseSpec) -> dict[str, Any]:
+    """The whole model on one device, or spread over all GPUs where there are several."""
+    if spec.on_cpu or spec.spread_MB is None or torch.cuda.device_count() == 1:
+        return {"device_map": {"": "cpu" if spec.on_cpu else spec.device}}
+    memory = f"{spec.spread_MB}MB"
     return {"device_map": "auto", "max_memory": {index: memory for index in range(torch.cuda.device_count())}}
 
 
-def load_base(settings: Any) -> torch.nn.Module:
-    """The base model of --model_name_or_path in --bits bits, ready to be trained on (norms in float32 where quantised).
+def _quantisation(spec: BaseSpec) -> Optional[BitsAndBytesConfig]:
+    if spec.bits not in (4, 8):
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=spec.bits == 4,
+        load_in_8bit=spec.bits == 8,
+        bnb_4bit_compute_dtype=spec.compute,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_quant_type=spec.quant_type,
+    )
+
+
+def load_base(spec: BaseSpec) -> torch.nn.Module:
+    """The base model in its bits, ready to be trained on (norms in float32 where quantised).
 
     Raises FileNotFoundError where it cannot be found, ValueError where it is no causal language model.
     """
-    model, training = settings.model, settings.training
-    check_base_path(model.model_name_or_path)
-    options = {
-        "cache_dir": training.cache_dir,
-        "trust_remote_code": model.trust_remote_code,
-        "token": model.use_auth_token or None,
-    }
-    config = _from_hub_or_folder(AutoConfig.from_pretrained, model.model_name_or_path, "config.json", **options)
-    if type(config) not in AutoModelForCausalLM._model_mapping and not model.trust_remote_code:
-        raise ValueError(
-            f"--model_name_or_path {model.model_name_or_path}: a {config.model_type} model is no causal language model"
-        )
-    dtype = compute_dtype(training)
-    if training.bits == 16 and dtype == torch.float32:
-        dtype = torch.bfloat16 if training.use_cpu or torch.cuda.is_bf16_supported() else torch.float16
-    quantisation = None
-    if training.bits in (4, 8):
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=training.bits == 4,
-            load_in_8bit=training.bits == 8,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=training.double_quant,
-            bnb_4bit_quant_type=training.quant_type,
-        )
-    if training.bits == 32:
-        dtype = torch.float32
-    if getattr(training, "packed_varlen", False):
-        options["attn_implementation"] = "flash_attention_2"
-    if quantisation is not None or not training.use_cpu:
-        options.update(_device_map(training))
-    base = _from_hub_or_folder(
-        AutoModelForCausalLM.from_pretrained,
-        model.model_name_or_path,
-        "weights",
-        dtype=dtype,
-        quantization_config=quantisation,
-        **options,
-    )
+    check_base_path(spec.name)
+    options = spec.hub_options
+    config = _from_hub_or_folder(AutoConfig.from_pretrained, spec.name, "config.json", **options)
+    if type(config) not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
+        raise ValueError(f"--model_name_or_path {spec.name}: a {config.model_type} model is no causal language model")
+    if spec.attention is not None:
+        options["attn_implementation"] = spec.attention
+    quantisation = _quantisation(spec)
+    if quantisation is not None or not spec.on_cpu:
+        options.update(_device_map(spec))
+    options.update(dtype=spec.stored_dtype, quantization_config=quantisation)
+    base = _from_hub_or_folder(AutoModelForCausalLM.from_pretrained, spec.name, "weights", **options)
     base.config.use_cache = False
     if quantisation is not None:
         keep_as_loaded(base)
         check_dequantisation(base)
-        kwargs = training.activation_checkpointing_kwargs
-        return prepare_model_for_kbit_training(base, training.activation_checkpointing, kwargs)
-    if training.bits == 16 and training.bf16 and training.use_cpu and not training.full_finetune:
+        return prepare_model_for_kbit_training(base, spec.checkpointing is not None, spec.checkpointing)
+    if spec.small_parts_in_float32:
         small_parts_in_float32(base)
-    if training.activation_checkpointing and not training.full_finetune:
+    if spec.checkpointing is not None and spec.for_lora:
         base.enable_input_require_grads()
     return base
 

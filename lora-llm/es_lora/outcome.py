@@ -13,6 +13,7 @@ Both trainers, the jobs of multi_lora.py, the callback and the patches leave the
     last_step       completed optimizer steps; total_steps: the budget
     rule, window, cs_interval   by what it was decided
     files           {"kept", "last", "turning_point", "state": {"path", "step", "averaged"}}
+    held_step       the step whose weights the model holds, where a caller goes on with it (callback)
     heldout         {"before", "kept", "last": held-out loss}
     parts           {component: the rule's verdict on its own CS}
     shadows         what shadow adapters have cost
@@ -64,7 +65,8 @@ class Outcome:
 
     name: a key of EXIT_CODES. last_step, total_steps: completed optimizer steps, and the budget.
     plan: of the measurements; None where nothing was measured. diverged: why, where it did.
-    stopped_by: who else ended the training. extra: what only this trainer knows.
+    stopped_by: who else ended the training. held_step: whose weights the model holds, where they are
+    left to the caller and not saved. extra: what only this trainer knows.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Outcome:
     decision: Optional[Decision] = None
     diverged: Optional[str] = None
     stopped_by: Optional[str] = None
+    held_step: Optional[int] = None
     files: Dict[str, SavedWeights] = field(default_factory=dict)
     heldout: Dict[str, Optional[float]] = field(default_factory=dict)
     parts: Dict[str, Any] = field(default_factory=dict)
@@ -136,12 +139,12 @@ class Outcome:
         return f"{found}{self._compared()}"
 
     def _diverged(self) -> str:
-        kept = self.files.get("kept")
+        step = self.files["kept"].step if "kept" in self.files else self.held_step
         told = "No finite weights are known, so none are kept."
-        if kept is not None and kept.step == self.last_step:
+        if step == self.last_step:
             told = "The weights of that moment are finite and kept."
-        elif kept is not None:
-            told = f"The weights of step {kept.step}, the last finite ones known, are kept."
+        elif step is not None:
+            told = f"The weights of step {step}, the last finite ones known, are kept."
         advice = "Lower the learning rate and start again."
         return f"Training diverged at step {self.last_step}: {self.diverged}. {told} {advice}"
 
@@ -206,6 +209,7 @@ class Outcome:
             "last_step": self.last_step,
             "total_steps": self.total_steps,
             "files": {what: vars(weights) for what, weights in self.files.items()},
+            "held_step": self.held_step,
             "heldout": self.heldout,
             "parts": self.parts,
             "shadows": self.shadows,

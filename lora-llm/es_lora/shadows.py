@@ -159,6 +159,11 @@ class ShadowTraining:
         for parameter, part in zip(every, flat[self.count :].split([p.numel() for p in every])):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
+    @property
+    def steps_a_measurement(self) -> int:
+        """Optimizer steps between two measurements, as they have been so far; ask at one, before score_is_due."""
+        return self._steps // (self._measurements + 1)
+
     def score_is_due(self) -> bool:
         """Whether the present measurement, the next in turn, is one to score at: the first, and every interval-th from it."""
         self._measurements += 1

@@ -19,7 +19,9 @@ from transformers import DataCollatorForLanguageModeling as Collator  # noqa: E4
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--base", default=str(TREE / "tiny_base"))
-parser.add_argument("--data", default=str(TREE.parent / "dataset" / "kitchen_notes" / "train.jsonl"), help="input and output")
+parser.add_argument(
+    "--data", default=str(TREE.parent / "dataset" / "kitchen_notes" / "train.jsonl"), help="input and output"
+)
 parser.add_argument("--output", default="output/example-plain")
 parser.add_argument("--epochs", type=float, default=10)
 parser.add_argument("--max_steps", type=int, default=-1)
@@ -29,7 +31,9 @@ tokenizer = AutoTokenizer.from_pretrained(given.base)
 base = AutoModelForCausalLM.from_pretrained(given.base, dtype="float32")
 model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
 data = load_dataset("json", data_files=given.data, split="train")
-data = data.map(lambda row: tokenizer(f"{row['input']} {row['output']}{tokenizer.eos_token}"), remove_columns=data.column_names)
+data = data.map(
+    lambda row: tokenizer(f"{row['input']} {row['output']}{tokenizer.eos_token}"), remove_columns=data.column_names
+)
 settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": False}
 args = TrainingArguments(given.output, num_train_epochs=given.epochs, max_steps=given.max_steps, **settings)
 collator = Collator(tokenizer, mlm=False)

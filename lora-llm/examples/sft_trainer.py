@@ -18,17 +18,23 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--base", default=str(TREE / "tiny_base"))
-parser.add_argument("--data", default=str(TREE.parent / "dataset" / "kitchen_notes" / "train.jsonl"), help="input and output")
+parser.add_argument(
+    "--data", default=str(TREE.parent / "dataset" / "kitchen_notes" / "train.jsonl"), help="input and output"
+)
 parser.add_argument("--output", default="output/example-sft")
 parser.add_argument("--epochs", type=float, default=10)
 parser.add_argument("--max_steps", type=int, default=-1)
 given = parser.parse_args()
 
-data = load_dataset("json", data_files=given.data, split="train").rename_columns({"input": "prompt", "output": "completion"})
+data = load_dataset("json", data_files=given.data, split="train").rename_columns(
+    {"input": "prompt", "output": "completion"}
+)
 settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "bf16": False, "disable_tqdm": False}
 trainer = SFTTrainer(
     model=given.base,
-    args=SFTConfig(given.output, num_train_epochs=given.epochs, max_steps=given.max_steps, save_strategy="no", **settings),
+    args=SFTConfig(
+        given.output, num_train_epochs=given.epochs, max_steps=given.max_steps, save_strategy="no", **settings
+    ),
     train_dataset=data,
     peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     callbacks=[EarlyStopCallback()],

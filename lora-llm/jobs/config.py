@@ -14,35 +14,44 @@
 A job's own `grid` (`[jobs.grid]`) expands that job alone. The jobs that came of one are a group, of which the best is named.
 """
 
-import difflib
 import itertools
 import json
 import re
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Optional, Union
 
 import tomllib
 import yaml
 from transformers import SchedulerType
 
-from es_lora.rules import DEFAULT_RULE, RULES
-from es_lora.settings import StopSettings, read_stop_settings
+from es_lora.command_line import nearest
+from es_lora.settings import StopSettings
+from text.spec import DataSpec
 
 PATH_KEYS = ("dataset", "eval_dataset", "mmlu_dir")
+USUAL_STOP = StopSettings(early_stop=True)
+NOT_OF_A_JOB = ("calculate_cs", "shadows", "shadow_rank", "shadow_interval")  # always measured; shadows need passes
+STOP_KEYS = [entry.name for entry in fields(StopSettings) if entry.name not in NOT_OF_A_JOB] + ["valley"]
+
+_usual = USUAL_STOP.as_flags()
+StopKeys = make_dataclass(
+    "StopKeys", [(name, Any, field(default=_usual.get(name))) for name in STOP_KEYS], kw_only=True
+)
 
 
 @dataclass
-class Job:
-    """One adapter to train: its data, its hyperparameters, and how it is stopped. Names as in es_lora_llm.py, without `lora_`.
+class Job(StopKeys):
+    """One adapter to train: its data, its hyperparameters, and how it is stopped.
 
-    dataset, dataset_format, eval_dataset, train_subject, mmlu_dir: sources and formats of es_lora_llm.py. eval_dataset_size:
-    examples (below 1 a fraction) held out of the training data; 0 for none.
-    max_steps: optimizer steps; it wins over epochs. early_stop False: train to the budget and save the turning point beside.
-    cs_interval, window_size: numbers, or "auto" as in the single trainer. evaluate_epochs: score the held-out examples after
-    every epoch too. priority: the highest waiting job gets a free slot first. group: what it is compared with in the end.
+    Names are those of es_lora_llm.py, without `lora_`. dataset, dataset_format, eval_dataset,
+    train_subject, mmlu_dir: its sources and formats. eval_dataset_size: examples (below 1 a fraction)
+    held out of the training data; 0 for none. max_steps: optimizer steps; it wins over epochs.
+    Beside these, and by keyword, the flags of early stopping that STOP_KEYS lists. early_stop False:
+    train to the budget and save the turning point beside. evaluate_epochs: score the held-out examples
+    after every epoch too. priority: the highest waiting job gets a free slot first. group: what it is
+    compared with in the end.
     """
 
     name: str
@@ -72,32 +81,30 @@ class Job:
     max_steps: Optional[int] = None
     group_by_length: bool = True
     seed: int = 42
-    early_stop: bool = True
-    stop_rule: str = DEFAULT_RULE
-    valley: int = 2
-    rule_value: Optional[float] = None
-    cs_interval: Union[int, str] = "auto"
-    window_size: Union[int, str] = "auto"
-    cs_reduction: str = "row"
-    snapshot_disk_gb: float = 20.0
     evaluate_epochs: bool = False
     priority: int = 0
     group: Optional[str] = None
 
-    def data_arguments(self, cache_dir: Optional[str] = None) -> SimpleNamespace:
-        """What text.sources.load_splits reads."""
-        return SimpleNamespace(
-            **{name: getattr(self, name) for name in ("dataset", "dataset_format", "eval_dataset", "eval_dataset_size", "seed")},
-            **{name: getattr(self, name) for name in ("max_train_samples", "max_eval_samples", "train_subject", "mmlu_dir")},
-            do_train=True,
-            do_eval=bool(self.eval_dataset or self.eval_dataset_size),
-            test_dataset_size=0,
+    def data_spec(self, cache_dir: Optional[str] = None) -> DataSpec:
+        """What its rows are read by."""
+        return DataSpec(
+            self.dataset,
+            self.dataset_format,
+            eval_dataset=self.eval_dataset,
+            eval_dataset_size=self.eval_dataset_size,
+            max_train_samples=self.max_train_samples,
+            max_eval_samples=self.max_eval_samples,
+            train_subject=self.train_subject,
+            mmlu_dir=self.mmlu_dir,
             cache_dir=cache_dir,
+            seed=self.seed,
+            evaluate=bool(self.eval_dataset or self.eval_dataset_size),
         )
 
-    def stop_settings(self) -> StopSettings:
-        """Its settings of early stopping."""
-        return read_stop_settings(vars(self), StopSettings())
+    def stop_settings(self) -> tuple[StopSettings, list[str]]:
+        """(its settings of early stopping, what is wrong with them)."""
+        stop, problems = USUAL_STOP.given(vars(self))
+        return stop, [problem.removeprefix("--") for problem in problems]
 
     def problems(self) -> list[str]:
         """What is wrong with its values, a sentence each that says what is allowed."""
@@ -113,31 +120,30 @@ class Job:
             found.append("dataset is missing: give a json, jsonl, csv or tsv file, mmlu, or a hub name")
         for allowed, (names, fits) in _RANGES.items():
             wrong = [(name, getattr(self, name)) for name in names]
-            found += [f"{name} = {value}: must be {allowed}" for name, value in wrong if _is_number(value) and not fits(value)]
-        choices = {"stop_rule": list(RULES), "cs_reduction": ["row", "matrix"], "lr_scheduler_type": SCHEDULES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                found.append(f"{name} = {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("cs_interval", "window_size"):
-            if isinstance(getattr(self, name), str) and getattr(self, name) != "auto":
-                found.append(f'{name} = {getattr(self, name)!r}: give a number of 1 or more, or "auto"')
-        return found
+            found += [
+                f"{name} = {value}: must be {allowed}" for name, value in wrong if _is_number(value) and not fits(value)
+            ]
+        if self.lr_scheduler_type not in SCHEDULES:
+            found.append(f"lr_scheduler_type = {self.lr_scheduler_type!r}: choose one of {', '.join(SCHEDULES)}")
+        return found + self.stop_settings()[1]
 
 
-_HINTS = typing.get_type_hints(Job)
+_HINTS = {name: hint for name, hint in typing.get_type_hints(Job).items() if name not in STOP_KEYS}
 _RANGES = {  # what is allowed: (names, whether a value is); NaN is in none of them
     "at least 1": (
         ("rank", "batch_size", "accumulation", "max_steps", "max_train_samples", "max_eval_samples", "source_max_len")
-        + ("target_max_len", "valley", "cs_interval", "window_size"),
+        + ("target_max_len",),
         lambda value: value >= 1,
     ),
-    "above 0": (("alpha", "learning_rate", "epochs", "snapshot_disk_gb", "rule_value"), lambda value: value > 0),
+    "above 0": (("alpha", "learning_rate", "epochs"), lambda value: value > 0),
     "0 or more": (("weight_decay", "max_grad_norm", "eval_dataset_size", "seed"), lambda value: value >= 0),
     "at least 0 and below 1": (("dropout", "warmup_ratio"), lambda value: 0 <= value < 1),
 }
 # Schedules that need nothing but the number of warm-up and of all steps.
 SCHEDULES = [kind.value for kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.LINEAR)]
-SCHEDULES += [kind.value for kind in (SchedulerType.COSINE, SchedulerType.COSINE_WITH_RESTARTS, SchedulerType.POLYNOMIAL)]
+SCHEDULES += [
+    kind.value for kind in (SchedulerType.COSINE, SchedulerType.COSINE_WITH_RESTARTS, SchedulerType.POLYNOMIAL)
+]
 
 
 def _is_number(value: Any) -> bool:
@@ -176,7 +182,9 @@ def read_jobs(path: Union[str, Path]) -> list[Job]:
     entries = content.get("jobs", [])
     if not isinstance(defaults, dict) or not isinstance(grid, dict) or not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: give a list of [[jobs]], and, if you like, tables [defaults] and [grid]")
-    problems += _unknown(defaults, [name for name in JOB_KEYS if name != "name"], "[defaults]") + _grid_problems(grid, "[grid]")
+    problems += _unknown(defaults, [name for name in JOB_KEYS if name != "name"], "[defaults]") + _grid_problems(
+        grid, "[grid]"
+    )
     jobs = []
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
@@ -201,7 +209,9 @@ class _YamlLoader(yaml.SafeLoader):
     """Reads 1e-4 as a number: YAML 1.1 wants 1.0e-4."""
 
 
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -228,8 +238,7 @@ def _unknown(table: dict[str, Any], known: Any, where: str) -> list[str]:
     problems = []
     for key in table:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else f"; known are {', '.join(known)}"
+            hint = nearest(str(key), known) or f"; known are {', '.join(known)}"
             problems.append(f"{where}: {key} is unknown{hint}")
     return problems
 
@@ -244,7 +253,9 @@ def _grid_problems(grid: Any, where: str) -> list[str]:
 
 def _expanded(entry: dict[str, Any], grid: dict[str, list], folder: Path) -> list[Job]:
     """One job a combination of the grid, named after what the grid sets; the job itself without a grid."""
-    values = {key: _found(value, folder) if key in PATH_KEYS else value for key, value in entry.items() if key != "grid"}
+    values = {
+        key: _found(value, folder) if key in PATH_KEYS else value for key, value in entry.items() if key != "grid"
+    }
     jobs = []
     for combination in itertools.product(*grid.values()):
         chosen = dict(zip(grid, combination))
@@ -256,7 +267,13 @@ def _expanded(entry: dict[str, Any], grid: dict[str, list], folder: Path) -> lis
 
 
 def _short(value: Any) -> str:
-    text = Path(value).stem if isinstance(value, str) and "/" in value else f"{value:g}" if type(value) is float else str(value)
+    text = (
+        Path(value).stem
+        if isinstance(value, str) and "/" in value
+        else f"{value:g}"
+        if type(value) is float
+        else str(value)
+    )
     return re.sub(r"[^\w.+=-]", "_", text)
 
 

@@ -48,14 +48,6 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
     return {**batch, "labels": pad_batch([example.labels for example in examples], IGNORE_INDEX)["input_ids"]}
 
 
-def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy of each row (rows,) in float32, from logits (rows, T, vocabulary) and labels (rows, T)."""
-    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # of the position before
-    learned = targets != IGNORE_INDEX
-    losses = torch.nn.functional.cross_entropy(logits[learned].float(), targets[learned], reduction="none")
-    return losses.new_zeros(len(labels)).index_add(0, learned.nonzero()[:, 0], losses)
-
-
 @dataclass
 class JobData:
     """A job that can be trained: its examples, its budget in optimizer steps, and when it is measured."""
@@ -77,7 +69,10 @@ class JobData:
         """The micro-batches of an epoch, in order; the last may be smaller."""
         job, lengths = self.job, [len(example.ids) for example in self.train]
         order = epoch_order(lengths, job.batch_size * job.accumulation, job.seed, epoch, job.group_by_length)
-        return [[self.train[index] for index in order[at : at + job.batch_size]] for at in range(0, len(order), job.batch_size)]
+        return [
+            [self.train[index] for index in order[at : at + job.batch_size]]
+            for at in range(0, len(order), job.batch_size)
+        ]
 
 
 def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> JobData:
@@ -85,17 +80,19 @@ def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> Jo
     problems = job.problems()
     if problems:
         raise ValueError("; ".join(problems))
-    splits = load_splits(job.data_arguments(cache_dir))
+    splits = load_splits(job.data_spec(cache_dir))
     collator = CausalCollator(tokenizer, job.source_max_len, job.target_max_len, job.train_on_source)
     train = [example for example in encode_examples(splits.train, collator) if example.targets]
     if not train:
         raise ValueError(f"{splits.source}: no example has a token to learn after cutting; raise target_max_len")
     steps_per_epoch = math.ceil(math.ceil(len(train) / job.batch_size) / job.accumulation)
     total_steps = job.max_steps or math.ceil(job.epochs * steps_per_epoch)
-    plan = job.stop_settings().plan([COMPONENT], steps_per_epoch, total_steps)
+    plan = job.stop_settings()[0].plan([COMPONENT], steps_per_epoch, total_steps)
     heldout = encode_examples(splits.evaluation, collator) if splits.evaluation is not None else None
     data = JobData(job, train, heldout, splits.source, steps_per_epoch, total_steps, plan)
     missing = [name for name in plan.rule().needs if name not in RECORDED and not (name == "heldout_loss" and heldout)]
     if missing:
-        raise ValueError(f"stop_rule {job.stop_rule} needs {', '.join(missing)}, which this job does not record; choose another")
+        raise ValueError(
+            f"stop_rule {job.stop_rule} needs {', '.join(missing)}, which this job does not record; choose another"
+        )
     return data

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from adapters.fused_lora import FusedLora
 from base.layers import linear_layers, linear_shape, lora_target_names
 from es_lora.command_line import NotedSignals
-from jobs.data import Example, JobData, collate, row_losses
+from es_lora.outcome import RESULT_FORMAT, RESULT_NAME
+from jobs.data import Example, JobData, collate
 from jobs.processes import Processes
 from jobs.run import STATE_NAME, JobRun
 from jobs.scheduler import LORA_BYTES, JobQueue, Limits, MemoryNeed, split_round, waiting_order
+from training.losses import row_losses
 
 RANDOM_STATE = "random_state.safetensors"
 
@@ -53,8 +55,20 @@ class FusedTraining:
         say: Callable[[str], None] = print,
         ended: Callable[[dict[str, Any]], None] = lambda result: None,
     ):
-        self.base, self.tokenizer, self.output_dir, self.processes, self.limits = base, tokenizer, output_dir, processes, limits
-        self.facts, self.precision, self.save_seconds, self.say, self.ended = facts, precision, 60 * save_minutes, say, ended
+        self.base, self.tokenizer, self.output_dir, self.processes, self.limits = (
+            base,
+            tokenizer,
+            output_dir,
+            processes,
+            limits,
+        )
+        self.facts, self.precision, self.save_seconds, self.say, self.ended = (
+            facts,
+            precision,
+            60 * save_minutes,
+            say,
+            ended,
+        )
         self.fused = FusedLora(base)
         self.active: list[tuple[JobRun, MemoryNeed]] = []
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -103,13 +117,17 @@ class FusedTraining:
         run = JobRun(data, self.fused, self._folder(data), self.processes, self.facts, self.score, resumed)
         self.active.append((run, need))
         budget = f"{data.total_steps} steps of {len(data.train)} examples from {data.source}"
-        self.say(f"{data.job.name}: goes on from step {run.step}." if resumed else f"{data.job.name}: starts; budget {budget}.")
+        self.say(
+            f"{data.job.name}: goes on from step {run.step}."
+            if resumed
+            else f"{data.job.name}: starts; budget {budget}."
+        )
         for notice in data.plan.notices if not resumed else ():
             self.say(f"{data.job.name}: {notice}")
         run.score_start()
 
     def _end_jobs(self) -> None:
-        for entry in [entry for entry in self.active if entry[0].outcome is not None]:
+        for entry in [entry for entry in self.active if entry[0].ended_as is not None]:
             self.active.remove(entry)
             result = entry[0].finish(self.tokenizer.save_pretrained)
             if result:
@@ -138,7 +156,9 @@ class FusedTraining:
         for run, batch, loss in zip(runs, batches, values):
             run.take(loss, seconds * len(batch) / rows)
 
-    def _losses(self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]], weights: Sequence[float]) -> torch.Tensor:
+    def _losses(
+        self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]], weights: Sequence[float]
+    ) -> torch.Tensor:
         """The weighted loss of each job (jobs,), detached; gradients are left in the adapters."""
         examples = [example for batch in batches for example in batch]
         losses = torch.zeros(len(runs), device=self.processes.device)
@@ -177,7 +197,9 @@ class FusedTraining:
     # -------------------------------------------------------------------------------------- states
 
     def _random_state_file(self) -> Path:
-        return self.output_dir / (RANDOM_STATE if self.processes.index == 0 else f"{self.processes.index}-{RANDOM_STATE}")
+        return self.output_dir / (
+            RANDOM_STATE if self.processes.index == 0 else f"{self.processes.index}-{RANDOM_STATE}"
+        )
 
     def _save_all(self) -> None:
         for run, _ in self.active:
@@ -191,6 +213,13 @@ class FusedTraining:
 
 
 def finished_result(folder: Path) -> Optional[dict[str, Any]]:
-    """The result of a job that ended in an earlier run; None where there is none."""
-    file = folder / "result.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """The result of a job that has ended; None where there is none. Raises ValueError for one of an earlier version."""
+    file = folder / RESULT_NAME
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if result.get("format") != RESULT_FORMAT:
+        raise ValueError(
+            f"{file} is of an earlier version: end that run with it, or start anew in another --output_dir"
+        )
+    return result

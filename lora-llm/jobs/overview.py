@@ -25,7 +25,7 @@ def saved_by_stop(result: dict[str, Any]) -> tuple[int, float]:
     """(steps, estimated seconds) that an early stop has saved: what was left of the budget, at the job's own pace."""
     if result["outcome"] != "stopped_early":
         return 0, 0.0
-    steps = result["budget_steps"] - result["last_step"]
+    steps = result["total_steps"] - result["last_step"]
     return steps, steps * result["seconds"] / result["last_step"]
 
 
@@ -37,12 +37,14 @@ def choose(results: Sequence[dict[str, Any]]) -> Optional[tuple[dict[str, Any], 
     before it only memorised. On the tuning half of tests/benchmarks/stop_quality that is better than the first to its turning
     point in four of six data sets, and a weak judge all the same. Without any turning point none is chosen.
     """
-    kept = [result for result in results if result["outcome"] in ("stopped_early", "budget_reached", "no_turning_point")]
+    kept = [
+        result for result in results if result["outcome"] in ("stopped_early", "budget_reached", "no_turning_point")
+    ]
     scored = {result["name"]: kept_loss(result) for result in kept}
     if kept and all(loss is not None for loss in scored.values()):
         best = min(kept, key=lambda result: scored[result["name"]])
         return best, f"the lowest held-out loss of {len(kept)}, {scored[best['name']]:.4f}"
-    turned = [result for result in kept if result["turning_step"] is not None]
+    turned = [result for result in kept if result["keep_step"] is not None]
     if not turned:
         return None
     best = max(turned, key=_examples_to_turning_point)
@@ -53,7 +55,7 @@ def choose(results: Sequence[dict[str, Any]]) -> Optional[tuple[dict[str, Any], 
 
 
 def _examples_to_turning_point(result: dict[str, Any]) -> int:
-    return result["turning_step"] * result["settings"]["batch_size"] * result["settings"]["accumulation"]
+    return result["keep_step"] * result["settings"]["batch_size"] * result["settings"]["accumulation"]
 
 
 def kept_loss(result: dict[str, Any]) -> Optional[float]:
@@ -97,13 +99,15 @@ def sparkline(values: Sequence[float], mark: Optional[int]) -> str:
     return f'<svg style="width:{WIDTH}px" viewBox="0 0 {WIDTH} {HEIGHT}">{line}{dot}</svg>'
 
 
-def _spark_of(folder: Path, turning_step: Optional[int]) -> str:
+def _spark_of(folder: Path, keep_step: Optional[int]) -> str:
     try:
         history = read_history(folder)
     except (FileNotFoundError, ValueError):
         return ""
-    points = [(record["step"], record["fluctuation"]) for record in history.records if record["fluctuation"] is not None]
-    after = [index for index, (step, _) in enumerate(points) if turning_step is not None and step >= turning_step]
+    points = [
+        (record["step"], record["fluctuation"]) for record in history.records if record["fluctuation"] is not None
+    ]
+    after = [index for index, (step, _) in enumerate(points) if keep_step is not None and step >= keep_step]
     return sparkline([value for _, value in points], after[0] if after else None)
 
 
@@ -117,15 +121,16 @@ def _row(folder: Path, result: dict[str, Any], best: set[str]) -> str:
         return f'<tr><td>{name}</td><td colspan="9">not trained: {html.escape(result["reason"])}</td></tr>'
     settings, heldout = result["settings"], result["heldout"]
     steps, seconds = saved_by_stop(result)
-    kept = "" if result["kept_step"] is None else f"step {result['kept_step']}"
+    kept = f"step {result['files']['kept']['step']}" if "kept" in result["files"] else ""
     has_report = (folder / result["name"] / "report.html").is_file()  # not where a job diverged before it was measured
     cells = [
-        (f'<a href="{name}/report.html">{name}</a>' if has_report else name) + (" &#9733;" if result["name"] in best else ""),
+        (f'<a href="{name}/report.html">{name}</a>' if has_report else name)
+        + (" &#9733;" if result["name"] in best else ""),
         f"{settings['rank']}, {settings['learning_rate']:g}",
         OUTCOMES[result["outcome"]],
         kept,
-        f"{result['last_step']} of {result['budget_steps']}",
-        _spark_of(folder / result["name"], result["turning_step"]),
+        f"{result['last_step']} of {result['total_steps']}",
+        _spark_of(folder / result["name"], result["keep_step"]),
         _number(heldout.get("before")),
         _number(kept_loss(result)),
         f"{result['seconds']:.1f}",
@@ -139,22 +144,28 @@ def summary(results: Sequence[dict[str, Any]], seconds: float) -> str:
     counts = {words: sum(result["outcome"] == outcome for result in results) for outcome, words in OUTCOMES.items()}
     ends = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
     steps = sum(saved_by_stop(result)[0] for result in results)
-    budget = sum(result.get("budget_steps", 0) for result in results)
+    budget = sum(result.get("total_steps", 0) for result in results)
     saved = f" The early stops saved {steps} of {budget} steps." if steps else ""
     return f"{len(results)} job{'s' * (len(results) != 1)}: {ends}, in {seconds:.0f} seconds.{saved}"
 
 
-def write_overview(output_dir: Path, results: Sequence[dict[str, Any]], seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
+def write_overview(
+    output_dir: Path, results: Sequence[dict[str, Any]], seconds: float, facts: dict[str, Any]
+) -> dict[str, Any]:
     """Write overview.html and overview.json; what the latter holds. results: of every job, those refused too."""
     chosen = choices(results)
     overview = {"summary": summary(results, seconds), "seconds": round(seconds, 1), "chosen": chosen, **facts}
-    listed = [{key: value for key, value in result.items() if key not in ("settings", "versions")} for result in results]
+    listed = [
+        {key: value for key, value in result.items() if key not in ("settings", "versions")} for result in results
+    ]
     write_text_whole(output_dir / "overview.json", json.dumps({**overview, "jobs": listed}, indent=2) + "\n")
     head = ["job", "rank, learning rate", "outcome", "kept", "last step", "CS-Fluctuation", "held-out loss before"]
     head += ["held-out loss kept", "seconds", "saved by the stop"]
     best = {choice["name"] for choice in chosen.values()}
     rows = "".join(_row(output_dir, result, best) for result in results)
-    sentences = [f"{group}: {choice['name'] or 'none chosen'} ({choice['reason']})." for group, choice in chosen.items()]
+    sentences = [
+        f"{group}: {choice['name'] or 'none chosen'} ({choice['reason']})." for group, choice in chosen.items()
+    ]
     verdict = "<br>".join(html.escape(sentence) for sentence in [overview["summary"], *sentences])
     page = (
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>ES-LoRA: {html.escape(output_dir.name)}</title>'

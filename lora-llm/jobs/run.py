@@ -22,10 +22,11 @@ from cs_fluctuation import NonFiniteWeightsError
 from es_lora.files import write_text_whole, write_whole
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.monitor import EarlyStopMonitor
+from es_lora.outcome import Outcome
 from es_lora.processes import DIVERGED, GO_ON, STOP
 from jobs.data import COMPONENT, Example, JobData
 from jobs.processes import Processes
-from training.results import verdict_sentence, versions, write_result, write_run_report
+from training.results import PACKAGES, write_run_report
 
 STATE_NAME = "job_state.json"  # written last: where it is, the state is whole
 TENSORS_NAME = "job_state.safetensors"
@@ -62,11 +63,15 @@ class JobRun:
             seed=job.seed,
         )
         self.parameters = self.adapter.parameters()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=job.learning_rate, weight_decay=job.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=job.learning_rate, weight_decay=job.weight_decay, fused=True
+        )
         warmup, total = math.ceil(job.warmup_ratio * data.total_steps), data.total_steps
-        self.schedule = get_scheduler(job.lr_scheduler_type, self.optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        self.schedule = get_scheduler(
+            job.lr_scheduler_type, self.optimizer, num_warmup_steps=warmup, num_training_steps=total
+        )
         self.step, self.epoch, self.micro_step = 0, 0, 0  # completed; the place of the next micro-batch
-        self.seconds, self.outcome, self.diverged, self.diverged_kept = 0.0, None, None, None
+        self.seconds, self.ended_as, self.diverged = 0.0, None, None
         self.heldout: dict[str, Optional[float]] = {}
         self._loss, self._measured_step = 0.0, 0
         state = self._newest_state() if resumed else None
@@ -118,7 +123,7 @@ class JobRun:
         """After the backward pass of its micro-batch: the weighted loss, and its part of the pass's time."""
         self.seconds += seconds
         if not math.isfinite(loss):
-            self.outcome, self.diverged = "diverged", "the training loss is NaN or infinite"
+            self.ended_as, self.diverged = "diverged", "the training loss is NaN or infinite"
             return
         self._loss += loss
         self.micro_step += 1
@@ -128,7 +133,7 @@ class JobRun:
         if last:
             self.epoch, self.micro_step = self.epoch + 1, 0
             self._micro_batches = self.data.micro_batches(self.epoch)
-            if self.job.evaluate_epochs and self.data.heldout and self.outcome is None:
+            if self.job.evaluate_epochs and self.data.heldout and self.ended_as is None:
                 self._note_heldout(self.score(self.job.name, self.data.heldout))
 
     def _optimizer_step(self) -> None:
@@ -140,15 +145,15 @@ class JobRun:
         self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
-        if self.step % self.data.plan.cs_interval == 0:
+        if self.data.plan.due(self.step):
             answer = self.processes.heard(self._measure(learning_rate) if self.monitor is not None else None)
             if answer == DIVERGED:
-                self.outcome, self.diverged = "diverged", self.diverged or "its weights are NaN or infinite"
+                self.ended_as, self.diverged = "diverged", self.diverged or "its weights are NaN or infinite"
             elif answer == STOP:
-                self.outcome = "stopped_early"
-        if self.outcome is None and self.step == self.data.total_steps:
+                self.ended_as = "stopped_early"
+        if self.ended_as is None and self.step == self.data.total_steps:
             decided = self.processes.heard(self.monitor is not None and self.monitor.decision is not None)
-            self.outcome = "budget_reached" if decided else "no_turning_point"
+            self.ended_as = "budget_reached" if decided else "no_turning_point"
 
     def _measure(self, learning_rate: float) -> int:
         loss, self._loss = self._loss / (self.step - self._measured_step), 0.0
@@ -158,7 +163,7 @@ class JobRun:
         except NonFiniteWeightsError as error:
             self.diverged = str(error)
             return DIVERGED
-        return STOP if self.job.early_stop and self.monitor.decision is not None else GO_ON
+        return STOP if self.data.plan.stop.early_stop and self.monitor.decision is not None else GO_ON
 
     def _note_heldout(self, loss: float, step: Optional[int] = None) -> None:
         if self.monitor is not None and math.isfinite(loss):
@@ -168,41 +173,38 @@ class JobRun:
 
     def finish(self, save_tokenizer: Callable[[str], Any]) -> dict[str, Any]:
         """Score and save what is kept, write result.json and report.html, free the adapter; the result, where this writes."""
-        decision = self.monitor.decision if self.monitor is not None else None
-        facts = {**self._verdict_facts(decision), "outcome": self.outcome, "base": self.facts}
-        adapters: dict[str, str] = {}
+        decision = self.processes.heard(self.monitor.decision if self.monitor is not None else None)
+        total, plan = self.data.total_steps, self.data.plan
+        outcome = Outcome(self.ended_as, self.step, total, plan=plan, decision=decision, diverged=self.diverged)
 
-        def save(name: str) -> None:
-            adapters["kept" if name == "adapter" else name.removeprefix("adapter-")] = name
+        def save(what: str, name: str, step: int) -> None:
+            outcome.saved(what, name, step)
             if self.processes.writes:
-                self.adapter.save_peft(self.folder / name, facts)
+                self.adapter.save_peft(self.folder / name, {**outcome.facts(what), "base": self.facts})
                 save_tokenizer(str(self.folder / name))
 
-        kept_step: Optional[int] = self.step
-        if self.outcome == "diverged":
-            kept_step = self._restore_finite()
+        if outcome.name == "diverged":
+            step = self._restore_finite()
+            if step is not None:
+                save("kept", "adapter", step)
         else:
             self._score_heldout("last", self.step)
-        decided = self.processes.heard(decision.keep_step if decision is not None else None)
-        if self.outcome == "stopped_early":
-            save("adapter-last")
-            self._back_to(decided)
-            kept_step = decided
-            self._score_heldout("kept", decided)
-        if kept_step is not None:
-            save("adapter")
-        if self.outcome == "budget_reached":
-            self._back_to(decided)
-            self._score_heldout("kept", decided)
-            save("adapter-turning-point")
+            self._keep(outcome, save)
         self.fused.remove(self.job.name)
-        return self._report(decision, kept_step, adapters) if self.processes.writes else {}
+        return self._report(outcome) if self.processes.writes else {}
 
-    def _verdict_facts(self, decision: Any) -> dict[str, Any]:
-        facts: dict[str, Any] = {"stop_rule": self.job.stop_rule, "last_step": self.step}
-        if decision is not None:
-            facts.update(kept_step=decision.keep_step, detected_step=decision.detected_step, reason=decision.reason)
-        return facts
+    def _keep(self, outcome: Outcome, save: Callable[[str, str, int], None]) -> None:
+        """Save the last weights and those of the turning point, the one that is kept as `adapter`."""
+        decision, stopped = outcome.decision, outcome.name == "stopped_early"
+        save(*(("last", "adapter-last") if stopped else ("kept", "adapter")), self.step)
+        if decision is None:
+            return
+        if outcome.keeps_last:
+            self.heldout.update({"kept": self.heldout["last"]} if self.data.heldout else {})
+        else:
+            self._back_to(decision.keep_step)
+            self._score_heldout("kept", decision.keep_step)
+        save(*(("kept", "adapter") if stopped else ("turning_point", "adapter-turning-point")), decision.keep_step)
 
     def _score_heldout(self, name: str, step: int) -> None:
         if self.data.heldout:
@@ -217,41 +219,20 @@ class JobRun:
     def _restore_finite(self) -> Optional[int]:
         """After a divergence: the newest finite weights back; their step, or None where there are none."""
         if all(bool(parameter.isfinite().all()) for parameter in self.parameters):
-            self.diverged_kept = "The weights of that moment are finite and kept."
             return self.step
         step = self.processes.heard(self.monitor.latest_snapshot_step() if self.monitor is not None else None)
-        self.diverged_kept = "No finite weights had been measured, so no adapter is kept."
         if step is not None:
             self._back_to(step)
-            self.diverged_kept = f"The weights of step {step}, the last finite ones measured, are kept."
         return step
 
-    def _report(self, decision: Any, kept_step: Optional[int], adapters: dict[str, str]) -> dict[str, Any]:
-        facts = {"last_step": self.step, "budget_steps": self.data.total_steps, "heldout": self.heldout}
-        facts.update(diverged=self.diverged, diverged_kept=self.diverged_kept)
-        turning = decision.keep_step if decision is not None else None
-        result = {
-            "name": self.job.name,
-            "group": self.job.group,
-            "outcome": self.outcome,
-            "verdict": verdict_sentence(self.outcome, facts, decision, self.data.steps_per_epoch),
-            "kept_step": kept_step,
-            "turning_step": turning,
-            "detection_step": decision.detected_step if decision is not None else None,
-            "last_step": self.step,
-            "budget_steps": self.data.total_steps,
-            "reason": decision.reason if decision is not None else None,
-            "adapters": adapters,
-            "heldout": self.heldout,
-            "mmlu": [],
-            "seconds": round(self.seconds, 2),
-            "seed": self.job.seed,
-            "settings": {**asdict(self.job), **self.facts},
-            "versions": versions(),
-        }
-        write_result(self.folder, result)
+    def _report(self, outcome: Outcome) -> dict[str, Any]:
+        outcome.heldout = {name: self.heldout.get(name) for name in ("before", "kept", "last")}
+        outcome.seconds, outcome.seed = self.seconds, self.job.seed
+        outcome.extra = {"name": self.job.name, "group": self.job.group}
+        settings = {**asdict(self.job), **self.facts}
+        result = outcome.write(self.folder, settings, PACKAGES)
         self.monitor.close()
-        write_run_report(self.folder, result, decision)
+        write_run_report(self.folder, outcome, settings)
         for state in self._states():
             shutil.rmtree(state)
         return result
@@ -297,7 +278,9 @@ class JobRun:
         for name in self._NUMBERS:
             setattr(self, name, state[name])
         self.adapter.passes = state["passes"]
-        weights = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name.startswith("weight.")}
+        weights = {
+            name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name.startswith("weight.")
+        }
         self.adapter.load_state_dict(weights)
         for index, parameter in enumerate(self.parameters):
             if f"grad.{index}" in tensors:
@@ -305,7 +288,9 @@ class JobRun:
             prefix = f"optimizer.{index}."
             moments = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             if moments:
-                self.optimizer.state[parameter] = {name: tensor.to(parameter.device) for name, tensor in moments.items()}
+                self.optimizer.state[parameter] = {
+                    name: tensor.to(parameter.device) for name, tensor in moments.items()
+                }
         self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr()):
             group["lr"] = rate

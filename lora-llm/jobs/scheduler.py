@@ -12,7 +12,9 @@ from typing import Any, Optional
 # What a pass costs beside its tokens (reading, or dequantising, every frozen weight), as a number of tokens. The CPU's is
 # what tests/benchmarks/multi_lora_throughput.py implies for a 4-bit base; the GPU's is an estimate.
 PASS_TOKENS = {"cpu": 32, "cuda": 512}
-LORA_BYTES = 24  # of a LoRA parameter in training: weight, gradient, two Adam moments, and what measuring keeps, in float32
+LORA_BYTES = (
+    24  # of a LoRA parameter in training: weight, gradient, two Adam moments, and what measuring keeps, in float32
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Limits:
     def fit(self, needs: Sequence[MemoryNeed]) -> bool:
         """Whether these jobs may train at once: each one's micro-batch has room beside all the adapters."""
         tokens = self.max_tokens(needs)
-        return len(needs) <= self.max_jobs and (tokens is None or max((need.tokens for need in needs), default=0) <= tokens)
+        return len(needs) <= self.max_jobs and (
+            tokens is None or max((need.tokens for need in needs), default=0) <= tokens
+        )
 
 
 def token_bytes(model: Any, layer_sizes: Sequence[tuple[int, int]], checkpointing: bool) -> float:
@@ -85,7 +89,10 @@ class JobQueue:
 
 
 def split_round(
-    sizes: Sequence[tuple[int, int]], max_rows: int, max_tokens: Optional[int] = None, pass_tokens: int = PASS_TOKENS["cpu"]
+    sizes: Sequence[tuple[int, int]],
+    max_rows: int,
+    max_tokens: Optional[int] = None,
+    pass_tokens: int = PASS_TOKENS["cpu"],
 ) -> list[list[int]]:
     """Cut a round into passes: lists of indices into sizes, (rows, longest row in tokens) of every micro-batch.
 

@@ -6,18 +6,19 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from es_lora.history import HISTORY_NAME
-from es_lora.rules import RULES, check_rule, value_of_valley
 from es_lora.shadows import rate_is_adams
-from settings.flags import EarlyStopArguments, Settings
+from settings.flags import Settings
 from text.packing import PACKINGS
 
 # Ranges, checked where a value is given; NaN is in none of them.
-AT_LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1)
-ABOVE_ZERO = ("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "snapshot_disk_gb", "temperature", "top_p")
+AT_LEAST = dict.fromkeys(
+    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1
+)
+ABOVE_ZERO = ("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "temperature", "top_p")
 
 
 def collect_problems(settings: Settings) -> list[str]:
-    training, stop, problems = settings.training, settings.early_stop, []
+    training, stop, problems = settings.training, settings.stop, []
 
     def check(condition: bool, message: str) -> None:
         if not condition:
@@ -25,14 +26,17 @@ def collect_problems(settings: Settings) -> list[str]:
 
     check(training.bits in (4, 8, 16, 32), f"--bits {training.bits}: choose 4, 8, 16 or 32")
     check(training.quant_type in ("nf4", "fp4"), f"--quant_type {training.quant_type}: choose nf4 or fp4")
-    flat = vars(settings.flat())
+    flags = settings.flags()
     for name, lowest in AT_LEAST.items():
-        check(flat[name] is None or flat[name] >= lowest, f"--{name} {flat[name]}: must be at least {lowest}")
+        check(flags[name] is None or flags[name] >= lowest, f"--{name} {flags[name]}: must be at least {lowest}")
     for name in ABOVE_ZERO:
-        check(flat[name] > 0, f"--{name} {flat[name]:g}: must be above 0")
+        check(flags[name] > 0, f"--{name} {flags[name]:g}: must be above 0")
     check(0 <= training.warmup_ratio < 1, f"--warmup_ratio {training.warmup_ratio}: must be at least 0 and below 1")
     for name, neutral in (("num_beam_groups", 1), ("penalty_alpha", None), ("diversity_penalty", 0.0)):
-        check(flat[name] == neutral, f"--{name} {flat[name]}: transformers has dropped this way of generating; leave it out")
+        check(
+            flags[name] == neutral,
+            f"--{name} {flags[name]}: transformers has dropped this way of generating; leave it out",
+        )
     check(0 <= training.lora_dropout < 1, f"--lora_dropout {training.lora_dropout}: must be at least 0 and below 1")
     check(training.lora_r >= 1, f"--lora_r {training.lora_r}: the rank must be at least 1")
     biases = ("none", "all", "lora_only")
@@ -45,16 +49,20 @@ def collect_problems(settings: Settings) -> list[str]:
     check(training.save_safetensors, "--save_safetensors False: adapters are always saved as safetensors; leave it out")
     check(not training.remove_unused_columns, "--remove_unused_columns True would remove the text; leave it out")
     check(training.mmlu_split in ("eval", "test"), f"--mmlu_split {training.mmlu_split}: choose eval or test")
-    check(training.mmlu_dataset in ("mmlu-zs", "mmlu-fs"), f"--mmlu_dataset {training.mmlu_dataset}: choose mmlu-zs or mmlu-fs")
+    check(
+        training.mmlu_dataset in ("mmlu-zs", "mmlu-fs"),
+        f"--mmlu_dataset {training.mmlu_dataset}: choose mmlu-zs or mmlu-fs",
+    )
     if training.full_finetune:
         check(
             not stop.calculate_cs,
             "--full_finetune trains every weight and CS needs a LoRA: leave out --early_stop and --calculate_cs, or train a LoRA",
         )
-        check(training.bits in (16, 32), f"--full_finetune cannot train a base of {training.bits} bits: use --bits 16 or 32")
-    problems += _rule_problems(stop)
-    check(stop.cs_reduction in ("row", "matrix"), f"--cs_reduction {stop.cs_reduction}: choose row or matrix")
-    check(stop.cs_component in ("lm", "all"), f"--cs_component {stop.cs_component}: choose lm or all")
+        check(
+            training.bits in (16, 32),
+            f"--full_finetune cannot train a base of {training.bits} bits: use --bits 16 or 32",
+        )
+    check(stop.cs_component in (None, "lm", "all"), f"--cs_component {stop.cs_component}: choose lm or all")
     problems += _shadow_problems(settings) + _data_problems(settings)
     problems += _logging_problems(training.report_to) + _output_problems(settings)
     return problems
@@ -62,13 +70,16 @@ def collect_problems(settings: Settings) -> list[str]:
 
 def _data_problems(settings: Settings) -> list[str]:
     """Ways to read and pack the data that do not go together."""
-    data, training, stop, problems = settings.data, settings.training, settings.early_stop, []
+    data, training, stop, problems = settings.data, settings.training, settings.stop, []
 
     def check(condition: bool, message: str) -> None:
         if not condition:
             problems.append(message)
 
-    check(data.packing in (None, *PACKINGS), f"--packing {data.packing}: choose one of {', '.join(PACKINGS)}, or leave it out")
+    check(
+        data.packing in (None, *PACKINGS),
+        f"--packing {data.packing}: choose one of {', '.join(PACKINGS)}, or leave it out",
+    )
     check(
         not (data.packing or data.streaming) or not training.group_by_length,
         "--group_by_length needs single samples whose lengths are known: leave it out, or --packing and --streaming",
@@ -88,10 +99,15 @@ def _data_problems(settings: Settings) -> list[str]:
     )
     if data.streaming:
         check(training.max_steps > 0, "--streaming: a stream has no known length, so give --max_steps")
-        fraction = 0 < data.eval_dataset_size < 1 and not data.eval_dataset and (training.do_eval or training.do_predict)
-        check(not fraction and not 0 < data.test_dataset_size < 1, "--streaming: hold out a number of rows, not a fraction")
+        fraction = (
+            0 < data.eval_dataset_size < 1 and not data.eval_dataset and (training.do_eval or training.do_predict)
+        )
         check(
-            not stop.calculate_cs or None not in (settings.cs_interval, settings.window_size),
+            not fraction and not 0 < data.test_dataset_size < 1,
+            "--streaming: hold out a number of rows, not a fraction",
+        )
+        check(
+            not stop.calculate_cs or None not in (stop.cs_interval, stop.window_size),
             "--streaming: the length of an epoch is not known, so give --cs_interval and --window_size (M measurements, about "
             "one pass over the data), or --calculate_cs False",
         )
@@ -100,26 +116,10 @@ def _data_problems(settings: Settings) -> list[str]:
     return problems
 
 
-def _rule_problems(stop: EarlyStopArguments) -> list[str]:
-    """What the rule itself says to its name and numbers."""
-    try:
-        number = value_of_valley(stop.stop_rule, stop.valley)
-        check_rule(stop.stop_rule, stop.rule_value if number is None else number)
-    except ValueError as error:
-        return [f"--stop_rule {stop.stop_rule}: {error}"]
-    return []
-
-
-def rule_needs_shadows(name: str) -> bool:
-    return name in RULES and "shadow_loss" in RULES[name].needs
-
-
 def _shadow_problems(settings: Settings) -> list[str]:
     """Shadows are an AdamW of their own on a frozen base; what that does not fit is refused."""
-    stop, training = settings.early_stop, settings.training
+    stop, training = settings.stop, settings.training
     if not stop.shadows:
-        if stop.calculate_cs and rule_needs_shadows(stop.stop_rule):
-            return [f"--stop_rule {stop.stop_rule} decides on shadows: leave out --shadows 0, or give --shadows 1 or more"]
         return []
     optimizer = getattr(training.optim, "value", training.optim)
     refused = {

@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 import torch
 from transformers import GenerationConfig, Seq2SeqTrainingArguments
 
-from es_lora.rules import DEFAULT_RULE, RULES
+from es_lora.settings import StopSettings
 from text.templates import TEMPLATES
 
 # --preset NAME: what stands in for the defaults of these flags.
@@ -67,7 +67,9 @@ class DataArguments:
             "json, jsonl, csv or tsv file, or deeplake:PATH_OR_URL; several are mixed, NAME:WEIGHT by their weights",
         },
     )
-    dataset_format: Optional[str] = field(default=None, metadata={"help": "format of the rows; default: told by the columns"})
+    dataset_format: Optional[str] = field(
+        default=None, metadata={"help": "format of the rows; default: told by the columns"}
+    )
     prompt_template: Optional[str] = field(
         default=None,
         metadata={
@@ -75,7 +77,9 @@ class DataArguments:
             f"{', '.join(TEMPLATES)} or chat (the tokenizer's own chat template)"
         },
     )
-    streaming: bool = field(default=False, metadata={"help": "read training rows as they are needed; needs --max_steps"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read training rows as they are needed; needs --max_steps"}
+    )
     packing: Optional[str] = field(
         default=None,
         metadata={
@@ -98,7 +102,9 @@ class DataArguments:
     max_eval_samples: Optional[int] = field(default=None, metadata={"help": "use at most so many evaluation examples"})
     source_max_len: int = field(default=1024, metadata={"help": "longest source in tokens; the rest is cut off"})
     target_max_len: int = field(default=256, metadata={"help": "longest target in tokens; the rest is cut off"})
-    train_subject: Optional[str] = field(default=None, metadata={"help": "with --dataset mmlu: the subject to train on"})
+    train_subject: Optional[str] = field(
+        default=None, metadata={"help": "with --dataset mmlu: the subject to train on"}
+    )
     mmlu_dir: str = field(default="data/mmlu", metadata={"help": "where MMLU's data.tar or its unpacked folder lies"})
     forgetting_data: Optional[str] = field(
         default=None, metadata={"help": "general text (jsonl with text, or txt) that tells what the LoRA has forgotten"}
@@ -113,10 +119,16 @@ class DataArguments:
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
     cache_dir: Optional[str] = field(default=None, metadata={"help": "where hub downloads are kept"})
-    train_on_source: Optional[bool] = field(default=False, metadata={"help": "learn the source too, not only the target"})
+    train_on_source: Optional[bool] = field(
+        default=False, metadata={"help": "learn the source too, not only the target"}
+    )
     mmlu_split: Optional[str] = field(default="eval", metadata={"help": "eval (validation) or test"})
-    mmlu_dataset: Optional[str] = field(default="mmlu-fs", metadata={"help": "mmlu-zs (zero-shot) or mmlu-fs (five-shot)"})
-    do_mmlu_eval: Optional[bool] = field(default=False, metadata={"help": "score MMLU before, during and after training"})
+    mmlu_dataset: Optional[str] = field(
+        default="mmlu-fs", metadata={"help": "mmlu-zs (zero-shot) or mmlu-fs (five-shot)"}
+    )
+    do_mmlu_eval: Optional[bool] = field(
+        default=False, metadata={"help": "score MMLU before, during and after training"}
+    )
     max_mmlu_samples: Optional[int] = field(default=None, metadata={"help": "score at most so many MMLU questions"})
     mmlu_source_max_len: int = field(default=2048, metadata={"help": "longest MMLU prompt in tokens"})
     full_finetune: bool = field(default=False, metadata={"help": "train every weight instead of a LoRA"})
@@ -132,20 +144,28 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     )
     lora_bias: str = field(default="none", metadata={"help": "biases to train: none, all or lora_only"})
     max_memory_MB: int = field(default=80000, metadata={"help": "memory to use on each GPU, in MB"})
-    report_to: str = field(default="none", metadata={"help": "tensorboard, wandb, trackio, ..., several with commas, or none"})
+    report_to: str = field(
+        default="none", metadata={"help": "tensorboard, wandb, trackio, ..., several with commas, or none"}
+    )
     output_dir: str = field(default="./output", metadata={"help": "where the run leaves everything"})
     optim: str = field(default="paged_adamw_32bit", metadata={"help": "the optimizer, by its Hugging Face name"})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "examples a device and micro-step"})
     gradient_accumulation_steps: int = field(default=16, metadata={"help": "micro-steps an optimizer step"})
-    max_steps: int = field(default=10000, metadata={"help": "optimizer steps; --num_train_epochs alone takes its place"})
+    max_steps: int = field(
+        default=10000, metadata={"help": "optimizer steps; --num_train_epochs alone takes its place"}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "weight decay"})
     learning_rate: float = field(default=0.0002, metadata={"help": "learning rate"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "leave this off: the collator reads text columns"})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "leave this off: the collator reads text columns"}
+    )
     max_grad_norm: float = field(default=0.3, metadata={"help": "clip the gradient to this norm"})
     gradient_checkpointing: bool = field(default=True, metadata={"help": "recompute activations to save memory"})
     do_train: bool = field(default=True, metadata={"help": "train"})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "constant, linear, cosine, ..."})
-    warmup_ratio: float = field(default=0.03, metadata={"help": "share of the steps to warm up in, if the scheduler does"})
+    warmup_ratio: float = field(
+        default=0.03, metadata={"help": "share of the steps to warm up in, if the scheduler does"}
+    )
     logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
     group_by_length: bool = field(default=True, metadata={"help": "batch examples of similar length"})
     save_strategy: str = field(default="steps", metadata={"help": "no, steps or epoch"})
@@ -156,8 +176,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     logging_dir: Optional[str] = field(default=None, metadata={"help": "folder of the TensorBoard log"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete an earlier run in --output_dir first"})
     no_cuda: bool = field(default=False, metadata={"help": "the older name of --use_cpu"})
-    per_gpu_train_batch_size: Optional[int] = field(default=None, metadata={"help": "older: --per_device_train_batch_size"})
-    per_gpu_eval_batch_size: Optional[int] = field(default=None, metadata={"help": "older: --per_device_eval_batch_size"})
+    per_gpu_train_batch_size: Optional[int] = field(
+        default=None, metadata={"help": "older: --per_device_train_batch_size"}
+    )
+    per_gpu_eval_batch_size: Optional[int] = field(
+        default=None, metadata={"help": "older: --per_device_eval_batch_size"}
+    )
     adafactor: bool = field(default=False, metadata={"help": "the older way to say --optim adafactor"})
     save_safetensors: bool = field(default=True, metadata={"help": "adapters are always saved as safetensors"})
 
@@ -200,12 +224,18 @@ class GenerationArguments:
     do_sample: Optional[bool] = field(default=False, metadata={"help": "sample instead of taking the likeliest token"})
     num_beams: Optional[int] = field(default=1, metadata={"help": "beams of beam search"})
     num_beam_groups: Optional[int] = field(default=1, metadata={"help": "1: diverse beam search has left transformers"})
-    penalty_alpha: Optional[float] = field(default=None, metadata={"help": "contrastive search has left transformers: unset"})
+    penalty_alpha: Optional[float] = field(
+        default=None, metadata={"help": "contrastive search has left transformers: unset"}
+    )
     temperature: Optional[float] = field(default=1.0, metadata={"help": "sampling temperature"})
     top_k: Optional[int] = field(default=50, metadata={"help": "sample from the k likeliest tokens"})
-    top_p: Optional[float] = field(default=1.0, metadata={"help": "sample from the likeliest tokens up to this probability"})
+    top_p: Optional[float] = field(
+        default=1.0, metadata={"help": "sample from the likeliest tokens up to this probability"}
+    )
     typical_p: Optional[float] = field(default=1.0, metadata={"help": "typical decoding"})
-    diversity_penalty: Optional[float] = field(default=0.0, metadata={"help": "diverse beam search has left transformers: 0"})
+    diversity_penalty: Optional[float] = field(
+        default=0.0, metadata={"help": "diverse beam search has left transformers: 0"}
+    )
     repetition_penalty: Optional[float] = field(default=1.0, metadata={"help": "above 1 discourages repetition"})
     length_penalty: Optional[float] = field(default=1.0, metadata={"help": "of beam search"})
     no_repeat_ngram_size: Optional[int] = field(default=0, metadata={"help": "never repeat n-grams of this size"})
@@ -227,60 +257,33 @@ class PresetArguments:
     )
 
 
-@dataclass
-class EarlyStopArguments:
-    calculate_cs: bool = field(default=True, metadata={"help": "measure CS and CS-Fluctuation, and report the turning point"})
-    cs_interval: str = field(
-        default="auto", metadata={"help": "measure every so many optimizer steps, or auto", "aliases": ["--cs_steps"]}
-    )
-    window_size: str = field(default="auto", metadata={"help": "window M in measurements, or auto: about one epoch"})
-    early_stop: bool = field(default=False, metadata={"help": "stop at the turning point and keep its weights"})
-    stop_rule: str = field(default=DEFAULT_RULE, metadata={"help": f"the rule that decides: {', '.join(RULES)}"})
-    valley: int = field(default=2, metadata={"help": "N of the rule nth-valley"})
-    rule_value: Optional[float] = field(
-        default=None, metadata={"help": "the number of the other rules: epochs, a patience, a threshold; default: the rule's own"}
-    )
-    cs_reduction: str = field(default="row", metadata={"help": "row (mean over rows) or matrix (flattened)"})
-    cs_component: str = field(default="lm", metadata={"help": "whose CS decides: lm or all"})
-    shadows: Optional[int] = field(
-        default=None,
-        metadata={"help": "adapters beside, each scored on a fold it is not trained on; 2 with --stop_rule shadow, else 0"},
-    )
-    shadow_rank: int = field(default=8, metadata={"help": "LoRA rank of a shadow"})
-    shadow_interval: str = field(
-        default="1", metadata={"help": "score the shadows at every so many measurements; auto: few, cheap ones"}
-    )
-    snapshot_disk_gb: float = field(default=20.0, metadata={"help": "disk that the snapshots may use"})
+USUAL_STOP = StopSettings(calculate_cs=True, cs_reduction="row")
 
 
 @dataclass
 class Settings:
-    """Everything the command line said. cs_interval, window_size and shadow_interval are None where they are automatic."""
+    """Everything the command line said. stop: with the number of shadows that the rule needs."""
 
     model: ModelArguments
     data: DataArguments
     training: TrainingArguments
     generation: GenerationArguments
-    early_stop: EarlyStopArguments
+    stop: StopSettings
     generation_use_cache: bool
-    cs_interval: Optional[int]
-    window_size: Optional[int]
-    shadow_interval: Optional[int]
     resume: Union[str, bool, None]
     notices: list[str]
 
-    def flat(self) -> argparse.Namespace:
-        """All groups in one namespace, as the data side reads them."""
-        groups = (self.model, self.data, self.training, self.generation, self.early_stop)
-        return argparse.Namespace(**{name: value for group in groups for name, value in vars(group).items()})
+    def flags(self) -> dict[str, Any]:
+        """{flag: value} of all groups."""
+        groups = (self.model, self.data, self.training, self.generation)
+        return {**{name: value for group in groups for name, value in vars(group).items()}, **self.stop.as_flags()}
 
     def values(self, differing_only: bool = False) -> dict[str, Any]:
         """{flag: value} of every simple setting, or of those that differ from their default."""
-        result = {}
-        for group in (self.model, self.data, self.training, self.generation, self.early_stop):
-            for entry in fields(group):
-                value = getattr(group, entry.name, None)
-                value = " ".join(value) if entry.name == "dataset" and isinstance(value, list) else value
-                if isinstance(value, (str, int, float, bool)) and not (differing_only and value == entry.default):
-                    result[entry.name] = value
-        return result
+        groups = (self.model, self.data, self.training, self.generation)
+        usual = {entry.name: entry.default for group in groups for entry in fields(group)} | USUAL_STOP.as_flags()
+        values = {name: value for name, value in self.flags().items() if name in usual}
+        if isinstance(self.data.dataset, list):
+            values["dataset"] = " ".join(self.data.dataset)
+        simple = {name: value for name, value in values.items() if isinstance(value, (str, int, float, bool))}
+        return {name: value for name, value in simple.items() if not (differing_only and value == usual[name])}

@@ -7,19 +7,20 @@ TrainingArguments, and section 6 of the design.
 """
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
-from typing import Optional, Union
+from dataclasses import replace
+from typing import Any, Optional, Union
 
 from transformers import HfArgumentParser
 
-from es_lora.shadows import DEFAULT_SHADOWS
-from settings.checks import AT_LEAST, collect_problems, rule_needs_shadows
+from es_lora.command_line import nearest
+from es_lora.settings import StopSettings, add_stop_arguments, stop_values
+from settings.checks import AT_LEAST, collect_problems
 from settings.flags import (
     PRESETS,
+    USUAL_STOP,
     DataArguments,
-    EarlyStopArguments,
     GenerationArguments,
     ModelArguments,
     PresetArguments,
@@ -53,21 +54,39 @@ REJECTED = {
     "push_to_hub_organization": "use --hub_model_id ORGANISATION/NAME",
     "push_to_hub_token": "use --hub_token",
 }
-AT_LEAST.update(dict.fromkeys(("max_train_samples", "max_eval_samples", "max_mmlu_samples", "max_new_tokens", "num_beams"), 1))
+AT_LEAST.update(
+    dict.fromkeys(("max_train_samples", "max_eval_samples", "max_mmlu_samples", "max_new_tokens", "num_beams"), 1)
+)
 AT_LEAST.update(max_forgetting_samples=1, seq_length=2)
-AT_LEAST.update(source_max_len=1, target_max_len=1, mmlu_source_max_len=1, valley=1, weight_decay=0, max_grad_norm=0)
-AT_LEAST.update(shadows=0, shadow_rank=1)
+AT_LEAST.update(source_max_len=1, target_max_len=1, mmlu_source_max_len=1, weight_decay=0, max_grad_norm=0)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(HfArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> None:
         self.exit(2, f"es_lora_llm: {message}; see --help\n")
 
 
 def build_parser() -> HfArgumentParser:
-    groups = (ModelArguments, DataArguments, TrainingArguments, GenerationArguments, EarlyStopArguments, PresetArguments)
+    groups = (ModelArguments, DataArguments, TrainingArguments, GenerationArguments, PresetArguments)
     description = "LoRA fine-tuning of a language model that stops at its turning point."
-    return Parser(groups, allow_abbrev=False, description=description)
+    parser = Parser(groups, allow_abbrev=False, description=description, formatter_class=HelpFormatter)
+    group = parser.add_argument_group("early stopping")
+    add_stop_arguments(group, USUAL_STOP)
+    no_cs = {
+        "dest": "calculate_cs",
+        "action": "store_false",
+        "default": None,
+        "help": "the same as --calculate_cs False",
+    }
+    group.add_argument("--no_calculate_cs", **no_cs)
+    return parser
 
 
 def _given_flags(argv: Sequence[str]) -> set[str]:
@@ -82,19 +101,9 @@ def _check_names(parser: HfArgumentParser, given: set[str]) -> None:
         if name in REJECTED:
             problems.append(f"--{name} is not supported: {REJECTED[name]}")
         else:
-            nearest = difflib.get_close_matches(name, sorted(known), n=1)
-            problems.append(f"--{name} is unknown" + (f"; did you mean --{nearest[0]}?" if nearest else ""))
+            problems.append(f"--{name} is unknown{nearest(f'--{name}', (f'--{word}' for word in known))}")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def _count_or_auto(name: str, text: str, problems: list[str]) -> Optional[int]:
-    if text == "auto":
-        return None
-    if text.isdigit() and int(text) > 0:
-        return int(text)
-    problems.append(f"--{name} {text}: give a number of 1 or more, or auto")
-    return None
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
@@ -103,45 +112,54 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
     parser, given = build_parser(), _given_flags(argv)
     if "help" not in given:
         _check_names(parser, given)
-    notices = []
-    argv = _with_preset(argv, given)
+    argv = _completed(argv, given)
     given = _given_flags(argv)
-    if "num_train_epochs" in given and "max_steps" not in given:
-        argv += ["--max_steps", "-1"]
-    unsorted = given & {"train_sampling_strategy", "packing", "streaming"}  # with these there are no lengths to group by
-    if unsorted and "group_by_length" not in given:
-        argv += ["--group_by_length", "False"]
     try:
-        model, data, training, generation, early_stop, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:  # transformers' own checks, some of several lines
         raise ValueError(" ".join(str(error).split())) from error
+    model, data, training, generation, _, others = parsed
     generation_use_cache = training.use_cache if "use_cache" in given else True
     training.use_cache = False  # while training; the golden default of True is generation's
-    problems: list[str] = []
-    if training.full_finetune and not early_stop.early_stop and "calculate_cs" not in given:
-        early_stop.calculate_cs = False
-        notices.append("CS is not measured: --full_finetune trains no LoRA.")
-    early_stop.calculate_cs = early_stop.calculate_cs or early_stop.early_stop
-    if early_stop.shadows is None:
-        needed = early_stop.calculate_cs and rule_needs_shadows(early_stop.stop_rule)
-        early_stop.shadows = DEFAULT_SHADOWS if needed else 0
-    settings = Settings(
-        model=model,
-        data=data,
-        training=training,
-        generation=generation,
-        early_stop=early_stop,
-        generation_use_cache=generation_use_cache,
-        cs_interval=_count_or_auto("cs_interval", early_stop.cs_interval, problems),
-        window_size=_count_or_auto("window_size", early_stop.window_size, problems),
-        shadow_interval=_count_or_auto("shadow_interval", early_stop.shadow_interval, problems),
-        resume=_resume(training.resume_from_checkpoint),
-        notices=notices,
-    )
+    stop, notices, problems = _stop_settings(stop_values(others), training.full_finetune)
+    resume = _resume(training.resume_from_checkpoint)
+    settings = Settings(model, data, training, generation, stop, generation_use_cache, resume, notices)
     problems += collect_problems(settings)
     if problems:
         raise ValueError("; ".join(problems))
     return settings
+
+
+def _underscored(word: str) -> str:
+    """--lora-r=4 as --lora_r=4: flags may be spelt with dashes."""
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def _completed(argv: list[str], given: set[str]) -> list[str]:
+    """The words with those of --preset, with flags spelt with underscores, and with what follows from others."""
+    argv = [_underscored(word) for word in _with_preset(argv, given)]
+    given = _given_flags(argv)
+    if "num_train_epochs" in given and "max_steps" not in given:
+        argv += ["--max_steps", "-1"]
+    unsorted = given & {
+        "train_sampling_strategy",
+        "packing",
+        "streaming",
+    }  # with these there are no lengths to group by
+    if unsorted and "group_by_length" not in given:
+        argv += ["--group_by_length", "False"]
+    return argv
+
+
+def _stop_settings(values: dict[str, Any], full_finetune: bool) -> tuple[StopSettings, list[str], list[str]]:
+    """(settings of early stopping, notices for the person, problems)."""
+    stop, problems = USUAL_STOP.given(values)
+    notices = []
+    if full_finetune and not stop.early_stop and "calculate_cs" not in values:
+        stop = replace(stop, calculate_cs=False)
+        notices.append("CS is not measured: --full_finetune trains no LoRA.")
+    return replace(stop, shadows=stop.shadow_count), notices, problems
 
 
 def _with_preset(argv: list[str], given: set[str]) -> list[str]:
@@ -153,8 +171,14 @@ def _with_preset(argv: list[str], given: set[str]) -> list[str]:
     name = parser.parse_known_args(argv)[0].preset
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: choose of {', '.join(PRESETS)}")
-    also_known_as = {"use_cpu": {"no_cuda"}, "eval_strategy": {"evaluation_strategy"}, "num_train_epochs": {"max_steps"}}
-    also_known_as.update(eval_dataset_size={"eval_dataset"}, warmup_steps={"warmup_ratio"}, optim={"adam8bit", "adafactor"})
+    also_known_as = {
+        "use_cpu": {"no_cuda"},
+        "eval_strategy": {"evaluation_strategy"},
+        "num_train_epochs": {"max_steps"},
+    }
+    also_known_as.update(
+        eval_dataset_size={"eval_dataset"}, warmup_steps={"warmup_ratio"}, optim={"adam8bit", "adafactor"}
+    )
     also_known_as.update(bf16={"fp16"}, per_device_train_batch_size={"per_gpu_train_batch_size"})
     words = []
     for flag, value in PRESETS[name].items():

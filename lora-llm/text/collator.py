@@ -79,7 +79,9 @@ class CausalCollator:
         return self.tokenizer.eos_token_id if pad is None else pad
 
 
-def pad_batch(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right", length: int = 0) -> dict[str, torch.Tensor]:
+def pad_batch(
+    sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right", length: int = 0
+) -> dict[str, torch.Tensor]:
     """N lists of token ids as `input_ids` and `attention_mask`, both (N, the longest list or else `length`)."""
     longest = max(length, *map(len, sequences))
     input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)  # (N, T)

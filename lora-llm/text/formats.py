@@ -65,13 +65,17 @@ def turns_of(row: Row) -> list[dict[str, str]]:
     if not isinstance(turns, (list, tuple)):
         raise ValueError("a dialogue needs the column conversations (or messages) with a list of turns")
     if all(isinstance(turn, str) for turn in turns):
-        dialogue = [{"role": "user" if number % 2 == 0 else "assistant", "content": turn} for number, turn in enumerate(turns)]
+        dialogue = [
+            {"role": "user" if number % 2 == 0 else "assistant", "content": turn} for number, turn in enumerate(turns)
+        ]
     else:
         dialogue = [_turn(turn) for turn in turns]
     while dialogue and dialogue[-1]["role"] != "assistant":
         dialogue.pop()
     if len(dialogue) < 2:
-        raise ValueError("the dialogue has no answer to learn: it needs a turn of the person and then one of the assistant")
+        raise ValueError(
+            "the dialogue has no answer to learn: it needs a turn of the person and then one of the assistant"
+        )
     return dialogue
 
 
@@ -147,7 +151,9 @@ FORMATS: dict[str, Format] = {
     "lima": Format(("conversations",), _from_dialogue, (), _DIALOGUE),
     "messages": Format(("messages",), _from_dialogue, (), _DIALOGUE),
     "mmlu": Format(("question", "answer"), _from_mmlu, ("choices", "subject", *MMLU_LETTERS), "question, choices"),
-    "input-output": Format(("input", "output"), lambda row: (_text(row, "input"), _text(row, "output")), (), "the pair itself"),
+    "input-output": Format(
+        ("input", "output"), lambda row: (_text(row, "input"), _text(row, "output")), (), "the pair itself"
+    ),
 }
 
 # Hub repositories whose layout is known; any other is recognised by its columns.

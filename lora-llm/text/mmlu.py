@@ -37,36 +37,42 @@ class Question(NamedTuple):
     answer: str
 
 
-def load_mmlu(args: Any) -> list[Row]:
+def load_mmlu(
+    mmlu_dir: str | Path,
+    *,
+    dataset: str = "mmlu-fs",
+    split: str = "eval",
+    limit: int | None = None,
+    cache_dir: str | None = None,
+) -> list[Row]:
     """The rows {"subject", "input", "output"} to score, by subject; input is the prompt, output the letter.
 
-    Reads args.mmlu_dir, mmlu_dataset ("mmlu-zs": no example, "mmlu-fs": five from dev), mmlu_split ("eval": the
-    validation questions, "test"), max_mmlu_samples (that many, evenly spread over all subjects) and cache_dir.
-    mmlu_dir may be the folder of the archive, one that holds data.tar or a jsonl of ready prompts, or that file itself.
+    dataset: "mmlu-zs" (no example) or "mmlu-fs" (five from dev). split: "eval" (the validation
+    questions) or "test". limit: that many questions, evenly spread over all subjects.
+    mmlu_dir: the folder of the archive, one that holds data.tar or a jsonl of ready prompts, or that
+    file itself. Raises ValueError or FileNotFoundError.
     """
+    asked = (("mmlu_dataset", dataset, SHOTS), ("mmlu_split", split, SPLITS))
     problems = [
         f"--{name} '{value}' is unknown. Allowed: {', '.join(allowed)}"
-        for name, value, allowed in (
-            ("mmlu_dataset", args.mmlu_dataset, SHOTS), ("mmlu_split", args.mmlu_split, SPLITS)
-        )
+        for name, value, allowed in asked
         if value not in allowed
-    ]  # fmt: skip
-    limit = args.max_mmlu_samples
+    ]
     if limit is not None and limit < 1:
         problems.append(f"--max_mmlu_samples {limit}: at least 1 is needed; leave the flag out for all")
     if problems:
         raise ValueError("; ".join(problems))
-    split = SPLITS[args.mmlu_split]
-    ready = _ready_prompts(Path(args.mmlu_dir).expanduser(), args.mmlu_dataset, split)
-    if ready is not None:
-        rows = read_prompts(ready)
-    else:
-        tables = read_questions(args.mmlu_dir, ("dev", split), cache_dir=args.cache_dir)
-        examples = defaultdict(list)
-        for item in tables["dev"]:
-            examples[item.subject].append(mmlu_question(item.question, item.choices, item.answer))
-        rows = [_prompt_row(item, examples[item.subject][: SHOTS[args.mmlu_dataset]]) for item in tables[split]]
+    ready = _ready_prompts(Path(mmlu_dir).expanduser(), dataset, SPLITS[split])
+    rows = read_prompts(ready) if ready is not None else _rows_of_tables(mmlu_dir, dataset, SPLITS[split], cache_dir)
     return rows if limit is None or limit >= len(rows) else [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def _rows_of_tables(mmlu_dir: str | Path, dataset: str, split: str, cache_dir: str | None) -> list[Row]:
+    tables = read_questions(mmlu_dir, ("dev", split), cache_dir=cache_dir)
+    examples = defaultdict(list)
+    for item in tables["dev"]:
+        examples[item.subject].append(mmlu_question(item.question, item.choices, item.answer))
+    return [_prompt_row(item, examples[item.subject][: SHOTS[dataset]]) for item in tables[split]]
 
 
 def train_split_for_subject(
@@ -169,7 +175,9 @@ def _decoded(content: bytes, where: str) -> str:
         raise ValueError(f"{where}: byte {error.start} is not UTF-8 text") from None
 
 
-def _questions_on_hub(folder: Path, splits: Sequence[str], cache_dir: str | None) -> dict[str, dict[str, list[Question]]]:
+def _questions_on_hub(
+    folder: Path, splits: Sequence[str], cache_dir: str | None
+) -> dict[str, dict[str, list[Question]]]:
     try:
         loaded = hub_dataset({"path": "cais/mmlu", "name": "all"}, cache_dir)
     except FileNotFoundError as error:
@@ -181,7 +189,9 @@ def _questions_on_hub(folder: Path, splits: Sequence[str], cache_dir: str | None
     for split in splits:
         for row in tqdm(loaded[_HUB_SPLITS[split]], desc=f"MMLU {split}", leave=False):
             letter = MMLU_LETTERS[row["answer"]]
-            found[split][row["subject"]].append(Question(row["subject"], row["question"], tuple(row["choices"]), letter))
+            found[split][row["subject"]].append(
+                Question(row["subject"], row["question"], tuple(row["choices"]), letter)
+            )
     return found
 
 
@@ -190,7 +200,9 @@ def _ready_prompts(folder: Path, dataset: str, split: str) -> Path | None:
     if folder.is_file() and folder.suffix in (".json", ".jsonl"):
         return folder
     shots = "zero_shot" if SHOTS[dataset] == 0 else "five_shot"
-    names = [f"{name}.{kind}" for name in (f"mmlu_{shots}_{split}", f"{shots}_mmlu_{split}") for kind in ("jsonl", "json")]
+    names = [
+        f"{name}.{kind}" for name in (f"mmlu_{shots}_{split}", f"{shots}_mmlu_{split}") for kind in ("jsonl", "json")
+    ]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -200,7 +212,9 @@ def read_prompts(path: Path) -> list[Row]:
     for line, row in read_table(path):
         texts = {key: row.get(key) for key in ("subject", "input", "output")}
         if not all(isinstance(text, str) and text for text in texts.values()):
-            raise ValueError(f"{path}, line {line}: text is needed under subject, input and output; found {texts!r:.120}")
+            raise ValueError(
+                f"{path}, line {line}: text is needed under subject, input and output; found {texts!r:.120}"
+            )
         letter = texts["output"].strip()
         if letter not in tuple(MMLU_LETTERS):
             raise ValueError(f"{path}, line {line}: the output is {texts['output']!r:.40}, not one of A, B, C, D")

@@ -18,9 +18,9 @@ PACKINGS = ("samples", "wrapped")
 LEAK = 0.5  # share of what attention across samples would change, from which it is said to go across
 
 
-def uses_varlen_kernel(training: Any) -> bool:
+def uses_varlen_kernel(on_cpu: bool, half_precision: bool) -> bool:
     """Whether packed samples go through flash attention's kernel for sequences of several lengths."""
-    return is_flash_attn_2_available() and not training.use_cpu and (training.bf16 or training.fp16)
+    return is_flash_attn_2_available() and not on_cpu and half_precision
 
 
 def encode_sample(collator: CausalCollator, row: Mapping[str, str]) -> dict[str, list[int]]:
@@ -72,14 +72,18 @@ class PackedCollator:
 
     def __init__(self, single: CausalCollator, packing: str, seq_length: int, varlen: bool = False):
         self.single, self.packing, self.seq_length = single, packing, seq_length
-        self._flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True) if varlen and packing == "samples" else None
+        self._flatten = (
+            DataCollatorWithFlattening(return_flash_attn_kwargs=True) if varlen and packing == "samples" else None
+        )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if "input_ids" not in rows[0]:
             return self.single(rows)
         if self._flatten is not None:
             return self._flatten([sample for row in rows for sample in _samples_of(row)])
-        batch = pad_batch([row["input_ids"] for row in rows], self.single.tokenizer.eos_token_id, length=self.seq_length)
+        batch = pad_batch(
+            [row["input_ids"] for row in rows], self.single.tokenizer.eos_token_id, length=self.seq_length
+        )
         batch["labels"] = pad_batch([row["labels"] for row in rows], IGNORE_INDEX, length=self.seq_length)["input_ids"]
         if self.packing == "samples":
             lengths = [[*row["seq_lengths"], self.seq_length - len(row["input_ids"])] for row in rows]
@@ -133,4 +137,6 @@ def check_base_keeps_samples_apart(model: torch.nn.Module) -> None:
 
 def _not_packable(model: torch.nn.Module, why: str) -> str:
     kind = model.config.model_type
-    return f"--packing: a {kind} base does not keep packed samples apart ({why}); use --packing wrapped, or leave it out"
+    return (
+        f"--packing: a {kind} base does not keep packed samples apart ({why}); use --packing wrapped, or leave it out"
+    )

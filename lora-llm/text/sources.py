@@ -19,8 +19,10 @@ from typing import Any, Optional
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from text.deeplake_rows import PREFIX, deeplake_rows
-from text.formats import Format, check_columns, convert_row, described, detect_format, format_named, to_input_output
+from text.formats import Format, check_columns, convert_row, described, detect_format, to_input_output
 from text.hub import hub_dataset
+from text.mmlu import train_split_for_subject
+from text.spec import DataSpec
 from text.tables import TABLE_SUFFIXES, read_table
 
 logger = logging.getLogger(__name__)
@@ -50,28 +52,23 @@ class Splits:
     source: str
 
 
-def load_splits(args: Any) -> Splits:
-    """Loads `args.dataset`, converts it to {"input", "output"} and splits it.
-
-    args.dataset is a name in HUB_DATASETS, "mmlu" (with `train_subject`, `mmlu_dir`), a json/jsonl/csv/tsv file,
-    deeplake:PATH_OR_URL or any other hub name; or several of them, which are mixed. Sizes are rows, or a fraction of the
-    training rows where below 1. The same seed (`data_seed`, else `seed`) gives the same splits, whether `do_train` is set
-    or not. `args.dataset_format` is a format's name or a Format.
+def load_splits(spec: DataSpec) -> Splits:
+    """The rows of a DataSpec as {"input", "output"}, split; the same seed gives the same splits.
 
     Raises FileNotFoundError or ValueError with one message that says what is wrong and what to do.
     """
-    check_sources(args)
-    pools, format_name, source = _load_pools(args)
-    if getattr(args, "eval_dataset", None):
-        pools["evaluation"], _ = read_table_as_pairs(args.eval_dataset, args.dataset_format)
+    spec.check()
+    pools, format_name, source = _load_pools(spec)
+    if spec.eval_dataset:
+        pools["evaluation"], _ = read_table_as_pairs(spec.eval_dataset, spec.dataset_format)
         pools["train"] = _without_copies(pools["train"], pools["evaluation"])
-    pools = _hold_out(pools, args)
+    pools = _hold_out(pools, spec)
     train, evaluation = pools["train"], pools["evaluation"]
-    if args.do_train and not len(train):
+    if spec.train and not len(train):
         raise ValueError(f"no training rows are left of {source}: hold out fewer rows or give more data")
     return Splits(
-        train=_truncated(train, args.max_train_samples) if args.do_train else None,
-        evaluation=_truncated(evaluation, args.max_eval_samples) if evaluation is not None else None,
+        train=_truncated(train, spec.max_train_samples) if spec.train else None,
+        evaluation=_truncated(evaluation, spec.max_eval_samples) if evaluation is not None else None,
         test=pools["test"],
         format=format_name,
         source=source,
@@ -148,71 +145,47 @@ def _as_pairs(
     return Dataset.from_list(pairs), format_name if isinstance(format_name, str) else described(format_name)
 
 
-def check_sources(args: Any) -> None:
-    """Raises ValueError with every problem of the data flags that can be seen before anything is read."""
-    problems = []
-    if args.dataset_format is not None:
-        try:
-            format_named(args.dataset_format)
-        except ValueError as error:
-            problems.append(str(error))
-    for name in ("eval_dataset_size", "test_dataset_size"):
-        size = getattr(args, name, 0) or 0
-        if size < 0 or (size > 1 and size != int(size)):
-            problems.append(f"--{name} {size} is neither a number of rows (0, 1, 2, ...) nor a fraction below 1")
-    for name in ("max_train_samples", "max_eval_samples"):
-        limit = getattr(args, name)
-        if limit is not None and limit < 1:
-            problems.append(f"--{name} {limit}: at least 1 row is needed; leave the flag out for all rows")
-    if getattr(args, "train_subject", None) and args.dataset != "mmlu":
-        problems.append(f"--train_subject {args.train_subject} needs --dataset mmlu, not '{args.dataset}'")
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _load_pools(args: Any) -> tuple[Pools, str, str]:
+def _load_pools(spec: DataSpec) -> tuple[Pools, str, str]:
     """The source's own splits named train, evaluation and test (None where it has none), its format and description."""
-    sources = data_sources(args.dataset)
-    loaded = [_load_source(source.name, args) for source in sources]
+    sources = data_sources(spec.dataset)
+    loaded = [_load_source(source.name, spec) for source in sources]
     if len(loaded) == 1:
         return loaded[0]
     own = [pools["evaluation"] for pools, _, _ in loaded]
-    train = mixed([pools["train"] for pools, _, _ in loaded], sources, seed_of(args))
+    train = mixed([pools["train"] for pools, _, _ in loaded], sources, spec.seed)
     evaluation = None if any(split is None for split in own) else concatenate_datasets(own)
     formats = dict.fromkeys(format_name for _, format_name, _ in loaded)
     pools = {"train": train, "evaluation": evaluation, "test": None}
     return pools, ", ".join(formats), f"{len(train)} rows of {' and '.join(source for _, _, source in loaded)}"
 
 
-def _load_source(name: str, args: Any) -> tuple[Pools, str, str]:
+def _load_source(name: str, spec: DataSpec) -> tuple[Pools, str, str]:
     if name == "mmlu":
-        return _load_mmlu(args)
+        return _load_mmlu(spec)
     if name.startswith(PREFIX):
         rows = list(deeplake_rows(name))
         if not rows:
             raise ValueError(f"{name} has no rows: give at least one")
-        train, format_name = _as_pairs(rows, name, args.dataset_format, "row")
+        train, format_name = _as_pairs(rows, name, spec.dataset_format, "row")
         return {"train": train, "evaluation": None, "test": None}, format_name, f"{name} ({len(train)} rows)"
     if is_path(name):
-        train, format_name = read_table_as_pairs(name, args.dataset_format)
+        train, format_name = read_table_as_pairs(name, spec.dataset_format)
         return {"train": train, "evaluation": None, "test": None}, format_name, f"{name} ({len(train)} rows)"
-    return _load_from_hub(name, args)
+    return _load_from_hub(name, spec)
 
 
-def _load_mmlu(args: Any) -> tuple[Pools, str, str]:
-    from text.mmlu import train_split_for_subject  # not above: that module reads its files with the readers of this one
-
-    subject = getattr(args, "train_subject", None)
+def _load_mmlu(spec: DataSpec) -> tuple[Pools, str, str]:
+    subject = spec.train_subject
     train, evaluation = (
         Dataset.from_list(rows).select_columns(["input", "output"])
-        for rows in train_split_for_subject(args.mmlu_dir, subject, args.cache_dir)
+        for rows in train_split_for_subject(spec.mmlu_dir, subject, spec.cache_dir)
     )
     test = None
-    n_test = _row_count(getattr(args, "test_dataset_size", 0), len(evaluation))
+    n_test = _row_count(spec.test_dataset_size, len(evaluation))
     if n_test:  # a subject trains on a handful of questions, so the third split is taken from the many that evaluate
         if n_test >= len(evaluation):
             raise ValueError(f"--test_dataset_size {n_test}: MMLU has {len(evaluation)} held-out rows here, give fewer")
-        evaluation, test = _carve(evaluation, n_test, seed_of(args))
+        evaluation, test = _carve(evaluation, n_test, spec.seed)
     source = f"MMLU {subject or 'all subjects'}: dev + validation questions to train, test questions to evaluate"
     return {"train": train, "evaluation": evaluation, "test": test}, "mmlu", source
 
@@ -224,30 +197,30 @@ def is_path(name: str) -> bool:
     return name.lower().endswith(TABLE_SUFFIXES) or name.startswith((".", "~", os.sep)) or Path(name).is_file()
 
 
-def _load_from_hub(name: str, args: Any) -> tuple[Pools, str, str]:
+def _load_from_hub(name: str, spec: DataSpec) -> tuple[Pools, str, str]:
     if name not in HUB_DATASETS and "/" not in name:
         nearest = difflib.get_close_matches(name, [*HUB_DATASETS, "mmlu"], n=1, cutoff=0.7)
         if nearest:
             raise ValueError(f"--dataset '{name}' is unknown; did you mean '{nearest[0]}'?")
     request = HUB_DATASETS.get(name, {"path": name})
-    loaded = hub_dataset(request, args.cache_dir)
+    loaded = hub_dataset(request, spec.cache_dir)
     train = loaded.get("train")
     if train is None or not len(train):
         raise ValueError(f"{request['path']} has no training rows; its splits are {', '.join(loaded)}")
-    format_name = args.dataset_format or detect_format(train.column_names, train[0], name)
+    format_name = spec.dataset_format or detect_format(train.column_names, train[0], name)
     own = {
         "train": train,
         "evaluation": next((loaded[key] for key in _EVALUATION_NAMES if key in loaded), None),
         "test": loaded.get("test"),
     }
-    sizes = {"evaluation": args.eval_dataset_size, "test": getattr(args, "test_dataset_size", 0)}
+    sizes = {"evaluation": spec.eval_dataset_size, "test": spec.test_dataset_size}
     pools: Pools = {}
     for key, pool in own.items():
         if pool is None:
             pools[key] = None
             continue
         if sizes.get(key):  # published held-out splits can be large: a sample of the size asked for
-            pool = _sample(pool, _row_count(sizes[key], len(train)), seed_of(args))
+            pool = _sample(pool, _row_count(sizes[key], len(train)), spec.seed)
         pools[key] = _without_empty_outputs(to_input_output(pool, format_name), f"{name} {key}")
     format_name = format_name if isinstance(format_name, str) else described(format_name)
     return pools, format_name, f"{request['path']} from the Hugging Face hub ({len(train)} rows)"
@@ -261,35 +234,30 @@ def _without_empty_outputs(dataset: Dataset, what: str) -> Dataset:
     return kept
 
 
-def _hold_out(pools: Pools, args: Any) -> Pools:
+def _hold_out(pools: Pools, spec: DataSpec) -> Pools:
     """Takes evaluation, then test rows out of train where the source has no such split of its own.
 
     Evaluation comes first, so that asking for a test split does not change which rows evaluate.
     """
     train, evaluation, test = pools["train"], pools["evaluation"], pools["test"]
-    test_size = getattr(args, "test_dataset_size", 0)
-    wants_evaluation = args.do_eval or getattr(args, "do_predict", False)
-    n_evaluation = _row_count(args.eval_dataset_size, len(train)) if wants_evaluation and evaluation is None else 0
+    test_size = spec.test_dataset_size
+    wants_evaluation = spec.evaluate
+    n_evaluation = _row_count(spec.eval_dataset_size, len(train)) if wants_evaluation and evaluation is None else 0
     n_test = _row_count(test_size, len(train)) if test is None else 0
 
     if wants_evaluation and evaluation is None and not n_evaluation:
         raise ValueError("--eval_dataset_size 0 leaves the evaluation split empty: give 1 or more, or --do_eval False")
-    if n_evaluation + n_test > len(train) - bool(args.do_train):
+    if n_evaluation + n_test > len(train) - bool(spec.train):
         raise ValueError(
-            f"--eval_dataset_size {args.eval_dataset_size} and --test_dataset_size {test_size} hold out "
+            f"--eval_dataset_size {spec.eval_dataset_size} and --test_dataset_size {test_size} hold out "
             f"{n_evaluation + n_test} rows, but there are only {len(train)} and training needs some: "
             "hold out fewer, for example --eval_dataset_size 0.1 (a tenth)"
         )
     if n_evaluation:
-        train, evaluation = _carve(train, n_evaluation, seed_of(args))
+        train, evaluation = _carve(train, n_evaluation, spec.seed)
     if n_test:
-        train, test = _carve(train, min(n_test, len(train)), seed_of(args))
+        train, test = _carve(train, min(n_test, len(train)), spec.seed)
     return {"train": train, "evaluation": evaluation if wants_evaluation else None, "test": test if test_size else None}
-
-
-def seed_of(args: Any) -> int:
-    seeds = (getattr(args, "data_seed", None), getattr(args, "seed", None), 42)
-    return next(seed for seed in seeds if seed is not None)
 
 
 def _row_count(size: float | None, rows: int) -> int:

@@ -14,7 +14,8 @@ from datasets import Dataset, IterableDataset, interleave_datasets
 from text.deeplake_rows import PREFIX, deeplake_rows
 from text.formats import Format, check_columns, convert_row, described, detect_format
 from text.hub import hub_dataset
-from text.sources import HUB_DATASETS, Splits, check_sources, data_sources, is_path, read_table_as_pairs, seed_of
+from text.sources import HUB_DATASETS, Splits, data_sources, is_path, read_table_as_pairs
+from text.spec import DataSpec
 from text.tables import csv_rows, json_line
 
 SHUFFLE_ROWS = 1000
@@ -24,40 +25,42 @@ class StreamedRowError(ValueError):
     """A row that cannot be used, found while training."""
 
 
-def load_streamed_splits(args: Any) -> Splits:
+def load_streamed_splits(spec: DataSpec) -> Splits:
     """As load_splits, with an IterableDataset for training.
 
     Evaluation rows are `eval_dataset`, or else the first `eval_dataset_size` of the stream, and test rows the next ones.
     Raises FileNotFoundError or ValueError where the first row of a source cannot be used.
     """
-    check_sources(args)
-    sources = data_sources(args.dataset)
+    spec.check()
+    sources = data_sources(spec.dataset)
     if len(sources) > 1 and sources[0].weight is None:
-        raise ValueError("--streaming: several data sets need weights to be mixed by: --dataset a.jsonl:0.7 b.jsonl:0.3")
-    opened = [_open(source.name, args) for source in sources]
+        raise ValueError(
+            "--streaming: several data sets need weights to be mixed by: --dataset a.jsonl:0.7 b.jsonl:0.3"
+        )
+    opened = [_open(source.name, spec) for source in sources]
     streams, formats = [stream for stream, _ in opened], dict.fromkeys(described(name) for _, name in opened)
-    stream, seed = streams[0], seed_of(args)
+    stream, seed = streams[0], spec.seed
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
         shares = [source.weight / total for source in sources]
         stream = interleave_datasets(streams, probabilities=shares, seed=seed, stopping_strategy="first_exhausted")
     evaluation = test = None
-    if args.eval_dataset:
-        evaluation, _ = read_table_as_pairs(args.eval_dataset, args.dataset_format)
-    elif args.do_eval or args.do_predict:
-        evaluation, stream = _head(stream, int(args.eval_dataset_size))
-    if args.test_dataset_size:
-        test, stream = _head(stream, int(args.test_dataset_size))
+    if spec.eval_dataset:
+        evaluation, _ = read_table_as_pairs(spec.eval_dataset, spec.dataset_format)
+    elif spec.evaluate:
+        evaluation, stream = _head(stream, int(spec.eval_dataset_size))
+    if spec.test_dataset_size:
+        test, stream = _head(stream, int(spec.test_dataset_size))
     held_out = [(row["input"], row["output"]) for part in (evaluation, test) if part is not None for row in part]
     if held_out:
         known = set(held_out)
         stream = stream.filter(lambda row: (row["input"], row["output"]) not in known)
-    if args.max_train_samples:
-        stream = stream.take(args.max_train_samples)
-    if evaluation is not None and args.max_eval_samples:
-        evaluation = evaluation.select(range(min(args.max_eval_samples, len(evaluation))))
+    if spec.max_train_samples:
+        stream = stream.take(spec.max_train_samples)
+    if evaluation is not None and spec.max_eval_samples:
+        evaluation = evaluation.select(range(min(spec.max_eval_samples, len(evaluation))))
     return Splits(
-        train=stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS) if args.do_train else None,
+        train=stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS) if spec.train else None,
         evaluation=evaluation,
         test=test,
         format=", ".join(formats),
@@ -72,19 +75,21 @@ def _head(stream: IterableDataset, count: int) -> tuple[Dataset, IterableDataset
     return Dataset.from_list(rows), stream.skip(count)
 
 
-def _open(name: str, args: Any) -> tuple[IterableDataset, str | Format]:
+def _open(name: str, spec: DataSpec) -> tuple[IterableDataset, str | Format]:
     """(stream of {"input", "output"}, its format), the format told by the first row where it is not given."""
     if is_path(name) or name.startswith(PREFIX):
         first = next(_raw_rows(name), None)
         if first is None:
             raise ValueError(f"{name} has no rows: give at least one")
-        format_name = args.dataset_format or detect_format(first[1], first[1])
+        format_name = spec.dataset_format or detect_format(first[1], first[1])
         check_columns(first[1], format_name)
         convert_row(first[1], format_name, _where(name, first[0]))
-        return IterableDataset.from_generator(_pairs, gen_kwargs={"name": name, "format_name": format_name}), format_name
-    loaded = hub_dataset({**HUB_DATASETS.get(name, {"path": name}), "streaming": True}, args.cache_dir)
+        return IterableDataset.from_generator(
+            _pairs, gen_kwargs={"name": name, "format_name": format_name}
+        ), format_name
+    loaded = hub_dataset({**HUB_DATASETS.get(name, {"path": name}), "streaming": True}, spec.cache_dir)
     first = next(iter(loaded["train"]))
-    format_name = args.dataset_format or detect_format(first, first, name)
+    format_name = spec.dataset_format or detect_format(first, first, name)
     check_columns(first, format_name)
     columns = list(first)
     pairs = loaded["train"].map(lambda row: _pair(row, format_name, f"a row of {name}"), remove_columns=columns)

@@ -49,9 +49,13 @@ def _pieces(template: str) -> list[tuple[str, Any]]:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"--prompt_template: {error}; write {{{{ and }}}} for braces that are no column") from None
-    bad = [name or "{}" for _, name, form, conversion in parsed if name is not None and (not name or form or conversion)]
+    bad = [
+        name or "{}" for _, name, form, conversion in parsed if name is not None and (not name or form or conversion)
+    ]
     if bad:
-        raise ValueError(f"--prompt_template: {', '.join(bad)} is no plain {{column}}; write {{{{ and }}}} for other braces")
+        raise ValueError(
+            f"--prompt_template: {', '.join(bad)} is no plain {{column}}; write {{{{ and }}}} for other braces"
+        )
     pieces: list[tuple[str, Any]] = []
     text = ""  # {{ and }} come as texts of their own
     for literal, name, _, _ in parsed:
@@ -83,7 +87,9 @@ def _chat_format(tokenizer: Any) -> Format:
         given = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
         if not whole.startswith(given):
-            raise ValueError("the tokenizer's chat template writes a dialogue differently once it is answered; use another")
+            raise ValueError(
+                "the tokenizer's chat template writes a dialogue differently once it is answered; use another"
+            )
         # Both tokens are added when the pair is encoded.
         answer = whole[len(given) :].rstrip("\n").removesuffix(tokenizer.eos_token or "")
         return given.removeprefix(tokenizer.bos_token or ""), answer

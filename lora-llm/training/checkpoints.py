@@ -25,7 +25,7 @@ def checkpoint_to_resume(settings: Settings) -> Optional[str]:
     folder = Path(training.output_dir) if settings.resume is True else Path(settings.resume)
     if (folder / "trainer_state.json").is_file():
         return str(folder)
-    checkpoints = complete_checkpoints(folder, settings.early_stop.calculate_cs)
+    checkpoints = complete_checkpoints(folder, settings.stop.calculate_cs)
     if not checkpoints:
         raise FileNotFoundError(
             f"--resume_from_checkpoint: {folder} holds no complete checkpoint; give a checkpoint-N folder or the folder of a "

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from text.collator import IGNORE_INDEX, encode_source, pad_batch
+from training.losses import Batch, mean_loss
 
 MAX_PASSAGE_TOKENS = 128  # of every passage; many short ones tell more than a few long ones
 FORGOTTEN_FROM = 1.10  # ratio of perplexities from which a LoRA is said to have forgotten
@@ -26,7 +26,9 @@ def read_general_text(path: str, most: int) -> list[str]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"--forgetting_data {path}: there is no such file; give a jsonl file with text, or a txt file")
+        raise FileNotFoundError(
+            f"--forgetting_data {path}: there is no such file; give a jsonl file with text, or a txt file"
+        )
     try:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -51,6 +53,11 @@ def _text_of(path: str, number: int, line: str) -> str:
     return row["text"]
 
 
+def _batch(passages: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    batch = pad_batch(passages, pad_id)  # (N, T)
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)}
+
+
 class GeneralText:
     """Passages as token ids, and the loss (mean nats a token) of a model on them.
 
@@ -58,34 +65,25 @@ class GeneralText:
     """
 
     def __init__(self, path: str, tokenizer: Any, most: int, batch_size: int):
-        self.path, self.tokenizer, self.batch_size = path, tokenizer, batch_size
         encoded = [encode_source(tokenizer, text)[:MAX_PASSAGE_TOKENS] for text in read_general_text(path, most)]
-        self.passages = sorted((ids for ids in encoded if len(ids) > 1), key=len)  # alike in length, little padding
-        if not self.passages:
+        passages = sorted((ids for ids in encoded if len(ids) > 1), key=len)  # alike in length, little padding
+        if not passages:
             raise ValueError(f"--forgetting_data {path}: no passage is longer than one token")
-        self.tokens = sum(len(ids) - 1 for ids in self.passages)
+        self.path, self.passages, self.tokens = path, len(passages), sum(len(ids) - 1 for ids in passages)
+        pad_id = tokenizer.eos_token_id
+        self.batches = [_batch(passages[at : at + batch_size], pad_id) for at in range(0, len(passages), batch_size)]
         self.losses: dict[str, float] = {}
 
-    @torch.no_grad()
     def loss(self, model: torch.nn.Module) -> float:
         """Mean loss in nats a token of the model as it is; it leaves neither its mode nor the random state changed."""
-        was_training, total = model.training, 0.0
-        model.eval()
-        for start in range(0, len(self.passages), self.batch_size):
-            batch = pad_batch(self.passages[start : start + self.batch_size], self.tokenizer.eos_token_id)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}  # (N, T)
-            targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)[:, 1:]  # (N, T-1)
-            logits = model(**batch).logits[:, :-1].float()  # (N, T-1, vocabulary)
-            total += cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum").item()
-        model.train(was_training)
-        return total / self.tokens
+        return mean_loss(model, self.batches)
 
     def summary(self) -> dict[str, Any]:
         """What result.json says of it."""
         ratios = {name: perplexity_ratio(self.losses, name) for name in ("kept", "last")}
         return {
             "file": self.path,
-            "passages": len(self.passages),
+            "passages": self.passages,
             "tokens": self.tokens,
             "loss": dict(self.losses),
             "perplexity_ratio": {name: ratio for name, ratio in ratios.items() if ratio is not None},

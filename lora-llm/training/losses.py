@@ -1,45 +1,58 @@
-"""The loss on fixed rows, of the weights as they are: what the rules validation-patience and objective-variance look at."""
+"""The cross entropy of rows of tokens, and its mean over fixed rows, of the weights as they are."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+from torch.nn import functional
 
 from text.collator import IGNORE_INDEX
 
-PROBE_ROWS = 16  # training examples whose loss the column probe_loss follows
+Batch = dict[str, torch.Tensor]
+
+
+def predicted(labels: torch.Tensor) -> torch.Tensor:
+    """How many tokens of each row are predicted, (N,) of labels (N, T); nothing predicts the first."""
+    return (labels[:, 1:] != IGNORE_INDEX).sum(1)
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of each row in nats, (N,) float32, of logits (N, T, V) and labels (N, T)."""
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (N, T), each of the position before
+    learned = targets != IGNORE_INDEX
+    losses = functional.cross_entropy(logits[learned].float(), targets[learned], reduction="none")
+    return losses.new_zeros(learned.shape).masked_scatter(learned, losses).sum(1)
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
+    """Mean loss in nats a predicted token. Neither the model's mode nor the random state is changed.
+
+    batches: `input_ids`, `attention_mask` and `labels`, (N, T) each, on any device.
+    """
+    was_training, total, tokens = model.training, 0.0, 0
+    model.eval()
+    for batch in batches:
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        logits = model(**inputs).logits  # (N, T, V)
+        total += row_losses(logits, batch["labels"].to(logits.device)).sum().item()
+        tokens += int(predicted(batch["labels"]).sum())
+    model.train(was_training)
+    return total / tokens
 
 
 class RowLoss:
-    """Mean loss in nats a predicted token over the same rows {"input", "output"} each time.
-
-    collator: makes the batches. autocast: makes the context in which the trainer computes its loss. Called with nothing, it
-    leaves neither the model's mode nor the random state changed, and no process has to take part in it but its own.
-    """
+    """Mean loss over the same rows {"input", "output"} each time it is called, in this process alone."""
 
     def __init__(
         self,
         model: torch.nn.Module,
-        collator: Callable[[Sequence[Mapping[str, str]]], dict[str, torch.Tensor]],
+        collator: Callable[[Sequence[Mapping[str, str]]], Batch],
         rows: Sequence[Mapping[str, str]],
         batch_size: int,
-        autocast: Callable[[], AbstractContextManager],
     ):
         alike = sorted(rows, key=lambda row: len(row["input"]) + len(row["output"]))  # in length: little padding
-        self.model, self.autocast = model, autocast
-        self.batches: list[dict[str, Any]] = [
-            dict(collator(alike[start : start + batch_size])) for start in range(0, len(alike), batch_size)
-        ]
+        self.model = model
+        self.batches = [dict(collator(alike[at : at + batch_size])) for at in range(0, len(alike), batch_size)]
 
-    @torch.no_grad()
     def __call__(self) -> float:
-        was_training, total, tokens = self.model.training, 0.0, 0
-        self.model.eval()
-        with self.autocast():
-            for batch in self.batches:
-                count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-                total += self.model(**{k: v.to(self.model.device) for k, v in batch.items()}).loss.item() * count
-                tokens += count
-        self.model.train(was_training)
-        return total / tokens
+        return mean_loss(self.model, self.batches)

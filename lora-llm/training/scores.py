@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from text.collator import pad_batch
 from text.formats import MMLU_LETTERS
@@ -44,7 +44,9 @@ class MMLUScorer:
         if not rows:
             raise ValueError("no MMLU questions to score: give at least one row")
         if source_max_len < 2 or batch_size < 1:
-            raise ValueError(f"--mmlu_source_max_len {source_max_len} (2 or more) or batch size {batch_size} (1 or more)")
+            raise ValueError(
+                f"--mmlu_source_max_len {source_max_len} (2 or more) or batch size {batch_size} (1 or more)"
+            )
         self.letter_ids = letter_token_ids(tokenizer)  # (4, V)
         self.subjects = [row["subject"] for row in rows]
         self.answers = [MMLU_LETTERS.index(row["output"]) for row in rows]
@@ -125,16 +127,38 @@ class MMLUCallback(TrainerCallback):
         self.results: list[dict[str, Any]] = []
         self._scored_weights: tuple[float, ...] | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.global_step == 0:  # a resumed run has its baseline behind it
             self._score("baseline", state, model)
 
-    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         logs = self._score("evaluation", state, model)
         if metrics is not None:
             metrics.update(logs)  # so that --metric_for_best_model eval_mmlu_accuracy finds it
 
-    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._score("end", state, model)
 
     def _score(self, when: str, state: Any, model: torch.nn.Module) -> dict[str, float]:

@@ -4,34 +4,36 @@ Every micro-batch goes through the frozen base a second time, its rows repeated 
 for all shadows, each row through its own (fused_lora). The main adapter is off meanwhile, and its training is untouched.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters.fused_lora import FusedLora
 from es_lora.files import write_whole
 from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
-from text.collator import IGNORE_INDEX, CausalCollator
+from settings.flags import Settings
+from text.collator import CausalCollator
+from training.losses import Batch, predicted, row_losses
 
 EXAMPLE = "shadow_example"  # the column that names a row's example
 STATE_NAME = "shadows.safetensors"
 
 
-def with_examples(rows: Dataset, settings: Any) -> Dataset:
+def with_examples(rows: Dataset, shadows: int, seed: int) -> Dataset:
     """The same with a column that numbers the examples; rows of the same text are one example, so that none leaks.
 
-    Raises ValueError where there are too few for the shadows of the settings: before a base has been loaded.
+    Raises ValueError where there are too few for so many shadows: before a base has been loaded.
     """
     first: dict[tuple[str, str], int] = {}
     numbers = [first.setdefault(pair, number) for number, pair in enumerate(zip(rows["input"], rows["output"]))]
-    make_folds(numbers, settings.early_stop.shadows, settings.training.seed)
+    make_folds(numbers, shadows, seed)
     return rows.add_column(EXAMPLE, numbers)
 
 
@@ -41,7 +43,7 @@ class ExampleCollator:
     def __init__(self, collator: CausalCollator):
         self.collator = collator
 
-    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict]) -> Batch:
         batch = self.collator(rows)
         if EXAMPLE in rows[0]:
             batch[EXAMPLE] = torch.tensor([row[EXAMPLE] for row in rows])
@@ -51,24 +53,22 @@ class ExampleCollator:
 class ShadowAdapters(TrainerCallback):
     """K shadows of a PeftModel: trained by `backward` after each micro-batch of the main adapter, scored by `score`.
 
-    settings: the trainer's, with early_stop.shadows, early_stop.shadow_rank and shadow_interval. rows: the training examples with
-    their column EXAMPLE. autocast: makes the context that the main adapter's loss is computed in. resume: a checkpoint's
-    folder to go on from. As a callback it takes the optimizer steps and writes into the checkpoints; let it stand before the
-    callback whose file marks a checkpoint as whole.
+    settings: the trainer's. rows: the training examples with their column EXAMPLE. resume: a
+    checkpoint's folder to go on from. As a callback it takes the optimizer steps and writes into the
+    checkpoints; let it stand before the callback whose file marks a checkpoint as whole.
     Raises ValueError where the checkpoint's shadows are others or none.
     """
 
     def __init__(
         self,
-        settings: Any,
-        model: Any,
+        settings: Settings,
+        model: PeftModel,
         rows: Dataset,
         collator: CausalCollator,
-        autocast: Callable[[], AbstractContextManager],
         resume: Optional[str] = None,
     ):
-        stop, training = settings.early_stop, settings.training
-        self.model, self.autocast = model, autocast
+        stop, training = settings.stop, settings.training
+        self.model = model
         folds = make_folds(rows[EXAMPLE], stop.shadows, training.seed)
         self.names = [f"shadow_{number}" for number in range(stop.shadows)]
         self.fused = FusedLora(model)
@@ -87,7 +87,7 @@ class ShadowAdapters(TrainerCallback):
             folds,
             [[{"params": adapter.parameters()}] for adapter in self.adapters],
             max_norm=training.max_grad_norm,
-            interval=settings.shadow_interval,
+            interval=stop.shadow_interval,
             seed=f"{training.seed}/{training.process_index}",
             sum_over_processes=_sum_over_processes if training.world_size > 1 else None,
         )
@@ -99,11 +99,13 @@ class ShadowAdapters(TrainerCallback):
 
     def _resume(self, checkpoint: Path) -> None:
         if not (checkpoint / STATE_NAME).is_file():
-            raise ValueError(f"{checkpoint} holds no {STATE_NAME}: that run had no shadows; go on without, or start anew")
+            raise ValueError(
+                f"{checkpoint} holds no {STATE_NAME}: that run had no shadows; go on without, or start anew"
+            )
         self.training.load_state_tensors(load_file(str(checkpoint / STATE_NAME)))
 
     @contextmanager
-    def _passing(self, rows_of_each: Sequence[int]):
+    def _passing(self, rows_of_each: Sequence[int]) -> Iterator[None]:
         """For one pass and its gradients: so many rows through each shadow in turn, the main adapter off."""
         with self.training.apart(), self.model.disable_adapter():
             for adapter in self.adapters:
@@ -111,17 +113,12 @@ class ShadowAdapters(TrainerCallback):
             with self.fused.rows([(name, count) for name, count in zip(self.names, rows_of_each) if count]):
                 yield
 
-    def _losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss and number of predicted tokens of each row, (N,) both."""
-        with self.autocast():
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (N, T, V)
-        targets = batch["labels"][:, 1:]  # (N, T - 1)
-        losses = functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        return losses.sum(1), (targets != IGNORE_INDEX).sum(1)
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (N, T, V)
+        return row_losses(logits, batch["labels"]), predicted(batch["labels"])
 
-    def backward(self, batch: dict[str, torch.Tensor], examples: torch.Tensor) -> None:
+    def backward(self, batch: Batch, examples: torch.Tensor) -> None:
         """Add each shadow's gradients of a micro-batch: (N, T) `input_ids`, `attention_mask`, `labels`; (N,) examples."""
         rows = self.training.trained_rows(examples.tolist())
         every = [row for own in rows for row in own]
@@ -134,14 +131,12 @@ class ShadowAdapters(TrainerCallback):
             self.training.backward(losses.sum(), counts)
 
     @torch.no_grad()
-    def score(self, cs_interval: int) -> Optional[float]:
-        """The column shadow_loss: the mean over the shadows of their folds' loss a token; None where it is not due.
-
-        cs_interval: optimizer steps between two measurements, from which an automatic shadow_interval follows.
-        """
+    def score(self) -> Optional[float]:
+        """The column shadow_loss: the mean over the shadows of their folds' loss a token; None where it is not due."""
         if self.training.interval is None:
             fold = sum(shadow == 0 for shadow in self.training.folds.values())
-            self.training.interval = auto_interval(fold, self._rows_a_step * cs_interval, self._rows)
+            measured_rows = self._rows_a_step * self.training.steps_a_measurement
+            self.training.interval = auto_interval(fold, measured_rows, self._rows)
         if not self.training.score_is_due():
             return None
         sums = torch.zeros(self.training.count, 2, dtype=torch.float64)  # (K, loss and tokens)
@@ -157,15 +152,24 @@ class ShadowAdapters(TrainerCallback):
 
     # -------------------------------------------------------------------------------------- as a callback
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optional[torch.optim.Optimizer] = None,
+        **kwargs: Any,
+    ) -> None:
         self.training.step(optimizer)
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_NAME
             write_whole(path, lambda temporary: save_file(self.training.state_tensors(), str(temporary)))
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.fused.close()
 
 
@@ -174,7 +178,9 @@ def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _fold_batches(folds, rows, collator, batch_size) -> list[tuple[dict[str, torch.Tensor], list[int]]]:
+def _fold_batches(
+    folds: Mapping[int, int], rows: Dataset, collator: CausalCollator, batch_size: int
+) -> list[tuple[Batch, list[int]]]:
     """The examples of all folds as batches of like length: (batch, rows of each shadow), the rows in the shadows' order."""
     shadows = max(folds.values()) + 1
     indices = [index for index, example in enumerate(rows[EXAMPLE]) if example in folds and example == index]
@@ -184,5 +190,7 @@ def _fold_batches(folds, rows, collator, batch_size) -> list[tuple[dict[str, tor
     for start in range(0, len(indices), batch_size):
         part = sorted(indices[start : start + batch_size], key=folds.get)
         members = [folds[index] for index in part]
-        batches.append((collator([rows[index] for index in part]), [members.count(shadow) for shadow in range(shadows)]))
+        batches.append(
+            (collator([rows[index] for index in part]), [members.count(shadow) for shadow in range(shadows)])
+        )
     return batches

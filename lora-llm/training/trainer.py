@@ -1,10 +1,10 @@
 """The Hugging Face Trainer of a LoRA, and the callbacks that end its training."""
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from early_stop_callback import EarlyStopCallback
-from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -18,12 +18,22 @@ class TrainingDiverged(RuntimeError):
 
 
 class LoraTrainer(Seq2SeqTrainer):
-    """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any process."""
+    """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any process.
 
-    early_stop: Optional[EarlyStopCallback] = None
-    shadows: Optional[ShadowAdapters] = None
+    observe_loss: is given the loss of every micro-step. shadows: trained on its micro-batches beside it.
+    """
 
-    def _get_train_sampler(self, *args, **kwargs) -> Any:
+    def __init__(
+        self,
+        *args: Any,
+        observe_loss: Optional[Callable[[torch.Tensor], None]] = None,
+        shadows: Optional[ShadowAdapters] = None,
+        **options: Any,
+    ):
+        super().__init__(*args, **options)
+        self._observe_loss, self._shadows = observe_loss, shadows
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
         if type(sampler) is not LengthGroupedSampler:
             return sampler  # accelerate seeds the others by epoch
@@ -32,12 +42,12 @@ class LoraTrainer(Seq2SeqTrainer):
         seeded.set_epoch(0)
         return seeded
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The same, without a trace in the random state: a run with evaluations trains as one without."""
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Speeds of evaluations are noise between the losses; those of training are kept."""
         speeds = ("_runtime", "_per_second", "_model_preparation_time")
         super().log({k: v for k, v in logs.items() if k.startswith("train") or not k.endswith(speeds)}, *args, **kwargs)
@@ -51,7 +61,7 @@ class LoraTrainer(Seq2SeqTrainer):
             if board is not None and callback._initialized:
                 board.log({name: value, "train/global_step": step})  # the step axis of transformers' own scalars
 
-    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         examples = inputs.pop(EXAMPLE, None)
         loss = super().training_step(model, inputs, *args, **kwargs)
         finite = torch.isfinite(loss).all()
@@ -59,11 +69,23 @@ class LoraTrainer(Seq2SeqTrainer):
             finite = self.accelerator.reduce(finite.float(), "sum") == self.args.world_size
         if not finite:
             raise TrainingDiverged("the training loss is NaN or infinite")
-        if self.early_stop is not None:
-            self.early_stop.observe_loss(loss)
-        if self.shadows is not None:
-            self.shadows.backward(self._prepare_inputs(inputs), examples)
+        if self._observe_loss is not None:
+            self._observe_loss(loss)
+        if self._shadows is not None:
+            self._shadows.backward(self._prepare_inputs(inputs), examples)
         return loss
+
+    def leave_process_group(self) -> None:
+        """End the collectives of all processes before the interpreter ends.
+
+        The DDP wrapper goes first. Were it the last to hold the group, gloo's threads would be joined with
+        the interpreter locked, and one may be waiting for it to let go of the last collective's tensors.
+        """
+        if not torch.distributed.is_initialized():
+            return
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        torch.distributed.destroy_process_group()
 
 
 class InterruptCallback(TrainerCallback):
@@ -73,10 +95,12 @@ class InterruptCallback(TrainerCallback):
         self.signals = NotedSignals()
         self.interrupted = False  # on any process
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.signals.__enter__()
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.interrupted = self.signals.interrupted
         if args.world_size > 1:  # whoever hears the signal, all stop at the same step
             flag = torch.tensor([float(self.interrupted)], device=args.device)
@@ -85,12 +109,16 @@ class InterruptCallback(TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.signals.__exit__()
 
 
 class EndOfStreamCallback(TrainerCallback):
     """The end of a stream ends the training; the Trainer would start it again."""
 
-    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         control.should_training_stop = True

@@ -85,11 +85,11 @@ WRONG = {
     ),
     "an unknown rule": (
         {"jobs": [{"name": "a", "dataset": "x", "stop_rule": "guess"}]},
-        "stop_rule = 'guess': choose one of",
+        "stop_rule guess: stop rule 'guess' is unknown; choose one of",
     ),
     "a wrong word": (
         {"jobs": [{"name": "a", "dataset": "x", "window_size": "big"}]},
-        'a number of 1 or more, or "auto"',
+        "window_size big: give a number of 1 or more, or auto",
     ),
 }
 

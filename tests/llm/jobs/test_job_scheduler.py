@@ -83,8 +83,8 @@ def test_every_micro_batch_has_one_turn_a_round(max_rows):
 def result(name, outcome="stopped_early", group="g", kept=None, last=None, turning=5, batch=4):
     heldout, settings = {"kept": kept, "last": last}, {"batch_size": batch, "accumulation": 2}
     return {"name": name, "group": group, "outcome": outcome, "heldout": heldout, "settings": settings} | {
-        "turning_step": turning,
-        "budget_steps": 100,
+        "keep_step": turning,
+        "total_steps": 100,
         "last_step": 20,
         "seconds": 10.0,
     }

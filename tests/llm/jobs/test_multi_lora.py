@@ -22,6 +22,7 @@ from es_lora.history import read_history
 from jobs.config import Job, read_jobs
 from jobs.loop import FusedTraining
 from settings.parsing import parse_arguments
+from training.setup import base_spec
 
 TREE = Path(__file__).resolve().parents[3] / "lora-llm"
 TEMPLATES = sorted((TREE / "templates").glob("*.toml"))
@@ -95,8 +96,8 @@ def test_a_job_in_company_has_the_losses_of_the_single_trainer(bits, random_base
     ]
     flags += ["--cs_interval", "1", "--window_size", "9", "--save_strategy", "no", "--gradient_checkpointing", "False"]
     settings = parse_arguments(flags)
-    run = set_up(settings, flags)
-    fresh = FusedLora(load_base(settings)).add("start", rank=4, alpha=16, seed=42).state_dict()
+    run = set_up(settings)
+    fresh = FusedLora(load_base(base_spec(settings))).add("start", rank=4, alpha=16, seed=42).state_dict()
     for name, parameter in run.model.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(fresh[name.replace(".default", "")])
@@ -123,12 +124,16 @@ def test_a_job_has_its_own_number_of_its_rule(random_base, text_files, tmp_path)
         job(f"epochs-{n}", text_files, stop_rule="fixed-epochs", rule_value=n, window_size="auto") for n in (1, 3)
     ]
     train_jobs(clocks, random_base, tmp_path, use_cpu=True, say=lambda text: None)
-    assert [result_of(tmp_path / clock.name)["kept_step"] for clock in clocks] == [4, 12]
+    assert [result_of(tmp_path / clock.name)["files"]["kept"]["step"] for clock in clocks] == [4, 12]
     with pytest.raises(ValueError, match="second-valley has no number to set"):
         train_jobs(
             [job("a", text_files, rule_value=2.0)], random_base, tmp_path / "none", use_cpu=True, say=lambda text: None
         )
-    assert "rule_value = -1: must be above 0" in job("a", text_files, rule_value=-1).problems()
+    (problem,) = job("a", text_files, stop_rule="fixed-epochs", rule_value=-1).problems()
+    assert (
+        problem
+        == "stop_rule fixed-epochs: the rule fixed-epochs was given -1; its number, epochs to train, must be above 0"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ a whole run
@@ -182,10 +187,10 @@ def test_each_job_leaves_what_a_single_run_leaves(finished):
         "no_turning_point",
     ]
     assert (
-        stops["kept_step"] == stops["detection_step"] - (3 * 2 - 2)
-        and stops["last_step"] == stops["detection_step"] < 24
+        stops["files"]["kept"]["step"] == stops["detected_step"] - (3 * 2 - 2)
+        and stops["last_step"] == stops["detected_step"] < 24
     )
-    assert full["last_step"] == 24 and full["turning_step"] == stops["turning_step"]
+    assert full["last_step"] == 24 and full["keep_step"] == stops["keep_step"]
     left = {path.name for path in (output / "stops").iterdir()}
     assert left == {"adapter", "adapter-last", "cs_history.jsonl", "result.json", "report.html"}
     assert {path.name for path in (output / "full").iterdir()} >= {"adapter", "adapter-turning-point"}
@@ -210,7 +215,7 @@ def test_the_kept_adapter_has_the_held_out_loss_that_is_reported(finished, rando
         with torch.no_grad():
             assert heldout[key] == pytest.approx(model(**batch).loss.item(), rel=1e-4)
     history = dict(read_history(finished[0] / "stops").heldout())
-    assert history[result_of(finished[0] / "stops")["kept_step"]] == heldout["kept"] and len(history) >= 3
+    assert history[result_of(finished[0] / "stops")["files"]["kept"]["step"]] == heldout["kept"] and len(history) >= 3
     assert heldout["before"] > heldout["kept"]
 
 
@@ -225,7 +230,10 @@ def test_bad_jobs_are_told_and_the_others_end_as_if_nothing_had_happened(finishe
     assert not (output / "nan").exists() and not (output / "missing").exists()
     good = job("stops", text_files, eval_dataset=str(text_files["heldout"]), evaluate_epochs=True)
     train_jobs([good], random_base, tmp_path / "good", bits=32, use_cpu=True, say=lambda text: None)
-    assert result_of(tmp_path / "good" / "stops")["kept_step"] == result_of(output / "stops")["kept_step"]
+    assert (
+        result_of(tmp_path / "good" / "stops")["files"]["kept"]["step"]
+        == result_of(output / "stops")["files"]["kept"]["step"]
+    )
     alone = [loss for _, loss in losses_of(tmp_path / "good" / "stops")]
     assert [loss for _, loss in losses_of(output / "stops")] == pytest.approx(alone, abs=1e-4)
 

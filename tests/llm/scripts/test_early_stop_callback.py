@@ -85,8 +85,8 @@ def check_stopped(output):
     """The saved model is bit for bit the checkpoint of the turning step, adapter-last that of the last step."""
     result = result_of(output)
     assert result["outcome"] == "stopped_early"
-    assert result["kept_step"] < result["last_step"] == result["detection_step"] < result["budget_steps"]
-    assert same(output / "final", output / f"checkpoint-{result['kept_step']}")
+    assert result["held_step"] < result["last_step"] == result["detected_step"] < result["total_steps"]
+    assert same(output / "final", output / f"checkpoint-{result['held_step']}")
     assert not same(output / "final", output / f"checkpoint-{result['last_step']}")
     return result
 
@@ -217,9 +217,9 @@ def test_without_early_stop_the_turning_point_lies_beside_the_last_weights(rando
     callback = EarlyStopCallback(early_stop=False, stop_rule="second-valley", cs_interval=1, window_size=2)
     trained(lora(random_base), output, callback)
     result = result_of(output)
-    assert (result["outcome"], result["kept_step"], result["last_step"]) == ("budget_reached", 24, 24)
+    assert (result["outcome"], result["held_step"], result["last_step"]) == ("budget_reached", 24, 24)
     assert same(output / "final", output / "checkpoint-24")
-    assert same(output / "adapter-turning-point", output / f"checkpoint-{result['turning_step']}")
+    assert same(output / "adapter-turning-point", output / f"checkpoint-{result['keep_step']}")
 
 
 class Interrupted(TrainerCallback):
@@ -238,10 +238,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(random_base, tmp_path):
     assert (broken / "cs_history.jsonl").read_text() == (whole / "cs_history.jsonl").read_text()
     assert check_stopped(broken)["verdict"] == result_of(whole)["verdict"]
     assert same(broken / "final", whole / "final") and same(broken / "adapter-last", whole / "adapter-last")
-    kept, steps = result_of(whole)["kept_step"], result_of(whole)["last_step"]
+    kept, steps = result_of(whole)["held_step"], result_of(whole)["last_step"]
     trained(lora(random_base), broken, save_only_model=False, resume=True)  # once more, after its stop
     again = result_of(broken)
-    assert (again["outcome"], again["kept_step"], again["last_step"]) == ("stopped_early", kept, steps + 1)
+    assert (again["outcome"], again["held_step"], again["last_step"]) == ("stopped_early", kept, steps + 1)
     assert same(broken / "final", whole / "final")
 
 
@@ -260,7 +260,7 @@ def test_where_early_stopping_callback_stops_the_weights_are_left_and_it_is_name
     output = tmp_path / "run"
     trainer = trained(lora(random_base), output, others=[impatient()], **EVALUATED)
     result = result_of(output)
-    assert (result["outcome"], result["last_step"], result["kept_step"]) == ("stopped_by_other", 2, 2)
+    assert (result["outcome"], result["last_step"], result["held_step"]) == ("stopped_by_other", 2, 2)
     assert same(output / "final", output / "checkpoint-2")
     assert "Stopped at step 2 of 24 by EarlyStoppingCallback" in verdict_in_log(trainer) == result["verdict"]
     assert result["verdict"] in capsys.readouterr().out
@@ -275,7 +275,7 @@ def test_the_best_model_that_another_callback_left_is_not_overwritten(random_bas
     }  # random tokens are soon learnt by heart: the worst loss is not the last
     trainer = trained(lora(random_base), output, others=[impatient()], **options)
     result, best = result_of(output), trainer.state.best_global_step
-    assert result["outcome"] == "stopped_by_other" and result["kept_step"] == best
+    assert result["outcome"] == "stopped_by_other" and result["held_step"] == best
     assert same(output / "final", output / f"checkpoint-{best}")
     assert f"weights of step {best}, loaded by load_best_model_at_end; they are left as they are" in result["verdict"]
 
@@ -285,7 +285,7 @@ def test_where_the_rule_stops_the_turning_point_replaces_the_best_model_and_says
     patient = EarlyStoppingCallback(early_stopping_patience=100)
     trainer = trained(lora(random_base), output, others=[patient], **BEST)
     result, best = check_stopped(output), trainer.state.best_global_step
-    assert best not in (None, result["kept_step"])
+    assert best not in (None, result["held_step"])
     assert f"It replaces step {best}, which load_best_model_at_end had loaded" in verdict_in_log(trainer)
     assert same(output / "adapter-last", output / f"checkpoint-{result['last_step']}")
     heldout = dict(read_history(output).heldout())
@@ -316,8 +316,8 @@ def test_after_a_divergence_the_model_holds_finite_weights(random_base, tmp_path
     trained(lora(random_base), output, learning_rate=1e30, max_grad_norm=0.0)
     result = result_of(output)
     assert result["outcome"] == "diverged" and "diverged" in result["verdict"]
-    if result["kept_step"] is not None:
-        assert same(output / "final", output / f"checkpoint-{result['kept_step']}")
+    if result["held_step"] is not None:
+        assert same(output / "final", output / f"checkpoint-{result['held_step']}")
         assert all(tensor.isfinite().all() for tensor in tensors_of(output / "final").values())
 
 

@@ -70,10 +70,10 @@ def stopped(random_base, text_files, tmp_path_factory):
 def test_the_kept_adapter_is_bit_for_bit_the_checkpoint_of_the_turning_step(stopped):
     result = result_of(stopped)
     assert result["outcome"] == "stopped_early"
-    assert result["kept_step"] == result["detection_step"] - (3 * 2 - 2)
-    assert result["last_step"] == result["detection_step"] < result["budget_steps"] == 24
+    assert result["files"]["kept"]["step"] == result["detected_step"] - (3 * 2 - 2)
+    assert result["last_step"] == result["detected_step"] < result["total_steps"] == 24
     kept, last = adapter_of(stopped / "adapter"), adapter_of(stopped / "adapter-last")
-    assert same(kept, adapter_of(stopped / f"checkpoint-{result['kept_step']}"))
+    assert same(kept, adapter_of(stopped / f"checkpoint-{result['files']['kept']['step']}"))
     assert same(last, adapter_of(stopped / f"checkpoint-{result['last_step']}"))
     assert not same(kept, last)
 
@@ -112,7 +112,7 @@ def test_the_verdict_travels_in_the_adapters_metadata(stopped):
     with safe_open(str(stopped / "adapter" / "adapter_model.safetensors"), framework="pt") as handle:
         facts = json.loads(handle.metadata()["es_lora"])
     result = result_of(stopped)
-    assert facts["kept_step"] == result["kept_step"] and facts["detected_step"] == result["detection_step"]
+    assert facts["keep_step"] == result["files"]["kept"]["step"] and facts["detected_step"] == result["detected_step"]
     assert facts["reason"] == result["reason"] and facts["outcome"] == "stopped_early"
 
 
@@ -120,8 +120,8 @@ def test_the_run_leaves_history_report_result_and_no_snapshots(stopped, capsys):
     history, result = read_history(stopped), result_of(stopped)
     assert [record["step"] for record in history.records] == list(range(1, result["last_step"] + 1))
     assert all(record["loss"] is not None and record["lr"] == 5e-3 for record in history.records)
-    assert [e["step"] for e in history.events if e["event"] == "turning_point"] == [result["kept_step"]]
-    assert dict(history.heldout())[result["kept_step"]] == pytest.approx(result["heldout"]["kept"])
+    assert [e["step"] for e in history.events if e["event"] == "turning_point"] == [result["files"]["kept"]["step"]]
+    assert dict(history.heldout())[result["files"]["kept"]["step"]] == pytest.approx(result["heldout"]["kept"])
     assert dict(history.heldout())[result["last_step"]] == pytest.approx(result["heldout"]["last"])
     assert not (stopped / "cs_snapshots").exists()
     page = (stopped / "report.html").read_text()
@@ -129,7 +129,10 @@ def test_the_run_leaves_history_report_result_and_no_snapshots(stopped, capsys):
     assert {"versions", "seed", "settings", "trainable_parameters"} <= result.keys()
     assert replay_main([str(stopped), "--rule", "recorded", "--json"]) == 0
     replayed = json.loads(capsys.readouterr().out)
-    assert (replayed["turning_step"], replayed["stop_step"]) == (result["kept_step"], result["detection_step"])
+    assert (replayed["turning_step"], replayed["stop_step"]) == (
+        result["files"]["kept"]["step"],
+        result["detected_step"],
+    )
 
 
 def test_tensorboard_has_the_published_names(stopped):
@@ -140,7 +143,7 @@ def test_tensorboard_has_the_published_names(stopped):
     logged = {scalar.step: scalar.value for scalar in events.Scalars("cs/steps")}
     for record in read_history(stopped).records:
         assert logged[record["step"]] == pytest.approx(record["cs"]["lm"], rel=1e-5)
-    assert events.Scalars("cs_fluctuation/steps")
+    assert events.Scalars("cs_fluctuation/step")
 
 
 def test_without_early_stop_the_full_run_is_kept_and_the_turning_point_lies_beside_it(
@@ -149,8 +152,11 @@ def test_without_early_stop_the_full_run_is_kept_and_the_turning_point_lies_besi
     output = tmp_path / "full"
     assert main(flags(random_base, text_files, output, "--lora_dropout", "0.1")) == 0
     result, earlier = result_of(output), result_of(stopped)
-    assert (result["outcome"], result["last_step"], result["kept_step"]) == ("budget_reached", 24, 24)
-    assert (result["turning_step"], result["detection_step"]) == (earlier["kept_step"], earlier["detection_step"])
+    assert (result["outcome"], result["last_step"], result["files"]["kept"]["step"]) == ("budget_reached", 24, 24)
+    assert (result["keep_step"], result["detected_step"]) == (
+        earlier["files"]["kept"]["step"],
+        earlier["detected_step"],
+    )
     assert same(adapter_of(output / "adapter-turning-point"), adapter_of(stopped / "adapter"))
     assert not same(adapter_of(output / "adapter"), adapter_of(output / "adapter-turning-point"))
 
@@ -161,7 +167,7 @@ def test_no_decision_leaves_one_adapter_and_says_so(random_base, text_files, tmp
     assert result_of(output)["outcome"] == "no_turning_point"
     assert sorted(path.name for path in output.glob("adapter*")) == ["adapter"]
     screen = capsys.readouterr().out
-    assert "too short for the rule second-valley" in screen and "no evidence of overfitting yet" in screen
+    assert "too short for the rule second-valley" in screen and "No evidence of overfitting yet" in screen
 
 
 def test_measuring_changes_nothing_in_the_training(random_base, text_files, tmp_path):
@@ -241,7 +247,7 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, random_base, tex
         assert result_of(output)["outcome"] == "interrupted" and "--resume_from_checkpoint true" in screen
     assert main(flags(random_base, text_files, output, *LONG, "--resume_from_checkpoint", "true")) == 0
     mine, theirs = result_of(output), result_of(uninterrupted)
-    for key in ("outcome", "kept_step", "detection_step", "last_step", "reason"):
+    for key in ("outcome", "keep_step", "detected_step", "last_step", "reason"):
         assert mine[key] == theirs[key]
     for name in ("adapter", "adapter-last"):
         assert same(adapter_of(output / name), adapter_of(uninterrupted / name))
@@ -274,7 +280,7 @@ def test_two_processes_stop_together(random_base, text_files, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = result_of(output)
-    assert result["outcome"] == "stopped_early" and result["last_step"] == result["detection_step"] < 24
+    assert result["outcome"] == "stopped_early" and result["last_step"] == result["detected_step"] < 24
     records = read_history(output).records
     assert [r["step"] for r in records] == list(range(1, result["last_step"] + 1))
     assert records[0]["shadow_loss"] > records[-1]["shadow_loss"] > 0
@@ -324,7 +330,7 @@ def test_full_finetune_saves_a_model(random_base, text_files, tmp_path):
     trained = AutoModelForCausalLM.from_pretrained(output / "model").state_dict()
     before = AutoModelForCausalLM.from_pretrained(random_base).state_dict()
     assert all(not torch.equal(trained[name], before[name]) for name in trained if "proj" in name)
-    assert result_of(output)["adapters"] == {"kept": "model"}
+    assert result_of(output)["files"] == {"kept": {"path": "model", "step": 3, "averaged": False}}
 
 
 def test_a_third_split_is_scored_once_and_predictions_are_written(random_base, text_files, tmp_path):

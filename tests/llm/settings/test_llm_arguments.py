@@ -146,7 +146,7 @@ GENERATE_VALUES = {
 
 
 def values_of(settings, names) -> dict:
-    flat = vars(settings.flat())
+    flat = settings.flags()
     return {name: getattr(flat[name], "value", flat[name]) for name in names}
 
 
@@ -157,7 +157,7 @@ def test_command_lines_of_the_qlora_scripts(parse):
 @pytest.mark.parametrize("name", ["do_train", "do_eval", "do_mmlu_eval", "group_by_length", "double_quant"])
 @pytest.mark.parametrize("value", [True, False])
 def test_switches_take_a_word_as_well(parse, name, value):
-    assert vars(parse(f"--{name} {value}").flat())[name] is value
+    assert parse(f"--{name} {value}").flags()[name] is value
 
 
 def test_generation_command_line(parse):
@@ -175,7 +175,7 @@ def test_published_early_stop_command_line(parse):
         "--double_quant --quant_type nf4 --bits 4 --target_max_len 512 --do_mmlu_eval --max_mmlu_samples 50 --cs_steps 20 "
         "--window_size 10 --early_stop --calculate_cs"
     )
-    assert (settings.cs_interval, settings.window_size) == (20, 10)
+    assert (settings.stop.cs_interval, settings.stop.window_size) == (20, 10)
     expected = {"train_subject": "college_physics", "dataset": "mmlu", "eval_dataset_size": 10, "max_mmlu_samples": 50}
     expected.update(early_stop=True, calculate_cs=True, do_mmlu_eval=True, eval_strategy="steps")
     assert values_of(settings, expected) == expected
@@ -301,7 +301,7 @@ def test_num_train_epochs_alone_takes_the_place_of_max_steps(parse):
     + [("--early_stop --calculate_cs False", True, True), ("--early_stop False", True, False)],
 )
 def test_early_stop_switches_cs_on(parse, words, calculate, stop):
-    chosen = parse(words).early_stop
+    chosen = parse(words).stop
     assert (chosen.calculate_cs, chosen.early_stop) == (calculate, stop)
 
 
@@ -313,7 +313,7 @@ def test_full_finetune_with_cs_is_an_error_that_says_so(parse, flag):
 
 def test_full_finetune_alone_measures_no_cs_and_says_so(parse):
     settings = parse("--full_finetune --bits 16")
-    assert settings.early_stop.calculate_cs is False
+    assert settings.stop.calculate_cs is False
     assert any("CS is not measured" in notice for notice in settings.notices)
     assert parse("--full_finetune --bits 16 --calculate_cs False").notices == []
     assert parse().notices == []
@@ -324,8 +324,8 @@ def test_full_finetune_of_a_quantised_base(parse):
 
 
 def test_intervals_are_numbers_or_auto(parse):
-    assert (parse().cs_interval, parse().window_size) == (None, None)
-    chosen = parse("--cs_interval 4 --window_size auto")
+    assert (parse().stop.cs_interval, parse().stop.window_size) == (None, None)
+    chosen = parse("--cs_interval 4 --window_size auto").stop
     assert (chosen.cs_interval, chosen.window_size) == (4, None)
 
 
@@ -362,7 +362,7 @@ def test_a_flag_like_no_other_gets_no_suggestion(parse):
 def test_equals_sign_form(parse):
     settings = parse("--lora_r=8 --bits=16 --do_eval=True --cs_interval=3 --early_stop=True")
     assert (settings.training.lora_r, settings.training.bits, settings.training.do_eval) == (8, 16, True)
-    assert (settings.cs_interval, settings.early_stop.early_stop) == (3, True)
+    assert (settings.stop.cs_interval, settings.stop.early_stop) == (3, True)
 
 
 def test_all_unknown_flags_stand_in_one_message(parse):

@@ -154,8 +154,11 @@ def test_a_packed_run_counts_its_own_steps_and_stops_early(packing, random_base,
     said = capsys.readouterr().out
     sequences = int(said.split("samples in ")[1].split(" sequences")[0])
     assert "Packed: 16 samples in" in said and 1 < sequences < 8
-    assert history.header["steps_per_epoch"] == sequences and result["budget_steps"] == 12 * sequences
-    assert result["outcome"] == "stopped_early" and result["kept_step"] < result["last_step"] < result["budget_steps"]
+    assert history.header["steps_per_epoch"] == sequences and result["total_steps"] == 12 * sequences
+    assert (
+        result["outcome"] == "stopped_early"
+        and result["files"]["kept"]["step"] < result["last_step"] < result["total_steps"]
+    )
     assert main(flags(random_base, text_files, tmp_path / "single", "--max_steps", "1", *more[-3:])) == 0
     assert (
         result_of(tmp_path / "single")["heldout"]["before"] == result["heldout"]["before"]

@@ -161,7 +161,7 @@ def test_the_end_of_a_stream_ends_the_run_unless_it_is_repeated(random_base, tab
     assert main(flags(random_base, table, tmp_path / "again", *packed)) == 0
     result = result_of(tmp_path / "again")
     assert (result["outcome"], result["last_step"]) in [
-        ("stopped_early", result["detection_step"]),
+        ("stopped_early", result["detected_step"]),
         ("no_turning_point", 12),
     ]
     assert result["last_step"] > 5  # 40 short samples fill fewer than 20 sequences

@@ -7,7 +7,7 @@ from es_lora_llm import main
 
 from es_lora.rules import RULES
 
-COLUMNS = {"heldout_loss", "probe_loss", "shadow_loss", "grad_evidence"}
+COLUMNS = {"heldout_loss", "shadow_loss", "grad_evidence"}
 
 
 def run(base, files, output, *more):
@@ -58,11 +58,13 @@ def test_it_stops_or_says_why_it_did_not(rule, random_base, text_files, tmp_path
     for column in COLUMNS.intersection(RULES[rule].needs):
         assert any(record[column] is not None for record in records), column
     if result["outcome"] == "stopped_early":
-        assert result["kept_step"] <= result["detection_step"] == result["last_step"] <= result["budget_steps"]
+        assert (
+            result["files"]["kept"]["step"] <= result["detected_step"] == result["last_step"] <= result["total_steps"]
+        )
         assert result["reason"] and (tmp_path / "run" / "adapter-last").is_dir()
     else:
-        assert result["outcome"] == "no_turning_point" or result["last_step"] == result["budget_steps"]
-        assert "no evidence of overfitting yet" in result["verdict"]
+        assert result["outcome"] == "no_turning_point" or result["last_step"] == result["total_steps"]
+        assert "No evidence of overfitting yet" in result["verdict"]
     said = capsys.readouterr().out
     assert result["verdict"] in said
 
@@ -89,4 +91,4 @@ def test_a_number_that_does_not_fit_the_rule(rule, value, message, random_base, 
 def test_the_number_of_a_rule_reaches_it(random_base, text_files, tmp_path):
     assert run(random_base, text_files, tmp_path / "run", "--stop_rule", "fixed-epochs", "--rule_value", 1.5) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (result["kept_step"], result["last_step"]) == (6, 6)
+    assert (result["files"]["kept"]["step"], result["last_step"]) == (6, 6)

@@ -76,4 +76,4 @@ def test_a_real_run_writes_cs_into_the_offline_log(random_base, text_files, tmp_
     assert done.returncode == 0, done.stderr[-2000:]
     pattern = "wandb/offline-run-*/run-*.wandb" if name == "wandb" else "trackio/*.db*"
     written = b"".join(file.read_bytes() for file in tmp_path.glob(pattern))
-    assert b"cs/steps" in written and b"cs_fluctuation/steps" in written
+    assert b"cs/steps" in written and b"cs_fluctuation/step" in written

@@ -90,7 +90,7 @@ def test_a_shadow_without_a_fold_is_a_second_main_adapter(random_base, text_file
             for name, down in adapter.down.items():
                 down.data.copy_(live[f"base_model.model.{name}.lora_A.default.weight"])
 
-        def score(self, cs_interval):
+        def score(self):
             return None
 
     monkeypatch.setattr("es_lora_llm.ShadowAdapters", TheSameStart)
@@ -159,7 +159,7 @@ def test_a_rule_on_the_shadows_switches_them_on_and_stops(random_base, text_file
     assert main(flags(random_base, text_files, tmp_path, *more)) == 0
     result, scores = json.loads((tmp_path / "result.json").read_text()), records_of(tmp_path, "shadow_loss")
     assert result["outcome"] == "stopped_early" and result["reason"] == "The shadows' loss rises."
-    assert result["kept_step"] == result["last_step"] < result["budget_steps"] and scores[-1] > min(scores)
+    assert result["files"]["kept"]["step"] == result["last_step"] < result["total_steps"] and scores[-1] > min(scores)
     assert result["settings"]["shadows"] == 2 and result["shadows"]["cost_factor"] > 1
     assert result["shadows"]["sentence"] in capsys.readouterr().out
 
@@ -167,11 +167,10 @@ def test_a_rule_on_the_shadows_switches_them_on_and_stops(random_base, text_file
 def test_copies_of_an_example_share_its_fold():
     from datasets import Dataset
 
-    from settings.parsing import parse_arguments
     from training.shadows import EXAMPLE, with_examples
 
     rows = Dataset.from_list([{"input": text, "output": "x"} for text in ("a", "b", "a", "c", "b")])
-    assert with_examples(rows, parse_arguments(["--shadows", "1"]))[EXAMPLE] == [0, 1, 0, 3, 1]
+    assert with_examples(rows, 1, 42)[EXAMPLE] == [0, 1, 0, 3, 1]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(random_base, text_files, tmp_path):

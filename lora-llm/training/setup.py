@@ -1,0 +1,234 @@
+"""From the settings of a run to what it is made of: specs of base and data, splits, collators, columns of the history."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from datasets import Dataset
+
+from adapters.weights import attach_lora, trainable_parameters
+from base.loading import bf16_products, compute_dtype, fit_embeddings, load_base
+from base.spec import BaseSpec
+from es_lora.rules import RULES
+from settings.flags import Settings
+from text.collator import CausalCollator
+from text.mmlu import Row, load_mmlu
+from text.packing import PackedCollator, check_base_keeps_samples_apart, pack, packing_notice, uses_varlen_kernel
+from text.sources import Splits, load_splits
+from text.spec import DataSpec
+from text.streams import load_streamed_splits
+from text.templates import template_format
+from training.forgetting import GeneralText
+from training.losses import RowLoss
+from training.shadows import ExampleCollator, ShadowAdapters, with_examples
+
+Column = Callable[[], Optional[float]]
+
+
+def base_spec(settings: Settings) -> BaseSpec:
+    """What of the settings the base is loaded by."""
+    model, training = settings.model, settings.training
+    recomputes = training.activation_checkpointing
+    return BaseSpec(
+        model.model_name_or_path,
+        training.bits,
+        compute=compute_dtype(training.bf16, training.fp16),
+        quant_type=training.quant_type,
+        double_quant=training.double_quant,
+        device=None if training.use_cpu else training.device,
+        spread_MB=training.max_memory_MB if training.world_size == 1 else None,
+        checkpointing=training.activation_checkpointing_kwargs if recomputes else None,
+        for_lora=not training.full_finetune,
+        attention="flash_attention_2" if packs_for_varlen(settings) else None,
+        cache_dir=training.cache_dir,
+        trust_remote_code=model.trust_remote_code,
+        token=model.use_auth_token,
+    )
+
+
+def data_spec(settings: Settings, tokenizer: Any) -> DataSpec:
+    """What of the settings the text is read by. tokenizer: whose chat template a prompt template may use."""
+    data, training = settings.data, settings.training
+    template = data.prompt_template
+    return DataSpec(
+        data.dataset,
+        template_format(template, tokenizer) if template else data.dataset_format,
+        eval_dataset=data.eval_dataset,
+        eval_dataset_size=data.eval_dataset_size,
+        test_dataset_size=data.test_dataset_size,
+        max_train_samples=data.max_train_samples,
+        max_eval_samples=data.max_eval_samples,
+        train_subject=data.train_subject,
+        mmlu_dir=data.mmlu_dir,
+        cache_dir=training.cache_dir,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        train=training.do_train,
+        evaluate=training.do_eval or training.do_predict,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def read_splits(settings: Settings, tokenizer: Any) -> Splits:
+    """The rows of a run, each training row with its example's number where shadows need it.
+
+    Raises ValueError or FileNotFoundError, also where the rule decides on rows that there are not.
+    """
+    spec, stop = data_spec(settings, tokenizer), settings.stop
+    splits = load_streamed_splits(spec) if settings.data.streaming else load_splits(spec)
+    if "heldout_loss" in _needed_columns(settings) and splits.evaluation is None:
+        raise ValueError(
+            f"--stop_rule {stop.stop_rule} decides on held-out examples: add --do_eval with --eval_dataset FILE or "
+            "--eval_dataset_size, or choose a rule that needs none"
+        )
+    if stop.shadows and splits.train is not None:
+        splits = replace(splits, train=with_examples(splits.train, stop.shadows, settings.training.seed))
+    return splits
+
+
+def _needed_columns(settings: Settings) -> tuple[str, ...]:
+    return RULES[settings.stop.stop_rule].needs if settings.stop.calculate_cs else ()
+
+
+def read_general_text(settings: Settings, tokenizer: Any) -> Optional[GeneralText]:
+    """The passages of --forgetting_data, None without it."""
+    data, batch_size = settings.data, settings.training.per_device_eval_batch_size
+    if not data.forgetting_data:
+        return None
+    return GeneralText(data.forgetting_data, tokenizer, data.max_forgetting_samples, batch_size)
+
+
+def read_mmlu(settings: Settings) -> Optional[list[Row]]:
+    """The questions of --do_mmlu_eval, None without it."""
+    training, limit = settings.training, settings.training.max_mmlu_samples
+    if not training.do_mmlu_eval:
+        return None
+    options = {"dataset": training.mmlu_dataset, "split": training.mmlu_split, "limit": limit}
+    return load_mmlu(settings.data.mmlu_dir, **options, cache_dir=training.cache_dir)
+
+
+def packs_for_varlen(settings: Settings) -> bool:
+    """Whether packed samples go through flash attention's kernel for sequences of several lengths."""
+    training = settings.training
+    return settings.data.packing == "samples" and uses_varlen_kernel(training.use_cpu, training.bf16 or training.fp16)
+
+
+def packed_splits(settings: Settings, splits: Splits, collator: CausalCollator, model: torch.nn.Module) -> Splits:
+    """The splits with packed training samples, or with lengths to group by; evaluation keeps single samples.
+
+    Raises ValueError where the base cannot be trained so.
+    """
+    data, training = settings.data, settings.training
+    if training.group_by_length:
+        return _with_lengths(splits, collator, training.length_column_name)
+    if not data.packing:
+        return splits
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if data.packing == "samples" and not packs_for_varlen(settings):
+        check_base_keeps_samples_apart(model)
+    elif data.packing == "wrapped" and positions is not None and data.seq_length > positions:
+        raise ValueError(
+            f"--seq_length {data.seq_length}: the base has {positions} positions, and a wrapped sequence uses all"
+        )
+    if splits.train is None:
+        return splits
+    packed = pack(splits.train, collator, data.packing, data.seq_length)
+    if not data.streaming:
+        settings.notices.append(packing_notice(len(splits.train), packed, data.seq_length))
+    return replace(splits, train=packed)
+
+
+def _with_lengths(splits: Splits, collator: CausalCollator, column: str) -> Splits:
+    """What the Trainer groups by: the tokens of every example, in a column."""
+
+    def measured(rows: Optional[Dataset]) -> Optional[Dataset]:
+        return None if rows is None else rows.add_column(column, collator.lengths(rows))
+
+    return replace(
+        splits, train=measured(splits.train), evaluation=measured(splits.evaluation), test=measured(splits.test)
+    )
+
+
+def training_collator(settings: Settings, collator: CausalCollator) -> Callable[..., Any]:
+    """What makes the trainer's batches: packed rows, rows with their examples, or single samples."""
+    data = settings.data
+    if settings.stop.shadows:
+        return ExampleCollator(collator)
+    if data.packing:
+        return PackedCollator(collator, data.packing, data.seq_length, packs_for_varlen(settings))
+    return collator
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
+    """The base, with a fresh LoRA unless it is trained itself."""
+    training, base = settings.training, load_base(base_spec(settings))
+    fit_embeddings(base, tokenizer)
+    if training.full_finetune:
+        return base
+    return attach_lora(
+        base,
+        rank=training.lora_r,
+        alpha=training.lora_alpha,
+        dropout=training.lora_dropout,
+        modules=training.lora_modules,
+        bias=training.lora_bias,
+    )
+
+
+def columns_of_rule(
+    settings: Settings,
+    splits: Splits,
+    collator: CausalCollator,
+    model: torch.nn.Module,
+    shadows: Optional[ShadowAdapters],
+) -> dict[str, Column]:
+    """{column: function} of the history, of what is recorded beyond the usual measurements."""
+    columns: dict[str, Column] = {}
+    if shadows is not None:
+        columns["shadow_loss"] = shadows.score
+    if "heldout_loss" in _needed_columns(settings):
+        size = settings.training.per_device_eval_batch_size
+        columns["heldout_loss"] = RowLoss(model, collator, list(splits.evaluation), size)
+    return columns
+
+
+# ------------------------------------------------------------------------------------------------ in words
+
+
+def history_header(settings: Settings) -> dict[str, Any]:
+    """What the first line of the history says of the run."""
+    training = settings.training
+    return {
+        "model": settings.model.model_name_or_path,
+        "dataset": settings.data.dataset,
+        "bits": training.bits,
+        "lora_r": training.lora_r,
+        "learning_rate": training.learning_rate,
+        "seed": training.seed,
+    }
+
+
+def announcement(settings: Settings, splits: Splits, model: torch.nn.Module) -> list[str]:
+    """What is said before the first step: data, base, what is trained, notices, where everything goes."""
+    training, count = settings.training, trainable_parameters(model)
+    packed = "packed training" if settings.data.packing else "training"
+    sizes = {packed: splits.train, "evaluation": splits.evaluation, "test": splits.test}
+    counts = {
+        name: len(rows) if hasattr(rows, "__len__") else "streamed" for name, rows in sizes.items() if rows is not None
+    }
+    present = ", ".join(f"{count} {name}" for name, count in counts.items())
+    where = "CPU" + (bf16_products() if training.bf16 else "") if training.use_cpu else str(training.device)
+    folder = Path(training.output_dir).resolve()
+    return [
+        f"Data: {present} examples ({splits.format}) from {splits.source}.",
+        f"Base: {settings.model.model_name_or_path}, {training.bits} bits, on {where}.",
+        f"Trainable parameters: {count['trainable']:,} of {count['total']:,} ({count['percent']} %).",
+        *settings.notices,
+        f"Everything goes to {folder}; watch it with: tensorboard --logdir {folder}",
+    ]
