@@ -2,12 +2,13 @@
 
     trainer = Trainer(..., callbacks=[EarlyStopCallback()])
 
-Works in transformers' Trainer, TRL's SFTTrainer and what is built on them, on one process or with DDP.
-It needs two things beside it, cs_fluctuation.py and es_lora/, and imports nothing else of this project.
-It measures CS after every cs_interval optimizer steps and stops the Trainer cleanly. It saves the last
-weights as `adapter-last` in the output folder. It puts the weights of the turning point back into the
-model before anything after training sees it. Where another callback ended the training, the weights
-are left as they are. Who stopped, and why, is said, logged and written to result.json and report.html.
+Works in transformers' Trainer, TRL's SFTTrainer and what is built on them, on one process or with
+DDP. It needs two things beside it, cs_fluctuation.py and es_lora/, and imports nothing else of this
+project. It measures CS after every cs_interval optimizer steps and stops the Trainer cleanly. It
+saves the last weights as `adapter-last` in the output folder. It puts the weights of the turning
+point back into the model before anything after training sees it. Where another callback ended the
+training, the weights are left as they are. Who stopped, and why, is said, logged and written to
+result.json and report.html.
 """
 
 import math
@@ -62,26 +63,29 @@ class TrainingLoss:
         self._sum, self._from_step = 0.0, step
 
     def mean(self, step: int) -> Optional[float]:
-        """The mean up to this completed step, and start anew there; None where nothing was added."""
+        """The mean up to this completed step, and start anew there; None where nothing was
+        added."""
         mean = self._sum.item() / max(1, step - self._from_step) if isinstance(self._sum, torch.Tensor) else None
         self.start(step)
         return mean
 
 
 class EarlyStopCallback(TrainerCallback):
-    """Measures CS inside a Trainer, stops it at the turning point and restores the weights of that step.
+    """Measures CS inside a Trainer, stops it at the turning point and restores the weights of that
+    step.
 
-    settings: the stop settings; with early_stop off it only measures and reports. flags: single ones
-    by name, such as stop_rule="fixed-epochs", rule_value=2, over `settings`.
+    settings: the stop settings; with early_stop off it only measures and reports. flags: single
+    ones by name, such as stop_rule="fixed-epochs", rule_value=2, over `settings`.
     header: more facts for the first line of the history. say: takes the sentences for the person.
-    before_restore: called before the kept weights are put back, on every process; a held-out loss of
-    the last weights that it gives is noted in the history.
+    before_restore: called before the kept weights are put back, on every process; a held-out loss
+    of the last weights that it gives is noted in the history.
     log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names.
-    columns: {name: function} of further columns of the history; a rule may need some, such as heldout_loss.
+    columns: {name: function} of further columns of the history; a rule may need some, such as
+    heldout_loss.
     training_loss: whose mean is the history's loss; None: the loss that the Trainer logs is taken.
-    report: at the end write result.json and report.html and delete the snapshots; False: the caller does.
-    Raises TypeError for an unknown flag, ValueError for a bad value, and ValueError at the start of
-    training where the model has no LoRA layers.
+    report: at the end write result.json and report.html and delete the snapshots; False: the caller
+    does. Raises TypeError for an unknown flag, ValueError for a bad value, and ValueError at the
+    start of training where the model has no LoRA layers.
     """
 
     def __init__(
@@ -112,7 +116,8 @@ class EarlyStopCallback(TrainerCallback):
 
     @property
     def decision(self) -> Optional[Decision]:
-        """The rule's decision: on rank 0 as soon as it is made, on every rank once training has ended."""
+        """The rule's decision: on rank 0 as soon as it is made, on every rank once training has
+        ended."""
         return self.monitor.decision if self.monitor is not None else self._heard
 
     @property
@@ -177,7 +182,8 @@ class EarlyStopCallback(TrainerCallback):
             columns=self.columns,
         )
         self.say(
-            f"CS is measured every {self.plan.cs_interval} steps, window M = {self.plan.window} measurements (an epoch has "
+            f"CS is measured every {self.plan.cs_interval} steps, window M = {self.plan.window} "
+            "measurements (an epoch has "
             f"{self.plan.steps_per_epoch} optimizer steps; rule {self.settings.stop_rule})."
         )
         every = self.monitor.snapshots.every
@@ -186,7 +192,7 @@ class EarlyStopCallback(TrainerCallback):
         for notice in self.plan.notices:
             self.say(notice)
 
-    # -------------------------------------------------------------------------------------- while training
+    # ------------------------------------------------------------------------------- while training
 
     def on_log(
         self,
@@ -240,7 +246,8 @@ class EarlyStopCallback(TrainerCallback):
             control.should_training_stop = True
 
     def _raise_on_all(self, answer: int, error: Optional[Exception], args: TrainingArguments) -> int:
-        """Rank 0's answer on every rank; where it failed, its error there and one that points to it elsewhere."""
+        """Rank 0's answer on every rank; where it failed, its error there and one that points to it
+        elsewhere."""
         answer = heard_by_all(answer, args)
         if error is not None:
             raise error
@@ -275,12 +282,14 @@ class EarlyStopCallback(TrainerCallback):
             self.note_heldout(state.global_step, (metrics or {}).get("eval_loss"))
 
     def note_heldout(self, step: int, loss: Optional[float]) -> None:
-        """Write the held-out loss of a step's weights into the history, where there is a finite one."""
+        """Write the held-out loss of a step's weights into the history, where there is a finite
+        one."""
         if self.monitor is not None and loss is not None and math.isfinite(loss):
             self.monitor.note("evaluation", step, heldout_loss=loss)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The last thing written into a checkpoint: where the monitor's state is, the checkpoint is whole."""
+        """The last thing written into a checkpoint: where the monitor's state is, the checkpoint is
+        whole."""
         if self.monitor is not None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.monitor.save_state(checkpoint)
@@ -319,7 +328,8 @@ class EarlyStopCallback(TrainerCallback):
 
     @contextmanager
     def turning_point_in(self, model: torch.nn.Module) -> Iterator[None]:
-        """The model with the weights of the turning point, and with its own again afterwards; on rank 0 only."""
+        """The model with the weights of the turning point, and with its own again afterwards; on
+        rank 0 only."""
         if self.monitor is None:
             yield
             return
@@ -358,7 +368,8 @@ class EarlyStopCallback(TrainerCallback):
     def _leave_results(
         self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, held: Optional[int]
     ) -> None:
-        """Say who ended the training and what the model holds; result.json and report.html; no snapshots any more."""
+        """Say who ended the training and what the model holds; result.json and report.html; no
+        snapshots any more."""
         folder, outcome = Path(args.output_dir), self.outcome(args, state)
         outcome.held_step = held
         if "turning_point" in outcome.files:
@@ -383,14 +394,18 @@ class EarlyStopCallback(TrainerCallback):
             self.say(f"Report: {page.resolve()}")
 
     def _held(self, outcome: Outcome, best: Optional[int]) -> str:
-        """Which weights the model holds now, and what has become of the others; the verdict tells it of a divergence."""
+        """Which weights the model holds now, and what has become of the others; the verdict tells
+        it of a divergence."""
         if outcome.name == "diverged":
             return ""
         if outcome.name == "stopped_early":
             who = f"EarlyStopCallback (rule {self.settings.stop_rule}) stopped the training"
             return f"{who} and put them back into the model; the last weights are in {LAST}."
         if best:
-            return f"The model holds the weights of step {best}, loaded by load_best_model_at_end; they are left as they are."
+            return (
+                f"The model holds the weights of step {best}, loaded by "
+                "load_best_model_at_end; they are left as they are."
+            )
         return f"The model holds the weights of the last step, {outcome.held_step}; they are left as they are."
 
 
@@ -412,5 +427,6 @@ def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Optiona
 
 
 def best_step_loaded(args: TrainingArguments, state: TrainerState) -> Optional[int]:
-    """The step whose weights load_best_model_at_end has put into the model at the end of training; None without it."""
+    """The step whose weights load_best_model_at_end has put into the model at the end of training;
+    None without it."""
     return state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None

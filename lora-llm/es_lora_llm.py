@@ -1,8 +1,10 @@
 """LoRA fine-tuning of a language model (QLoRA by default) that stops at its turning point.
 
-    python es_lora_llm.py --model_name_or_path FOLDER --dataset FILE.jsonl --early_stop --output_dir OUTPUT
+    python es_lora_llm.py --model_name_or_path FOLDER --dataset FILE.jsonl --early_stop --output_dir
+    OUTPUT
 
-Exit codes: 0 trained to budget or stopped early; 2 bad arguments, configuration or data; 3 training diverged; 130 interrupted.
+Exit codes: 0 trained to budget or stopped early; 2 bad arguments, configuration or data; 3 training
+diverged; 130 interrupted.
 """
 
 import math
@@ -77,11 +79,12 @@ class Run:
         return self.trainer.is_world_process_zero()
 
 
-# ------------------------------------------------------------------------------------------------ set up
+# ------------------------------------------------------------------------------------------- set up
 
 
 def set_up(settings: Settings) -> Run:
-    """Load and check everything before the first step. Raises ValueError or FileNotFoundError on bad input."""
+    """Load and check everything before the first step. Raises ValueError or FileNotFoundError on
+    bad input."""
     training, data = settings.training, settings.data
     resume = checkpoint_to_resume(settings)
     set_seed(training.seed)
@@ -136,7 +139,7 @@ def set_up(settings: Settings) -> Run:
     return Run(settings, splits, collator, trainer, scores, interrupt, early_stop, shadows, mmlu, resume, say)
 
 
-# ------------------------------------------------------------------------------------------------ train
+# -------------------------------------------------------------------------------------------- train
 
 
 def train(run: Run) -> Outcome:
@@ -163,7 +166,7 @@ def train(run: Run) -> Outcome:
     return Outcome(name, state.global_step, state.max_steps, plan=plan, decision=decision, diverged=diverged, seed=seed)
 
 
-# ------------------------------------------------------------------------------------------------ finish
+# ------------------------------------------------------------------------------------------- finish
 
 
 def finish(run: Run, outcome: Outcome, argv: Sequence[str], seconds: float) -> None:
@@ -203,7 +206,8 @@ def finish(run: Run, outcome: Outcome, argv: Sequence[str], seconds: float) -> N
 
 
 def _keep_full_run(run: Run, outcome: Outcome) -> None:
-    """The full run was asked for: its last weights are kept, those of a turning point lie beside them."""
+    """The full run was asked for: its last weights are kept, those of a turning point lie beside
+    them."""
     scores, early_stop, decision = run.scores, run.early_stop, outcome.decision
     loss = scores.score_last()
     if early_stop is not None:
@@ -235,7 +239,8 @@ def _save(run: Run, outcome: Outcome, what: str, name: str, step: int) -> None:
 
 
 def _score_and_answer_test(run: Run) -> Optional[float]:
-    """The loss on the test split, which is scored once, here; None without one. --do_predict answers too."""
+    """The loss on the test split, which is scored once, here; None without one. --do_predict
+    answers too."""
     test, loss = run.splits.test, None
     if test is not None:
         loss = run.trainer.evaluate(test, metric_key_prefix="test")["test_loss"]
@@ -260,7 +265,7 @@ def evaluate_only(run: Run) -> None:
     _predict(run)
 
 
-# ------------------------------------------------------------------------------------------------ main
+# --------------------------------------------------------------------------------------------- main
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -1,11 +1,12 @@
 """Ask trained adapters: one prompt, a file of prompts, or a chat; answers stream to the screen.
 
-    python generate_text.py --adapter OUTPUT --prompt "..."
-    python generate_text.py --adapter OUTPUT --compare --prompt "..."        base, turning point and last side by side
-    python generate_text.py --adapter RUN1 RUN2 --prompts FILE --output ANSWERS.jsonl
-    python generate_text.py --adapter OUTPUT --chat
+    python generate_text.py --adapter OUTPUT --prompt "..." python generate_text.py --adapter OUTPUT
+    --compare --prompt "..."        base, turning point and last side by side python
+    generate_text.py --adapter RUN1 RUN2 --prompts FILE --output ANSWERS.jsonl python
+    generate_text.py --adapter OUTPUT --chat
 
-The generation flags are the trainer's (--do_sample, --temperature, ...). A prompt goes in as the trainer's source does.
+The generation flags are the trainer's (--do_sample, --temperature, ...). A prompt goes in as the
+trainer's source does.
 """
 
 import json
@@ -87,7 +88,8 @@ def generation_problems(arguments: Any) -> Iterator[str]:
 
 
 def run_adapters(text: str) -> dict[str, AdapterFolder]:
-    """{"turning point", "last"} of the run that an adapter lies in; without a turning point only "last"."""
+    """{"turning point", "last"} of the run that an adapter lies in; without a turning point only
+    "last"."""
     kept = open_adapter(text).path
     names = {"turning point": "adapter", "last": "adapter-last"}
     if not (kept.parent / "adapter-last").is_dir():
@@ -111,7 +113,8 @@ def named_adapters(texts: Sequence[str]) -> dict[str, AdapterFolder]:
 
 @dataclass
 class Speaker:
-    """One base with adapters that take turns. `adapters` maps a name to PEFT's name for it; `base` is always there."""
+    """One base with adapters that take turns. `adapters` maps a name to PEFT's name for it; `base`
+    is always there."""
 
     model: Any
     tokenizer: Any
@@ -120,7 +123,8 @@ class Speaker:
     seed: int
 
     def answer(self, source: Sequence[int], name: str, stream: bool) -> str:
-        """The answer to token ids by the adapter `name` (or the base), streamed to the screen if asked for."""
+        """The answer to token ids by the adapter `name` (or the base), streamed to the screen if
+        asked for."""
         ids = torch.tensor([list(source)], device=self.model.device)  # (1, T)
         config = self.generation.config(use_cache=True)
         config.pad_token_id, config.eos_token_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -143,7 +147,8 @@ class Speaker:
 
 
 def load_speaker(adapters: dict[str, AdapterFolder], arguments: Any) -> Speaker:
-    """Base and adapters, ready to answer. Raises FileNotFoundError or ValueError where something is missing or does not fit."""
+    """Base and adapters, ready to answer. Raises FileNotFoundError or ValueError where something is
+    missing or does not fit."""
     folders = list(adapters.values())
     base_name = base_of(folders, arguments.base)
     base, _ = load_frozen_base(base_name, arguments.bits, folders)
@@ -157,7 +162,8 @@ def load_speaker(adapters: dict[str, AdapterFolder], arguments: Any) -> Speaker:
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:
-    """[{"input", "adapter" (optional)}] of a txt file (a prompt a line) or a jsonl file. Raises on what it cannot read."""
+    """[{"input", "adapter" (optional)}] of a txt file (a prompt a line) or a jsonl file. Raises on
+    what it cannot read."""
     if not path.is_file():
         raise FileNotFoundError(f"--prompts {path}: there is no such file")
     try:
@@ -191,7 +197,8 @@ def side_by_side(titles: Sequence[str], texts: Sequence[str], width: int) -> str
 
 
 def answer_all(speaker: Speaker, requests: Sequence[dict[str, Any]], compare: bool) -> list[dict[str, Any]]:
-    """Every request by its own adapter, else by all of them in turn; [{"input", "adapter", "answer"}]."""
+    """Every request by its own adapter, else by all of them in turn; [{"input", "adapter",
+    "answer"}]."""
     trained = [name for name in speaker.adapters if name != BASE]
     unknown = {request["adapter"] for request in requests if request.get("adapter") not in (None, *speaker.adapters)}
     if unknown:
@@ -215,7 +222,8 @@ def answer_all(speaker: Speaker, requests: Sequence[dict[str, Any]], compare: bo
 
 
 def chat(speaker: Speaker, name: str) -> None:
-    """Read messages from the standard input and answer them until it ends; a chat template carries the talk so far."""
+    """Read messages from the standard input and answer them until it ends; a chat template carries
+    the talk so far."""
     has_template = bool(speaker.tokenizer.chat_template)
     print(f"Adapters: {', '.join(speaker.adapters)}; {name} answers. {CHAT_HELP}")
     if not has_template:

@@ -1,12 +1,14 @@
-"""Say which of the LoRA adapters that some trainer saved is to be kept, from their weights and those of the base alone.
+"""Say which of the LoRA adapters that some trainer saved is to be kept, from their weights and
+those of the base alone.
 
-    python judge_checkpoints.py FOLDER --base BASE [--rule R|recorded] [--steps_per_epoch N] [--json] [--html FILE.html]
+    python judge_checkpoints.py FOLDER --base BASE [--rule R|recorded] [--steps_per_epoch N]
+    [--json] [--html FILE.html]
 
 FOLDER holds the adapters of one run: PEFT's `checkpoint-500/adapter_model.safetensors`, diffusers'
 `checkpoint-500/pytorch_lora_weights.safetensors`, or kohya's `name-000003.safetensors` (epochs),
-`name-step00000500.safetensors` (steps) and `name.safetensors` (the last). BASE is a Hugging Face folder, a diffusers
-folder, or a Stable Diffusion checkpoint in one .safetensors file. The base is read tensor by tensor, in blocks of rows.
-The parts are in es_lora/judge/. Python 3.8, torch 1.13.
+`name-step00000500.safetensors` (steps) and `name.safetensors` (the last). BASE is a Hugging Face
+folder, a diffusers folder, or a Stable Diffusion checkpoint in one .safetensors file. The base is
+read tensor by tensor, in blocks of rows. The parts are in es_lora/judge/. Python 3.8, torch 1.13.
 """
 
 import argparse

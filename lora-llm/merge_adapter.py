@@ -3,8 +3,9 @@
     python merge_adapter.py --adapter OUTPUT/adapter --output MERGED
     python merge_adapter.py --adapter RUN1/adapter:0.7 RUN2/adapter:0.3 --output MERGED
 
-Every layer is added up in float32 and cast once. The folder appears only after the model in it has given the same
-logits as base and adapters apart. Exit codes: 0 merged; 2 bad input, or the logits differ (nothing is written).
+Every layer is added up in float32 and cast once. The folder appears only after the model in it has
+given the same logits as base and adapters apart. Exit codes: 0 merged; 2 bad input, or the logits
+differ (nothing is written).
 """
 
 import json
@@ -36,8 +37,8 @@ from adapters.folders import (
 from text.collator import encode_source, pad_batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest difference of two logits, as a share of the largest logit: a few roundings of the coarser of the two models
-# (what is computed apart, what is written), added up over its layers.
+# Largest difference of two logits, as a share of the largest logit: a few roundings of the coarser
+# of the two models (what is computed apart, what is written), added up over its layers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 TOLERANCE_8_BIT = 8e-2  # layers of 8 bits round the activations to 8 bits too, which the merged ones do not
 PROBES = (
@@ -61,7 +62,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
 
 
 def check_together(adapters: Sequence[AdapterFolder]) -> None:
-    """Raises ValueError where weights make no sense: what is not an added matrix cannot be taken by halves."""
+    """Raises ValueError where weights make no sense: what is not an added matrix cannot be taken by
+    halves."""
     if len(adapters) == 1 and adapters[0].weight == 1:
         return
     problems = []
@@ -76,7 +78,8 @@ def check_together(adapters: Sequence[AdapterFolder]) -> None:
 
 @torch.no_grad()
 def probe_logits(model: torch.nn.Module, tokenizer: Any) -> torch.Tensor:
-    """Logits at every token of the probe sentences, one after the other. (tokens, vocabulary), float32, on the CPU."""
+    """Logits at every token of the probe sentences, one after the other. (tokens, vocabulary),
+    float32, on the CPU."""
     batch = pad_batch([encode_source(tokenizer, text) for text in PROBES], tokenizer.eos_token_id)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}  # (N, T)
     logits = model(**batch).logits.float()  # (N, T, vocabulary)
@@ -97,7 +100,8 @@ def activate_weighted(model: PeftModel, adapters: Sequence[AdapterFolder]) -> li
 
 @torch.no_grad()
 def merge_layers(model: PeftModel, names: list[str], dtype: torch.dtype) -> torch.nn.Module:
-    """The base with the active adapters added into its layers in float32, each cast once to `dtype`; one layer at a time."""
+    """The base with the active adapters added into its layers in float32, each cast once to
+    `dtype`; one layer at a time."""
     for module in tqdm([module for module in model.modules() if isinstance(module, LoraLayer)], desc="Merging"):
         module.get_base_layer().float()
         module.merge(safe_merge=True, adapter_names=names)  # refuses what is not finite
@@ -116,16 +120,19 @@ def dequantised_base(base: torch.nn.Module) -> torch.nn.Module:
 
 
 def tolerance_share(bits: int, dtypes: Sequence[torch.dtype]) -> float:
-    """The tolerance as a share of the largest logit: that of the coarsest arithmetic that takes part."""
+    """The tolerance as a share of the largest logit: that of the coarsest arithmetic that takes
+    part."""
     return max([TOLERANCE[dtype] for dtype in dtypes] + [TOLERANCE_8_BIT] * (bits == 8))
 
 
 def merge(
     adapters: Sequence[AdapterFolder], base_name: str, bits: Optional[int], dtype: torch.dtype, output: Path
 ) -> dict:
-    """Merge, write aside, compare the logits of what was written, and only then give the folder its name.
+    """Merge, write aside, compare the logits of what was written, and only then give the folder its
+    name.
 
-    Returns the facts written to `merge.json`. Raises ValueError where the logits differ or an adapter does not fit.
+    Returns the facts written to `merge.json`. Raises ValueError where the logits differ or an
+    adapter does not fit.
     """
     tokenizer = load_tokenizer_of(base_name, adapters)
     base, bits = load_frozen_base(base_name, bits, adapters)

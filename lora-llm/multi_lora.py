@@ -1,18 +1,20 @@
-"""Many LoRA adapters at once over one frozen base, each with its own data and settings, each stopped at its own turning point.
+"""Many LoRA adapters at once over one frozen base, each with its own data and settings, each
+stopped at its own turning point.
 
     python multi_lora.py --base_model FOLDER --config jobs.toml --output_dir OUTPUT
 
 In Python:
 
-    from jobs.config import Job
-    from multi_lora import train_jobs
-    overview = train_jobs([Job("a", dataset="a.jsonl"), Job("b", dataset="b.jsonl", rank=8)], "FOLDER", "OUTPUT", bits=4)
+    from jobs.config import Job from multi_lora import train_jobs overview = train_jobs([Job("a",
+    dataset="a.jsonl"), Job("b", dataset="b.jsonl", rank=8)], "FOLDER", "OUTPUT", bits=4)
 
-Each job leaves in OUTPUT/NAME what a single run leaves; OUTPUT/overview.html has a row for each. Examples of jobs.toml lie in
-templates/. Several processes (torchrun, accelerate launch) share the jobs out among them.
+Each job leaves in OUTPUT/NAME what a single run leaves; OUTPUT/overview.html has a row for each.
+Examples of jobs.toml lie in templates/. Several processes (torchrun, accelerate launch) share the
+jobs out among them.
 
-Exit codes: 0 every job trained to its budget or stopped early; 2 bad arguments or configuration, or a job that could not be
-trained (the others were); 3 a job diverged (the others went on); 130 interrupted (state saved; --resume goes on).
+Exit codes: 0 every job trained to its budget or stopped early; 2 bad arguments or configuration, or
+a job that could not be trained (the others were); 3 a job diverged (the others went on); 130
+interrupted (state saved; --resume goes on).
 """
 
 import argparse
@@ -64,13 +66,16 @@ def train_jobs(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train all jobs over one base and return the overview: {"summary", "chosen", "jobs": [result of each job], ...}.
+    """Train all jobs over one base and return the overview: {"summary", "chosen", "jobs": [result
+    of each job], ...}.
 
-    bits: 4, 8, 16 or 32, of the frozen base. max_rows: rows a pass; max_jobs: adapters that train at once; memory_gb: estimated
-    memory of base, adapters and activations together. data_parallel: with several processes, all train every job together;
-    None: where there are fewer jobs than processes. save_minutes: how often everything is saved for --resume. A job that cannot
-    be trained (its data, its name) is refused, told and listed, and the others are trained.
-    Raises ValueError, FileNotFoundError or FileExistsError where nothing can be trained, Interrupted after Ctrl-C.
+    bits: 4, 8, 16 or 32, of the frozen base. max_rows: rows a pass; max_jobs: adapters that train
+    at once; memory_gb: estimated memory of base, adapters and activations together. data_parallel:
+    with several processes, all train every job together;
+    None: where there are fewer jobs than processes. save_minutes: how often everything is saved for
+    --resume. A job that cannot be trained (its data, its name) is refused, told and listed, and the
+    others are trained. Raises ValueError, FileNotFoundError or FileExistsError where nothing can be
+    trained, Interrupted after Ctrl-C.
     """
     started, output_dir = time.monotonic(), Path(output_dir)
     _check_run(jobs, output_dir, bits, max_rows, max_jobs, resume)
@@ -140,7 +145,8 @@ def _check_run(jobs: Sequence[Job], output_dir: Path, bits: int, max_rows: int, 
     largest = max(jobs, key=lambda job: job.batch_size, default=None)
     if largest is not None and max_rows >= 1 and largest.batch_size > max_rows:
         problems.append(
-            f"job {largest.name}: batch_size {largest.batch_size} is above --max_rows {max_rows}; raise --max_rows, or lower "
+            f"job {largest.name}: batch_size {largest.batch_size} is above --max_rows "
+            f"{max_rows}; raise --max_rows, or lower "
             "batch_size and raise accumulation"
         )
     if problems:
@@ -170,7 +176,8 @@ def _limits(base: Any, max_rows: int, max_jobs: int, memory_gb: Optional[float],
 def _prepare(
     jobs: Sequence[Job], base: Any, tokenizer: Any, limits: Limits, cache_dir: Optional[str], say: Callable[[str], None]
 ) -> tuple[list[tuple[JobData, MemoryNeed]], list[dict[str, Any]]]:
-    """(jobs that can be trained, results of those that cannot). Raises ValueError where none can."""
+    """(jobs that can be trained, results of those that cannot). Raises ValueError where none
+    can."""
     ready: list[tuple[JobData, MemoryNeed]] = []
     refused: list[dict[str, Any]] = []
     for job in jobs:
@@ -197,7 +204,7 @@ def _prepare(
     return ready, refused
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -240,7 +247,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse; bits resolved. Raises ValueError for an unknown flag, naming the nearest, and for contradicting bits."""
+    """Parse; bits resolved. Raises ValueError for an unknown flag, naming the nearest, and for
+    contradicting bits."""
     parser = build_parser()
     known = [option for action in parser._actions for option in action.option_strings]
     problems = []

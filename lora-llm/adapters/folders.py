@@ -1,4 +1,5 @@
-"""Adapter folders that a run (or PEFT) left, and the base they belong to: what merge_adapter and generate_text share."""
+"""Adapter folders that a run (or PEFT) left, and the base they belong to: what merge_adapter and
+generate_text share."""
 
 import argparse
 import json
@@ -22,7 +23,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 class OneLineParser(HfArgumentParser):
-    """Mistakes on the command line end in one line and exit code 2; an unknown flag suggests the nearest."""
+    """Mistakes on the command line end in one line and exit code 2; an unknown flag suggests the
+    nearest."""
 
     def parse(self, argv: Optional[Sequence[str]]) -> argparse.Namespace:
         argv = list(sys.argv[1:] if argv is None else argv)
@@ -39,7 +41,8 @@ class OneLineParser(HfArgumentParser):
 
 @dataclass
 class AdapterFolder:
-    """One adapter: where it lies, how much of it is used, PEFT's configuration, and what its training wrote into it."""
+    """One adapter: where it lies, how much of it is used, PEFT's configuration, and what its
+    training wrote into it."""
 
     path: Path
     weight: float
@@ -48,9 +51,11 @@ class AdapterFolder:
 
 
 def open_adapter(text: str) -> AdapterFolder:
-    """The adapter of `FOLDER` or `FOLDER:WEIGHT`; a run's folder stands for the adapter that the run kept.
+    """The adapter of `FOLDER` or `FOLDER:WEIGHT`; a run's folder stands for the adapter that the
+    run kept.
 
-    Raises FileNotFoundError where there is none, ValueError where it is damaged or the weight is no number.
+    Raises FileNotFoundError where there is none, ValueError where it is damaged or the weight is no
+    number.
     """
     folder, weight = _folder_and_weight(text)
     if not (folder / "adapter_config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
@@ -83,7 +88,8 @@ def _folder_and_weight(text: str) -> tuple[Path, float]:
 
 
 def base_of(adapters: Sequence[AdapterFolder], given: Optional[str]) -> str:
-    """Folder or hub name of the base: the one given, else the one all adapters were trained on. Raises ValueError."""
+    """Folder or hub name of the base: the one given, else the one all adapters were trained on.
+    Raises ValueError."""
     if given:
         return given
     bases = sorted({str(adapter.config.get("base_model_name_or_path")) for adapter in adapters})
@@ -99,7 +105,8 @@ def trained_bits(adapters: Sequence[AdapterFolder]) -> Optional[dict[str, Any]]:
 
 
 def stored_dtype(base: str) -> torch.dtype:
-    """What the base's weights are stored in; float32 where its configuration does not say. Raises FileNotFoundError."""
+    """What the base's weights are stored in; float32 where its configuration does not say. Raises
+    FileNotFoundError."""
     try:
         dtype = AutoConfig.from_pretrained(base).dtype
     except (OSError, ValueError) as error:
@@ -110,9 +117,11 @@ def stored_dtype(base: str) -> torch.dtype:
 
 
 def load_frozen_base(base: str, bits: Optional[int], adapters: Sequence[AdapterFolder]) -> tuple[Any, int]:
-    """(model, bits): the base in `bits` bits - by default as in training, else as stored - ready for a forward pass.
+    """(model, bits): the base in `bits` bits - by default as in training, else as stored - ready
+    for a forward pass.
 
-    Raises FileNotFoundError where it cannot be found, ValueError where it is no causal language model.
+    Raises FileNotFoundError where it cannot be found, ValueError where it is no causal language
+    model.
     """
     dtype, trained = stored_dtype(base), trained_bits(adapters) or {}
     bits = bits or trained.get("bits") or (32 if dtype == torch.float32 else 16)
@@ -146,7 +155,8 @@ def load_tokenizer_of(base: str, adapters: Sequence[AdapterFolder]) -> Any:
 def put_adapters_on(base: torch.nn.Module, tokenizer: Any, adapters: Sequence[AdapterFolder]) -> PeftModel:
     """The base with every adapter loaded as `adapter0`, `adapter1`, ..., the first one active.
 
-    PEFT's names cannot hold the dots and slashes of folders. Raises ValueError where an adapter does not fit the base.
+    PEFT's names cannot hold the dots and slashes of folders. Raises ValueError where an adapter
+    does not fit the base.
     """
     fit_embeddings(base, tokenizer)
     model = None

@@ -1,11 +1,12 @@
-"""Several LoRA adapters over one frozen base, trained in one pass: each row of a batch goes through its own adapter.
+"""Several LoRA adapters over one frozen base, trained in one pass: each row of a batch goes through
+its own adapter.
 
-    fused = FusedLora(base)  # any frozen causal language model: 32, 16, 8 or 4 bits, plain or inside a PeftModel
-    small = fused.add("small", rank=8, alpha=16, target_modules="attention", seed=1)
-    large = fused.add("large", rank=64, alpha=16, target_modules="all", dropout=0.05, seed=2)
-    optimizer = torch.optim.AdamW([*small.parameters(), *large.parameters()])
-    with fused.rows([("small", 4), ("large", 2), (None, 1)]):  # rows 0-3, rows 4-5, and row 6 through the base alone
-        logits = base(input_ids=ids, attention_mask=mask).logits  # (7, T, vocabulary)
+    fused = FusedLora(base)  # any frozen causal language model: 32, 16, 8 or 4 bits, plain or
+    inside a PeftModel small = fused.add("small", rank=8, alpha=16, target_modules="attention",
+    seed=1) large = fused.add("large", rank=64, alpha=16, target_modules="all", dropout=0.05,
+    seed=2) optimizer = torch.optim.AdamW([*small.parameters(), *large.parameters()]) with
+    fused.rows([("small", 4), ("large", 2), (None, 1)]):  # rows 0-3, rows 4-5, and row 6 through
+    the base alone logits = base(input_ids=ids, attention_mask=mask).logits  # (7, T, vocabulary)
         loss = loss_of(logits[:4]) + loss_of(logits[4:6])
         loss.backward()  # inside the block: gradient checkpointing computes layers again here
     optimizer.step()
@@ -13,14 +14,16 @@
     fused.remove("large")
     fused.close()
 
-Every frozen weight is passed once, and a 4-bit weight dequantised once, for all rows; each adapter then adds its low-rank
-product to its own rows. Ranks, layers and dropout may differ. Rows do not see each other, so an adapter's gradient is that
-of its rows alone; only padding to the longest row is shared.
+Every frozen weight is passed once, and a 4-bit weight dequantised once, for all rows; each adapter
+then adds its low-rank product to its own rows. Ranks, layers and dropout may differ. Rows do not
+see each other, so an adapter's gradient is that of its rows alone; only padding to the longest row
+is shared.
 
-Why not PEFT's own mixed batches (`adapter_names=[...]`, one name a row): they refuse a model that is training ("Cannot pass
-`adapter_names` when the model is in training mode"). Past that check, by eval(), there is no dropout, and they pick rows by
-index lists, which copies them in every layer, and let autograd keep a float32 copy of each layer's input. Here groups are
-slices, and the backward pass is written out: it keeps the layer's input as it is and (rows, T, rank) beside it.
+Why not PEFT's own mixed batches (`adapter_names=[...]`, one name a row): they refuse a model that
+is training ("Cannot pass `adapter_names` when the model is in training mode"). Past that check, by
+eval(), there is no dropout, and they pick rows by index lists, which copies them in every layer,
+and let autograd keep a float32 copy of each layer's input. Here groups are slices, and the backward
+pass is written out: it keeps the layer's input as it is and (rows, T, rank) beside it.
 """
 
 import math
@@ -43,7 +46,8 @@ from es_lora.weights import frozen_weight
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows start to stop (of an input flattened to (rows, in)) that go through one adapter's pair of matrices."""
+    """Rows start to stop (of an input flattened to (rows, in)) that go through one adapter's pair
+    of matrices."""
 
     start: int
     stop: int
@@ -52,7 +56,8 @@ class _Group:
     seed: int  # of this layer's dropout mask in this pass
 
     def kept(self, rows: torch.Tensor) -> torch.Tensor:
-        """What dropout multiplies these rows (rows, in) by. The same each time: nothing of it is kept for the backward pass."""
+        """What dropout multiplies these rows (rows, in) by. The same each time: nothing of it is
+        kept for the backward pass."""
         generator = torch.Generator(rows.device).manual_seed(self.seed)
         return torch.empty_like(rows).bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
 
@@ -66,11 +71,13 @@ def _add_product(target: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
 
 
 class _GroupedLowRank(torch.autograd.Function):
-    """output + scaling * dropout(x) A^T B^T, each group of rows with matrices of its own; in place: no layer keeps its output."""
+    """output + scaling * dropout(x) A^T B^T, each group of rows with matrices of its own; in place:
+    no layer keeps its output."""
 
     @staticmethod
     def forward(ctx, output, x, groups, dtype, *matrices):
-        """output (..., out), x (..., in), matrices A0 (r0, in), B0 (out, r0), A1, B1, ...: computed in `dtype`."""
+        """output (..., out), x (..., in), matrices A0 (r0, in), B0 (out, r0), A1, B1, ...: computed
+        in `dtype`."""
         rows_in, rows_out, inner = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1]), []
         for group, down, up in zip(groups, matrices[::2], matrices[1::2]):
             part = rows_in[group.start : group.stop].to(dtype)  # (rows, in)
@@ -108,8 +115,9 @@ class _GroupedLowRank(torch.autograd.Function):
 class FusedAdapter:
     """One adapter of a FusedLora: its matrices in float32, live, by the names of their layers.
 
-    down {layer: A (rank, in)}, up {layer: B (out, rank)}. passes: how often it has been in a batch; with the seed and the layer
-    this number makes the dropout masks, so that a resumed run (which sets it) draws the same ones, in whatever company.
+    down {layer: A (rank, in)}, up {layer: B (out, rank)}. passes: how often it has been in a batch;
+    with the seed and the layer this number makes the dropout masks, so that a resumed run (which
+    sets it) draws the same ones, in whatever company.
     """
 
     def __init__(
@@ -149,7 +157,8 @@ class FusedAdapter:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy saved matrices in, in place. Raises ValueError where names or shapes are not those of this adapter."""
+        """Copy saved matrices in, in place. Raises ValueError where names or shapes are not those
+        of this adapter."""
         own = self.state_dict()
         if {name: tensor.shape for name, tensor in own.items()} != {
             name: tensor.shape for name, tensor in tensors.items()
@@ -180,7 +189,8 @@ class FusedAdapter:
         self.peft_config().save_pretrained(str(folder))
 
     def save_peft(self, folder: Union[str, Path], facts: dict[str, Any]) -> None:
-        """A PEFT adapter folder that appears whole, with facts (JSON values) in its metadata under `es_lora`."""
+        """A PEFT adapter folder that appears whole, with facts (JSON values) in its metadata under
+        `es_lora`."""
         save_adapter(self, Path(folder), facts)
 
 
@@ -190,7 +200,8 @@ def _mask_seed(seed: int, passes: int, layer: int) -> int:
 
 @dataclass
 class _Pass:
-    """The rows of the batch under way: (adapter, its number of passes, first row, row after its last one)."""
+    """The rows of the batch under way: (adapter, its number of passes, first row, row after its
+    last one)."""
 
     parts: list[tuple[FusedAdapter, int, int, int]]
     rows: int
@@ -199,7 +210,8 @@ class _Pass:
     )
 
     def inputs_a_row(self, x: torch.Tensor) -> int:
-        """How many input vectors of x belong to each row. Raises ValueError where x is not of this batch."""
+        """How many input vectors of x belong to each row. Raises ValueError where x is not of this
+        batch."""
         if x.dim() > 2 and x.shape[0] == self.rows:
             return x[0].numel() // x.shape[-1]
         if x.dim() == 2 and self.length_tokens is not None and x.shape[0] == self.rows * self.length_tokens:
@@ -210,11 +222,13 @@ class _Pass:
 
 
 class FusedLora:
-    """Puts adapters on the linear layers of a frozen model by hooks; see the example at the top of the file.
+    """Puts adapters on the linear layers of a frozen model by hooks; see the example at the top of
+    the file.
 
-    model: every parameter that is not an adapter's is left as it is: freeze it where gradients are not wanted. In a PeftModel
-    the layers that PEFT has wrapped are meant; its own adapter still acts on all rows, unless the caller disables it
-    (`with model.disable_adapter()`). Layers of PEFT's DoRA or with a bias of their own trained are not covered.
+    model: every parameter that is not an adapter's is left as it is: freeze it where gradients are
+    not wanted. In a PeftModel the layers that PEFT has wrapped are meant; its own adapter still
+    acts on all rows, unless the caller disables it (`with model.disable_adapter()`). Layers of
+    PEFT's DoRA or with a bias of their own trained are not covered.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -236,11 +250,13 @@ class FusedLora:
         dropout: float = 0.0,
         seed: int = 0,
     ) -> FusedAdapter:
-        """A fresh adapter, as PEFT starts one (A uniform after Kaiming, B zero), scaled by alpha / rank.
+        """A fresh adapter, as PEFT starts one (A uniform after Kaiming, B zero), scaled by alpha /
+        rank.
 
-        target_modules: `all`, `attention` or names, as base.layers.lora_target_names reads them. seed: of A and of dropout;
-        torch's global random state is neither used nor changed.
-        Raises ValueError for a name that is taken or that a layer does not have, a rank below 1, a dropout outside 0 to 1.
+        target_modules: `all`, `attention` or names, as base.layers.lora_target_names reads them.
+        seed: of A and of dropout; torch's global random state is neither used nor changed. Raises
+        ValueError for a name that is taken or that a layer does not have, a rank below 1, a dropout
+        outside 0 to 1.
         """
         if name in self.adapters:
             raise ValueError(f"there is an adapter {name!r} already; give each a name of its own")
@@ -259,10 +275,12 @@ class FusedLora:
 
     @contextmanager
     def rows(self, counts: Sequence[tuple[Optional[str], int]], counted: bool = True) -> Iterator[None]:
-        """While open, a batch's rows go through these adapters in this order: (name, number of rows); None: the base alone.
+        """While open, a batch's rows go through these adapters in this order: (name, number of
+        rows); None: the base alone.
 
-        counted False: an evaluation, which leaves the adapters' number of passes, and so their next dropout masks, alone.
-        Raises KeyError for a name that was not added, and, in the pass, ValueError for a batch with another number of rows.
+        counted False: an evaluation, which leaves the adapters' number of passes, and so their next
+        dropout masks, alone. Raises KeyError for a name that was not added, and, in the pass,
+        ValueError for a batch with another number of rows.
         """
         parts, row = [], 0
         for name, count in counts:

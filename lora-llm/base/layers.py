@@ -10,7 +10,8 @@ from es_lora.weights import dequantised
 
 
 def linear_layers(base: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Every linear layer (nn.Linear and its quantised kinds, GPT-2's Conv1D) but the output head, by its full name.
+    """Every linear layer (nn.Linear and its quantised kinds, GPT-2's Conv1D) but the output head,
+    by its full name.
 
     Where PEFT has wrapped a layer, that is the layer inside, under the name that it had before.
     """
@@ -28,7 +29,8 @@ def linear_layers(base: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def lora_target_names(base: torch.nn.Module, lora_modules: str) -> list[str]:
-    """Full names of the layers that --lora_modules chooses: all, attention, or NAME,NAME (a name or the end of one).
+    """Full names of the layers that --lora_modules chooses: all, attention, or NAME,NAME (a name or
+    the end of one).
 
     Attention layers are those inside a module whose class has Attention in its name.
     Raises ValueError, naming what there is, where a name matches nothing.
@@ -65,7 +67,8 @@ def linear_shape(layer: torch.nn.Module) -> tuple[int, int]:
 def check_dequantisation(model: torch.nn.Module) -> None:
     """Raises ValueError where this machine's bitsandbytes gets a 4-bit weight wrong.
 
-    Its AVX512 kernel (0.50) starts every row with a new scale, also where rows are not whole blocks of values.
+    Its AVX512 kernel (0.50) starts every row with a new scale, also where rows are not whole blocks
+    of values.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -78,6 +81,7 @@ def check_dequantisation(model: torch.nn.Module) -> None:
         flat = dequantize_4bit(layer.weight.data, flat_state)
         if not torch.equal(dequantised(layer).flatten(), flat.flatten()):
             raise ValueError(
-                f"--bits 4: on this processor bitsandbytes reads layer {name} wrongly, because its {state.shape[-1]} inputs are "
+                f"--bits 4: on this processor bitsandbytes reads layer {name} wrongly, because "
+                f"its {state.shape[-1]} inputs are "
                 f"no multiple of {state.blocksize}; use --bits 8, 16 or 32"
             )

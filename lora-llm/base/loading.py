@@ -34,13 +34,15 @@ def _from_hub_or_folder(load: Any, name: str, what: str, **options: Any) -> Any:
     except OSError as error:
         first_line = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"--model_name_or_path {name}: no {what} there ({first_line}); give a folder with a model in Hugging Face format, "
+            f"--model_name_or_path {name}: no {what} there ({first_line}); give a folder with a "
+            "model in Hugging Face format, "
             "or a hub name where the hub can be reached"
         ) from error
 
 
 def load_tokenizer(base: BaseSpec) -> Any:
-    """The base model's tokenizer, padding on the right, with a pad token (its unknown or end token where it has none)."""
+    """The base model's tokenizer, padding on the right, with a pad token (its unknown or end token
+    where it has none)."""
     check_base_path(base.name)
     options = {**base.hub_options, "padding_side": "right"}
     tokenizer = _from_hub_or_folder(AutoTokenizer.from_pretrained, base.name, "tokenizer", **options)
@@ -76,7 +78,8 @@ def _quantisation(spec: BaseSpec) -> Optional[BitsAndBytesConfig]:
 def load_base(spec: BaseSpec) -> torch.nn.Module:
     """The base model in its bits, ready to be trained on (norms in float32 where quantised).
 
-    Raises FileNotFoundError where it cannot be found, ValueError where it is no causal language model.
+    Raises FileNotFoundError where it cannot be found, ValueError where it is no causal language
+    model.
     """
     check_base_path(spec.name)
     options = spec.hub_options
@@ -103,9 +106,11 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
 
 
 def small_parts_in_float32(base: torch.nn.Module) -> None:
-    """Norms, biases and logits of a bf16 base on a CPU in float32: they cost little and round a lot.
+    """Norms, biases and logits of a bf16 base on a CPU in float32: they cost little and round a
+    lot.
 
-    The matrices stay in bf16 and are multiplied in it, by AMX or AVX-512 where the processor has them.
+    The matrices stay in bf16 and are multiplied in it, by AMX or AVX-512 where the processor has
+    them.
     """
     for parameter in base.parameters():
         if parameter.ndim == 1:
@@ -115,12 +120,14 @@ def small_parts_in_float32(base: torch.nn.Module) -> None:
 
 
 def bf16_products() -> str:
-    """What multiplies bf16 matrices on this processor, for the screen; empty where nothing does it fast."""
+    """What multiplies bf16 matrices on this processor, for the screen; empty where nothing does it
+    fast."""
     able = torch.cpu.get_capabilities()
     return " (bf16 by AMX)" if able.get("amx_bf16") else " (bf16 by AVX-512)" if able.get("avx512_bf16") else ""
 
 
 def fit_embeddings(base: torch.nn.Module, tokenizer: Any) -> None:
-    """Grow the embeddings where the tokenizer has more tokens than the model; new rows are the mean of the old."""
+    """Grow the embeddings where the tokenizer has more tokens than the model; new rows are the mean
+    of the old."""
     if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=True)

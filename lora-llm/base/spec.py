@@ -1,4 +1,5 @@
-"""What a base is loaded by: everything that `load_base` asks of a command line, and nothing else."""
+"""What a base is loaded by: everything that `load_base` asks of a command line, and nothing
+else."""
 
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -12,7 +13,8 @@ class BaseSpec:
 
     name: a folder in Hugging Face format, or a hub name. bits: 4, 8, 16 or 32. compute: what it
     computes in; 16 bits in float32 are taken as bf16, or fp16 on a GPU that has none.
-    device: None is the CPU. spread_MB: spread over several GPUs where there are, so many MB on each.
+    device: None is the CPU. spread_MB: spread over several GPUs where there are, so many MB on
+    each.
     checkpointing: the options of gradient checkpointing, None without it.
     for_lora: gradients go through it to a LoRA; False where it is trained itself, or not at all.
     attention: an implementation by transformers' name, None for the usual one.

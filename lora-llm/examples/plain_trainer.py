@@ -1,6 +1,8 @@
-"""A plain transformers.Trainer with PEFT that stops at its turning point: one import and one line more than without.
+"""A plain transformers.Trainer with PEFT that stops at its turning point: one import and one line
+more than without.
 
-python lora-llm/examples/plain_trainer.py --base FOLDER_OR_HUB_NAME --data FILE.jsonl --output OUTPUT
+python lora-llm/examples/plain_trainer.py --base FOLDER_OR_HUB_NAME --data FILE.jsonl --output
+OUTPUT
 """
 
 import argparse

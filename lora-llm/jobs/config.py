@@ -1,8 +1,7 @@
 """Jobs of multi_lora.py: what a job is, and the toml, yaml or json file that lists them.
 
-    [defaults]                    # for every job
-    dataset = "notes.jsonl"       # relative to the current folder or, if it is not there, to this file's
-    rank = 8
+    [defaults]                    # for every job dataset = "notes.jsonl"       # relative to the
+    current folder or, if it is not there, to this file's rank = 8
 
     [[jobs]]
     name = "notes"
@@ -11,7 +10,8 @@
     rank = [8, 32, 128]
     learning_rate = [1e-4, 3e-4]
 
-A job's own `grid` (`[jobs.grid]`) expands that job alone. The jobs that came of one are a group, of which the best is named.
+A job's own `grid` (`[jobs.grid]`) expands that job alone. The jobs that came of one are a group, of
+which the best is named.
 """
 
 import itertools
@@ -46,12 +46,12 @@ class Job(StopKeys):
     """One adapter to train: its data, its hyperparameters, and how it is stopped.
 
     Names are those of es_lora_llm.py, without `lora_`. dataset, dataset_format, eval_dataset,
-    train_subject, mmlu_dir: its sources and formats. eval_dataset_size: examples (below 1 a fraction)
-    held out of the training data; 0 for none. max_steps: optimizer steps; it wins over epochs.
-    Beside these, and by keyword, the flags of early stopping that STOP_KEYS lists. early_stop False:
-    train to the budget and save the turning point beside. evaluate_epochs: score the held-out examples
-    after every epoch too. priority: the highest waiting job gets a free slot first. group: what it is
-    compared with in the end.
+    train_subject, mmlu_dir: its sources and formats. eval_dataset_size: examples (below 1 a
+    fraction) held out of the training data; 0 for none. max_steps: optimizer steps; it wins over
+    epochs. Beside these, and by keyword, the flags of early stopping that STOP_KEYS lists.
+    early_stop False: train to the budget and save the turning point beside. evaluate_epochs: score
+    the held-out examples after every epoch too. priority: the highest waiting job gets a free slot
+    first. group: what it is compared with in the end.
     """
 
     name: str
@@ -166,14 +166,15 @@ def _in_words(hint: Any) -> str:
     return " or ".join(words[kind] for kind in _kinds(hint) if kind in words)
 
 
-# ------------------------------------------------------------------------------------------------ the file
+# ----------------------------------------------------------------------------------------- the file
 
 
 def read_jobs(path: Union[str, Path]) -> list[Job]:
     """The jobs of a toml, yaml or json file, grids expanded, in order.
 
-    Raises FileNotFoundError where it is missing, ValueError, with every problem found, where it is not as it should be. Names
-    that are given twice are left to the caller: they concern one job, not the file.
+    Raises FileNotFoundError where it is missing, ValueError, with every problem found, where it is
+    not as it should be. Names that are given twice are left to the caller: they concern one job,
+    not the file.
     """
     path = Path(path).expanduser()
     content = _read(path)
@@ -252,7 +253,8 @@ def _grid_problems(grid: Any, where: str) -> list[str]:
 
 
 def _expanded(entry: dict[str, Any], grid: dict[str, list], folder: Path) -> list[Job]:
-    """One job a combination of the grid, named after what the grid sets; the job itself without a grid."""
+    """One job a combination of the grid, named after what the grid sets; the job itself without a
+    grid."""
     values = {
         key: _found(value, folder) if key in PATH_KEYS else value for key, value in entry.items() if key != "grid"
     }
@@ -278,7 +280,8 @@ def _short(value: Any) -> str:
 
 
 def _found(value: Any, folder: Path) -> Any:
-    """A path as given where it leads somewhere; beside the configuration file where that is there."""
+    """A path as given where it leads somewhere; beside the configuration file where that is
+    there."""
     if isinstance(value, str) and value and not Path(value).expanduser().exists() and (folder / value).exists():
         return str(folder / value)
     return value

@@ -1,4 +1,5 @@
-"""A job's examples as token ids, and when it is measured: whatever can be wrong about it is found here, before training."""
+"""A job's examples as token ids, and when it is measured: whatever can be wrong about it is found
+here, before training."""
 
 import math
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
 
 @dataclass
 class JobData:
-    """A job that can be trained: its examples, its budget in optimizer steps, and when it is measured."""
+    """A job that can be trained: its examples, its budget in optimizer steps, and when it is
+    measured."""
 
     job: Job
     train: list[Example]
@@ -76,7 +78,8 @@ class JobData:
 
 
 def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> JobData:
-    """Load, encode and plan. Raises ValueError or FileNotFoundError with one message where the job cannot be trained."""
+    """Load, encode and plan. Raises ValueError or FileNotFoundError with one message where the job
+    cannot be trained."""
     problems = job.problems()
     if problems:
         raise ValueError("; ".join(problems))

@@ -1,4 +1,5 @@
-"""The overview of a run of many jobs: overview.html and overview.json, and the best of each grid."""
+"""The overview of a run of many jobs: overview.html and overview.json, and the best of each
+grid."""
 
 import html
 import json
@@ -22,7 +23,8 @@ OUTCOMES = {
 
 
 def saved_by_stop(result: dict[str, Any]) -> tuple[int, float]:
-    """(steps, estimated seconds) that an early stop has saved: what was left of the budget, at the job's own pace."""
+    """(steps, estimated seconds) that an early stop has saved: what was left of the budget, at the
+    job's own pace."""
     if result["outcome"] != "stopped_early":
         return 0, 0.0
     steps = result["total_steps"] - result["last_step"]
@@ -32,10 +34,11 @@ def saved_by_stop(result: dict[str, Any]) -> tuple[int, float]:
 def choose(results: Sequence[dict[str, Any]]) -> Optional[tuple[dict[str, Any], str]]:
     """The best job of a grid and the reason, or None where none has weights to keep.
 
-    Where every one was scored on held-out examples: the lowest held-out loss of the kept weights. Otherwise by the early-stop
-    verdicts: of those with a turning point, the one that had seen the most examples when it came, for it could learn longest
-    before it only memorised. On the tuning half of tests/benchmarks/stop_quality that is better than the first to its turning
-    point in four of six data sets, and a weak judge all the same. Without any turning point none is chosen.
+    Where every one was scored on held-out examples: the lowest held-out loss of the kept weights.
+    Otherwise by the early-stop verdicts: of those with a turning point, the one that had seen the
+    most examples when it came, for it could learn longest before it only memorised. On the tuning
+    half of tests/benchmarks/stop_quality that is better than the first to its turning point in four
+    of six data sets, and a weak judge all the same. Without any turning point none is chosen.
     """
     kept = [
         result for result in results if result["outcome"] in ("stopped_early", "budget_reached", "no_turning_point")
@@ -49,7 +52,8 @@ def choose(results: Sequence[dict[str, Any]]) -> Optional[tuple[dict[str, Any], 
         return None
     best = max(turned, key=_examples_to_turning_point)
     return best, (
-        f"of {len(turned)} with a turning point it learnt longest before it, {_examples_to_turning_point(best)} examples; "
+        f"of {len(turned)} with a turning point it learnt longest before it, "
+        f"{_examples_to_turning_point(best)} examples; "
         "held-out examples would tell more"
     )
 
@@ -59,7 +63,8 @@ def _examples_to_turning_point(result: dict[str, Any]) -> int:
 
 
 def kept_loss(result: dict[str, Any]) -> Optional[float]:
-    """Held-out loss of the weights that the run is for: the turning point's, or else the last ones."""
+    """Held-out loss of the weights that the run is for: the turning point's, or else the last
+    ones."""
     loss = result["heldout"].get("kept")
     return loss if loss is not None else result["heldout"].get("last")
 
@@ -152,7 +157,8 @@ def summary(results: Sequence[dict[str, Any]], seconds: float) -> str:
 def write_overview(
     output_dir: Path, results: Sequence[dict[str, Any]], seconds: float, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write overview.html and overview.json; what the latter holds. results: of every job, those refused too."""
+    """Write overview.html and overview.json; what the latter holds. results: of every job, those
+    refused too."""
     chosen = choices(results)
     overview = {"summary": summary(results, seconds), "seconds": round(seconds, 1), "chosen": chosen, **facts}
     listed = [

@@ -1,6 +1,8 @@
-"""Several processes: jobs are spread over them, or, where there are fewer jobs than processes, all train every job together.
+"""Several processes: jobs are spread over them, or, where there are fewer jobs than processes, all
+train every job together.
 
-Started by `torchrun --nproc_per_node 2 multi_lora.py ...` or `accelerate launch`; one process needs neither.
+Started by `torchrun --nproc_per_node 2 multi_lora.py ...` or `accelerate launch`; one process needs
+neither.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,8 @@ LONGEST_WAIT = timedelta(days=7)  # processes end their jobs at different times
 
 
 class Processes:
-    """The processes of a run. `together`: data-parallel, every process has a share of every micro-batch."""
+    """The processes of a run. `together`: data-parallel, every process has a share of every
+    micro-batch."""
 
     def __init__(self, use_cpu: bool, together: bool = False):
         handler = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
@@ -40,11 +43,13 @@ class Processes:
 
     @property
     def writes(self) -> bool:
-        """Whether this process measures and saves what it trains: each its own jobs, the first where they train together."""
+        """Whether this process measures and saves what it trains: each its own jobs, the first
+        where they train together."""
         return self.is_first or not self.together
 
     def own_jobs(self, costs: Sequence[float]) -> list[int]:
-        """Indices of the jobs that this process trains: the dearest first, each to the process with the least to do."""
+        """Indices of the jobs that this process trains: the dearest first, each to the process with
+        the least to do."""
         if self.count == 1 or self.together:
             return list(range(len(costs)))
         loads, own = [0.0] * self.count, []

@@ -1,8 +1,9 @@
-"""One job in training: its adapter, its place in its data, its optimizer and schedule, its early stop, and what it leaves.
+"""One job in training: its adapter, its place in its data, its optimizer and schedule, its early
+stop, and what it leaves.
 
-It takes losses and gradients from the fused pass (loop.py) and does with them what a single run does: the loss of a
-step is the mean over the target tokens of all its micro-batches, gradients are clipped, the schedule moves a step, CS is
-measured, and a decision stops this job alone.
+It takes losses and gradients from the fused pass (loop.py) and does with them what a single run
+does: the loss of a step is the mean over the target tokens of all its micro-batches, gradients are
+clipped, the schedule moves a step, CS is measured, and a decision stops this job alone.
 """
 
 import json
@@ -36,9 +37,11 @@ Score = Callable[[str, Sequence[Example]], float]  # (adapter, held-out examples
 class JobRun:
     """A job whose turn it is.
 
-    folder: where it leaves everything. facts: of the whole run (base, bits), for the header and the result.
-    score: gives the held-out loss of the adapter as it is. resumed: go on from the state that save() left in the folder.
-    Raises ValueError for target modules that the base does not have, FileExistsError where the folder holds another run.
+    folder: where it leaves everything. facts: of the whole run (base, bits), for the header and the
+    result.
+    score: gives the held-out loss of the adapter as it is. resumed: go on from the state that
+    save() left in the folder. Raises ValueError for target modules that the base does not have,
+    FileExistsError where the folder holds another run.
     """
 
     def __init__(
@@ -109,7 +112,8 @@ class JobRun:
         return self._micro_batches[self.micro_step]
 
     def loss_weight(self) -> float:
-        """1 / target tokens of the optimizer step under way: with it the summed losses of its micro-batches are its mean."""
+        """1 / target tokens of the optimizer step under way: with it the summed losses of its
+        micro-batches are its mean."""
         first = self.micro_step - self.micro_step % self.job.accumulation
         batch = self._micro_batches[first : first + self.job.accumulation]
         return 1 / sum(example.targets for part in batch for example in part)
@@ -120,7 +124,8 @@ class JobRun:
             self.heldout["before"] = self.score(self.job.name, self.data.heldout)
 
     def take(self, loss: float, seconds: float) -> None:
-        """After the backward pass of its micro-batch: the weighted loss, and its part of the pass's time."""
+        """After the backward pass of its micro-batch: the weighted loss, and its part of the pass's
+        time."""
         self.seconds += seconds
         if not math.isfinite(loss):
             self.ended_as, self.diverged = "diverged", "the training loss is NaN or infinite"
@@ -172,7 +177,8 @@ class JobRun:
     # -------------------------------------------------------------------------------------- the end
 
     def finish(self, save_tokenizer: Callable[[str], Any]) -> dict[str, Any]:
-        """Score and save what is kept, write result.json and report.html, free the adapter; the result, where this writes."""
+        """Score and save what is kept, write result.json and report.html, free the adapter; the
+        result, where this writes."""
         decision = self.processes.heard(self.monitor.decision if self.monitor is not None else None)
         total, plan = self.data.total_steps, self.data.plan
         outcome = Outcome(self.ended_as, self.step, total, plan=plan, decision=decision, diverged=self.diverged)
@@ -194,7 +200,8 @@ class JobRun:
         return self._report(outcome) if self.processes.writes else {}
 
     def _keep(self, outcome: Outcome, save: Callable[[str, str, int], None]) -> None:
-        """Save the last weights and those of the turning point, the one that is kept as `adapter`."""
+        """Save the last weights and those of the turning point, the one that is kept as
+        `adapter`."""
         decision, stopped = outcome.decision, outcome.name == "stopped_early"
         save(*(("last", "adapter-last") if stopped else ("kept", "adapter")), self.step)
         if decision is None:
@@ -217,7 +224,8 @@ class JobRun:
         self.adapter.load_state_dict(self.processes.heard(tensors))
 
     def _restore_finite(self) -> Optional[int]:
-        """After a divergence: the newest finite weights back; their step, or None where there are none."""
+        """After a divergence: the newest finite weights back; their step, or None where there are
+        none."""
         if all(bool(parameter.isfinite().all()) for parameter in self.parameters):
             return self.step
         step = self.processes.heard(self.monitor.latest_snapshot_step() if self.monitor is not None else None)
@@ -237,7 +245,7 @@ class JobRun:
             shutil.rmtree(state)
         return result
 
-    # -------------------------------------------------------------------------------------- interrupted and resumed
+    # ---------------------------------------------------------------------- interrupted and resumed
 
     def _states(self) -> list[Path]:
         """Folders of saved states, whole or not, oldest first."""
@@ -248,7 +256,8 @@ class JobRun:
         return whole[-1] if whole else None
 
     def save(self) -> None:
-        """Everything that a resumed run needs, in a folder of its own; the older ones go when it is whole."""
+        """Everything that a resumed run needs, in a folder of its own; the older ones go when it is
+        whole."""
         if self.monitor is None:
             return
         older = self._states()

@@ -1,16 +1,19 @@
-"""Which jobs train now, and whose rows share a pass: no tensors, so that every decision can be tested by hand.
+"""Which jobs train now, and whose rows share a pass: no tensors, so that every decision can be
+tested by hand.
 
-A round is one micro-batch of every active job: fair turns. Its micro-batches are sorted by length and cut into passes, so
-that rows of like length share one and padding stays low. A waiting job is admitted when a slot and its memory are free:
-highest priority first, then in the order of the file. The head of the queue is never overtaken, so no job starves.
+A round is one micro-batch of every active job: fair turns. Its micro-batches are sorted by length
+and cut into passes, so that rows of like length share one and padding stays low. A waiting job is
+admitted when a slot and its memory are free: highest priority first, then in the order of the file.
+The head of the queue is never overtaken, so no job starves.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-# What a pass costs beside its tokens (reading, or dequantising, every frozen weight), as a number of tokens. The CPU's is
-# what tests/benchmarks/multi_lora_throughput.py implies for a 4-bit base; the GPU's is an estimate.
+# What a pass costs beside its tokens (reading, or dequantising, every frozen weight), as a number
+# of tokens. The CPU's is what tests/benchmarks/multi_lora_throughput.py implies for a 4-bit base;
+# the GPU's is an estimate.
 PASS_TOKENS = {"cpu": 32, "cuda": 512}
 LORA_BYTES = (
     24  # of a LoRA parameter in training: weight, gradient, two Adam moments, and what measuring keeps, in float32
@@ -19,7 +22,8 @@ LORA_BYTES = (
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What a job takes while it trains, estimated: bytes for its adapter, and tokens of its largest micro-batch."""
+    """What a job takes while it trains, estimated: bytes for its adapter, and tokens of its largest
+    micro-batch."""
 
     adapter_bytes: int
     tokens: int
@@ -27,9 +31,11 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class Limits:
-    """max_rows: rows a pass. max_jobs: adapters that train at once. free_bytes: what the base leaves of --memory_gb.
+    """max_rows: rows a pass. max_jobs: adapters that train at once. free_bytes: what the base
+    leaves of --memory_gb.
 
-    token_bytes: activations of one token in a pass. Without free_bytes memory is not bounded. pass_tokens: see PASS_TOKENS.
+    token_bytes: activations of one token in a pass. Without free_bytes memory is not bounded.
+    pass_tokens: see PASS_TOKENS.
     """
 
     max_rows: int
@@ -45,7 +51,8 @@ class Limits:
         return int((self.free_bytes - sum(need.adapter_bytes for need in needs)) / self.token_bytes)
 
     def fit(self, needs: Sequence[MemoryNeed]) -> bool:
-        """Whether these jobs may train at once: each one's micro-batch has room beside all the adapters."""
+        """Whether these jobs may train at once: each one's micro-batch has room beside all the
+        adapters."""
         tokens = self.max_tokens(needs)
         return len(needs) <= self.max_jobs and (
             tokens is None or max((need.tokens for need in needs), default=0) <= tokens
@@ -55,9 +62,10 @@ class Limits:
 def token_bytes(model: Any, layer_sizes: Sequence[tuple[int, int]], checkpointing: bool) -> float:
     """Bytes that one token takes in a training pass, estimated from the model's shape.
 
-    layer_sizes: (in, out) of every linear layer. Kept for the backward pass: about twice each layer's input and output (the
-    layer's own, and those of norms and activations between), and the logits three times in float32. With checkpointing only
-    the inputs of blocks stay, and one block at a time has all of its own.
+    layer_sizes: (in, out) of every linear layer. Kept for the backward pass: about twice each
+    layer's input and output (the layer's own, and those of norms and activations between), and the
+    logits three times in float32. With checkpointing only the inputs of blocks stay, and one block
+    at a time has all of its own.
     """
     config = model.config.get_text_config()
     size = model.get_input_embeddings().weight.element_size()
@@ -94,10 +102,12 @@ def split_round(
     max_tokens: Optional[int] = None,
     pass_tokens: int = PASS_TOKENS["cpu"],
 ) -> list[list[int]]:
-    """Cut a round into passes: lists of indices into sizes, (rows, longest row in tokens) of every micro-batch.
+    """Cut a round into passes: lists of indices into sizes, (rows, longest row in tokens) of every
+    micro-batch.
 
-    No pass has more than max_rows rows, or more than max_tokens tokens, padding included; a micro-batch is never split. Of all
-    such cuts of the micro-batches in order of length it is the cheapest: fewest tokens, a pass counted as pass_tokens more.
+    No pass has more than max_rows rows, or more than max_tokens tokens, padding included; a
+    micro-batch is never split. Of all such cuts of the micro-batches in order of length it is the
+    cheapest: fewest tokens, a pass counted as pass_tokens more.
     """
     order = sorted(range(len(sizes)), key=lambda index: (-sizes[index][1], index))
     cheapest: list[tuple[int, list[list[int]]]] = [(0, [])]  # of the first n micro-batches

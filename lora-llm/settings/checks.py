@@ -56,7 +56,8 @@ def collect_problems(settings: Settings) -> list[str]:
     if training.full_finetune:
         check(
             not stop.calculate_cs,
-            "--full_finetune trains every weight and CS needs a LoRA: leave out --early_stop and --calculate_cs, or train a LoRA",
+            "--full_finetune trains every weight and CS needs a LoRA: leave out --early_stop "
+            "and --calculate_cs, or train a LoRA",
         )
         check(
             training.bits in (16, 32),
@@ -108,7 +109,8 @@ def _data_problems(settings: Settings) -> list[str]:
         )
         check(
             not stop.calculate_cs or None not in (stop.cs_interval, stop.window_size),
-            "--streaming: the length of an epoch is not known, so give --cs_interval and --window_size (M measurements, about "
+            "--streaming: the length of an epoch is not known, so give --cs_interval and "
+            "--window_size (M measurements, about "
             "one pass over the data), or --calculate_cs False",
         )
         for name in ("eval_strategy", "save_strategy"):
@@ -124,7 +126,8 @@ def _shadow_problems(settings: Settings) -> list[str]:
     optimizer = getattr(training.optim, "value", training.optim)
     refused = {
         "--shadows are scored when CS is measured: leave out --calculate_cs False": not stop.calculate_cs,
-        f"--shadows are trained by AdamW at the main learning rate, and that of --optim {optimizer} means something else: "
+        "--shadows are trained by AdamW at the main learning rate, and that of --optim "
+        f"{optimizer} means something else: "
         "use an AdamW, such as paged_adamw_32bit": not rate_is_adams(optimizer),
         "--shadows have no loss scaling for --fp16: use --bf16": training.fp16,
         "--shadows need a base whose biases stay as they are: use --lora_bias none": training.lora_bias != "none",
@@ -155,6 +158,7 @@ def _output_problems(settings: Settings) -> list[str]:
     if not holds_run or goes_on or settings.training.overwrite_output_dir or not settings.training.do_train:
         return []
     return [
-        f"--output_dir {output} holds an earlier run: choose another folder, go on with it by --resume_from_checkpoint true, "
+        f"--output_dir {output} holds an earlier run: choose another folder, go on with it by "
+        "--resume_from_checkpoint true, "
         "or delete it by --overwrite_output_dir"
     ]

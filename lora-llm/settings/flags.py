@@ -63,7 +63,8 @@ class DataArguments:
         metadata={
             "nargs": "+",
             "action": OneOrMore,
-            "help": "alpaca, alpaca-clean, chip2, self-instruct, hh-rlhf, longform, oasst1, lima, mmlu, another hub name, a "
+            "help": "alpaca, alpaca-clean, chip2, self-instruct, hh-rlhf, longform, oasst1, "
+            "lima, mmlu, another hub name, a "
             "json, jsonl, csv or tsv file, or deeplake:PATH_OR_URL; several are mixed, NAME:WEIGHT by their weights",
         },
     )
@@ -73,7 +74,8 @@ class DataArguments:
     prompt_template: Optional[str] = field(
         default=None,
         metadata={
-            "help": 'rows of any columns: "Question: {question}\\n\\nAnswer: {answer}", of which the last column is learnt; or '
+            "help": 'rows of any columns: "Question: {question}\\n\\nAnswer: {answer}", of '
+            "which the last column is learnt; or "
             f"{', '.join(TEMPLATES)} or chat (the tokenizer's own chat template)"
         },
     )
@@ -217,7 +219,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
 @dataclass
 class GenerationArguments:
-    """Generation of --do_predict with --predict_with_generate. --use_cache stands among the training arguments."""
+    """Generation of --do_predict with --predict_with_generate. --use_cache stands among the
+    training arguments."""
 
     max_new_tokens: Optional[int] = field(default=256, metadata={"help": "longest answer in tokens"})
     min_new_tokens: Optional[int] = field(default=None, metadata={"help": "shortest answer in tokens"})
@@ -241,7 +244,8 @@ class GenerationArguments:
     no_repeat_ngram_size: Optional[int] = field(default=0, metadata={"help": "never repeat n-grams of this size"})
 
     def config(self, use_cache: bool) -> GenerationConfig:
-        """The GenerationConfig of what was set; what has its neutral value is left to the library."""
+        """The GenerationConfig of what was set; what has its neutral value is left to the
+        library."""
         neutral = {"num_beam_groups": 1, "penalty_alpha": None, "diversity_penalty": 0.0, "min_new_tokens": None}
         sampling = () if self.do_sample else ("temperature", "top_k", "top_p", "typical_p")
         beams = () if (self.num_beams or 1) > 1 else ("length_penalty",)

@@ -1,7 +1,7 @@
 """From {"input", "output"} pairs to padded batches for a causal language model.
 
-Source = bos + input, target = output + eos, each cut to its own limit (the interface of qlora): a target that is cut
-loses its eos, so the model is not taught to stop in the middle of a sentence.
+Source = bos + input, target = output + eos, each cut to its own limit (the interface of qlora): a
+target that is cut loses its eos, so the model is not taught to stop in the middle of a sentence.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ def encode_source(tokenizer: Any, text: str) -> list[int]:
 class CausalCollator:
     """Tokenizes, masks the source, pads.
 
-    Called with a list of N rows {"input", "output"} it returns tensors of shape (N, T), T the longest row in tokens:
-    `input_ids`, `attention_mask` (0 on padding) and `labels` (-100 on padding and, unless `train_on_source`, on the
-    source). Padding stands on the right. With `predict_with_generate` only the source is given, without labels and
-    padded on the left, because generation continues at the right edge.
+    Called with a list of N rows {"input", "output"} it returns tensors of shape (N, T), T the
+    longest row in tokens: `input_ids`, `attention_mask` (0 on padding) and `labels` (-100 on
+    padding and, unless `train_on_source`, on the source). Padding stands on the right. With
+    `predict_with_generate` only the source is given, without labels and padded on the left, because
+    generation continues at the right edge.
 
-    Limits in tokens, at least 1, bos and eos included. Raises ValueError on a limit below 1 or a tokenizer without eos.
+    Limits in tokens, at least 1, bos and eos included. Raises ValueError on a limit below 1 or a
+    tokenizer without eos.
     """
 
     tokenizer: Any
@@ -69,12 +71,14 @@ class CausalCollator:
         return batch
 
     def lengths(self, dataset: Iterable[Mapping[str, str]]) -> list[int]:
-        """Tokens of every row (source + target, after the cut), in order: what grouping by length sorts by."""
+        """Tokens of every row (source + target, after the cut), in order: what grouping by length
+        sorts by."""
         return [sum(map(len, self.encode(row))) for row in tqdm(dataset, desc="Lengths", leave=False)]
 
     @property
     def _pad_id(self) -> int:
-        # Padding is told by the mask, never by its id, so eos serves where a tokenizer has no pad token.
+        # Padding is told by the mask, never by its id, so eos serves where a tokenizer has no pad
+        # token.
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
@@ -82,7 +86,8 @@ class CausalCollator:
 def pad_batch(
     sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right", length: int = 0
 ) -> dict[str, torch.Tensor]:
-    """N lists of token ids as `input_ids` and `attention_mask`, both (N, the longest list or else `length`)."""
+    """N lists of token ids as `input_ids` and `attention_mask`, both (N, the longest list or else
+    `length`)."""
     longest = max(length, *map(len, sequences))
     input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)  # (N, T)
     attention_mask = torch.zeros_like(input_ids)  # (N, T)

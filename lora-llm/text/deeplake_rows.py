@@ -1,4 +1,5 @@
-"""Rows of a Deep Lake data set: --dataset deeplake:PATH_OR_URL. The package is only needed for that."""
+"""Rows of a Deep Lake data set: --dataset deeplake:PATH_OR_URL. The package is only needed for
+that."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ PREFIX = "deeplake:"
 def deeplake_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, {column: value}) of every row; `name` is deeplake:PATH_OR_URL.
 
-    Raises ValueError where the package is missing, FileNotFoundError where it cannot open the data set.
+    Raises ValueError where the package is missing, FileNotFoundError where it cannot open the data
+    set.
     """
     try:
         import deeplake

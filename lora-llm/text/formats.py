@@ -1,8 +1,10 @@
-"""Instruction data in the column layouts people publish it in, converted to one layout: {"input", "output"}.
+"""Instruction data in the column layouts people publish it in, converted to one layout: {"input",
+"output"}.
 
-A format is a name, the columns it needs and a function from one row to the pair (input, output): the text the model is
-given and the text it learns to write. Formats are found by name (`FORMATS`), by hub name or by a table's columns
-(`detect_format`). The column layouts and prompt templates are the published ones of the data sets that carry the name.
+A format is a name, the columns it needs and a function from one row to the pair (input, output):
+the text the model is given and the text it learns to write. Formats are found by name (`FORMATS`),
+by hub name or by a table's columns (`detect_format`). The column layouts and prompt templates are
+the published ones of the data sets that carry the name.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any, Callable, Union
 
 from datasets import Dataset
 
-# The two prompts every alpaca-style model was trained on, byte for byte as qlora sends them (with the final blank).
+# The two prompts every alpaca-style model was trained on, byte for byte as qlora sends them (with
+# the final blank).
 ALPACA_PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -32,7 +35,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Format:
-    """One column layout: the columns a row must have, those it may have, and how it becomes (input, output)."""
+    """One column layout: the columns a row must have, those it may have, and how it becomes (input,
+    output)."""
 
     columns: tuple[str, ...]
     convert: Callable[[Row], tuple[str, str]]
@@ -56,10 +60,11 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def turns_of(row: Row) -> list[dict[str, str]]:
-    """A dialogue up to its last answer, as [{"role", "content"}], from the column `conversations` or `messages`.
+    """A dialogue up to its last answer, as [{"role", "content"}], from the column `conversations`
+    or `messages`.
 
-    A turn is a text (LIMA: the person and the assistant in turn), {"from", "value"} or {"role", "content"}.
-    Raises ValueError where a turn is none of these or nothing is answered.
+    A turn is a text (LIMA: the person and the assistant in turn), {"from", "value"} or {"role",
+    "content"}. Raises ValueError where a turn is none of these or nothing is answered.
     """
     turns = row.get("conversations") or row.get("messages")
     if not isinstance(turns, (list, tuple)):
@@ -118,16 +123,18 @@ def _from_mmlu(row: Row) -> tuple[str, str]:
 
 
 def mmlu_question(question: str, choices: Iterable[str], answer: str = "") -> str:
-    """One question in the MMLU layout, ending with "Answer:" (and " X" where the answer is given, for examples)."""
+    """One question in the MMLU layout, ending with "Answer:" (and " X" where the answer is given,
+    for examples)."""
     lines = [f"{letter}. {choice}" for letter, choice in zip(MMLU_LETTERS, choices)]
     return "\n".join([question, *lines, f"Answer: {answer}" if answer else "Answer:"])
 
 
 def mmlu_prompt(subject: str, question: str, examples: Iterable[str] = ()) -> str:
-    """The published prompt: a header that names the subject (two blanks before it), solved examples, the question.
+    """The published prompt: a header that names the subject (two blanks before it), solved
+    examples, the question.
 
-    `question` and `examples` come from `mmlu_question`. Source: Hendrycks et al., "Measuring Massive Multitask
-    Language Understanding" (ICLR 2021), evaluation interface.
+    `question` and `examples` come from `mmlu_question`. Source: Hendrycks et al., "Measuring
+    Massive Multitask Language Understanding" (ICLR 2021), evaluation interface.
     """
     header = f"The following are multiple choice questions (with answers) about  {subject.replace('_', ' ')}."
     return "\n\n".join([header, *examples, question])
@@ -171,7 +178,8 @@ _HUB_FORMATS = {
 
 
 def format_named(name: Union[str, Format]) -> Format:
-    """The format of that name (or the one given itself); ValueError naming the nearest where there is no such one."""
+    """The format of that name (or the one given itself); ValueError naming the nearest where there
+    is no such one."""
     if isinstance(name, Format):
         return name
     if name in FORMATS:
@@ -184,8 +192,8 @@ def format_named(name: Union[str, Format]) -> Format:
 def detect_format(columns: Iterable[str], first_row: Row | None = None, dataset_name: str = "") -> str:
     """The format's name, from the name of a data set where that is known, else from its columns.
 
-    `first_row` decides between the two formats that have one column `text`: chip2 opens with "<human>:".
-    Raises ValueError that lists the columns found where nothing fits.
+    `first_row` decides between the two formats that have one column `text`: chip2 opens with
+    "<human>:". Raises ValueError that lists the columns found where nothing fits.
     """
     if dataset_name in FORMATS:
         return dataset_name
@@ -222,7 +230,8 @@ def check_columns(columns: Iterable[str], format_name: Union[str, Format]) -> No
 
 
 def convert_row(row: Row, format_name: Union[str, Format], where: str) -> dict[str, str]:
-    """One row as {"input", "output"}; `where` ("x.jsonl, line 3") opens the message of a ValueError."""
+    """One row as {"input", "output"}; `where` ("x.jsonl, line 3") opens the message of a
+    ValueError."""
     try:
         source, target = format_named(format_name).convert(row)
     except ValueError as error:

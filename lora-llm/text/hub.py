@@ -9,7 +9,8 @@ from datasets.exceptions import DatasetsError
 
 
 def hub_dataset(request: dict[str, str], cache_dir: str | None = None) -> DatasetDict:
-    """All splits of a hub data set; FileNotFoundError that says what to do offline where the hub does not answer."""
+    """All splits of a hub data set; FileNotFoundError that says what to do offline where the hub
+    does not answer."""
     hub_logger = logging.getLogger("huggingface_hub")
     level = hub_logger.level
     hub_logger.setLevel(logging.ERROR)  # five retry warnings would bury the one message below
@@ -31,6 +32,7 @@ def _load_tables(request: dict[str, str], cache_dir: str | None) -> DatasetDict:
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-    # The hub keeps tables of old repositories that are a script, in a branch with one folder a configuration.
+    # The hub keeps tables of old repositories that are a script, in a branch with one folder a
+    # configuration.
     folder = {"data_dir": request["name"]} if "name" in request else {}
     return load_dataset(request["path"], **folder, revision="refs/convert/parquet", cache_dir=cache_dir)

@@ -1,4 +1,5 @@
-"""MMLU: its questions, from the authors' archive, a folder or a hub, as prompts with and without examples."""
+"""MMLU: its questions, from the authors' archive, a folder or a hub, as prompts with and without
+examples."""
 
 from __future__ import annotations
 
@@ -45,12 +46,13 @@ def load_mmlu(
     limit: int | None = None,
     cache_dir: str | None = None,
 ) -> list[Row]:
-    """The rows {"subject", "input", "output"} to score, by subject; input is the prompt, output the letter.
+    """The rows {"subject", "input", "output"} to score, by subject; input is the prompt, output the
+    letter.
 
     dataset: "mmlu-zs" (no example) or "mmlu-fs" (five from dev). split: "eval" (the validation
     questions) or "test". limit: that many questions, evenly spread over all subjects.
-    mmlu_dir: the folder of the archive, one that holds data.tar or a jsonl of ready prompts, or that
-    file itself. Raises ValueError or FileNotFoundError.
+    mmlu_dir: the folder of the archive, one that holds data.tar or a jsonl of ready prompts, or
+    that file itself. Raises ValueError or FileNotFoundError.
     """
     asked = (("mmlu_dataset", dataset, SHOTS), ("mmlu_split", split, SPLITS))
     problems = [
@@ -78,7 +80,8 @@ def _rows_of_tables(mmlu_dir: str | Path, dataset: str, split: str, cache_dir: s
 def train_split_for_subject(
     mmlu_dir: str | Path, subject: str | None, cache_dir: str | None = None
 ) -> tuple[list[Row], list[Row]]:
-    """(rows to train on: dev + validation, rows to evaluate on: test) of one subject, or of all where it is None.
+    """(rows to train on: dev + validation, rows to evaluate on: test) of one subject, or of all
+    where it is None.
 
     Zero-shot prompts. Raises ValueError that names the nearest subject where there is no such one.
     """
@@ -97,8 +100,9 @@ def read_questions(
 ) -> dict[str, list[Question]]:
     """{split: questions in the order of their subjects} for splits out of dev, val, test.
 
-    From the folder of the archive, the archive (never unpacked: it is read in place), or else the hub. Raises
-    FileNotFoundError where none of them is there, ValueError on a broken table or an unknown subject.
+    From the folder of the archive, the archive (never unpacked: it is read in place), or else the
+    hub. Raises FileNotFoundError where none of them is there, ValueError on a broken table or an
+    unknown subject.
     """
     found: dict[str, dict[str, list[Question]]] = {split: {} for split in splits}
     folder = Path(mmlu_dir).expanduser()
@@ -196,7 +200,8 @@ def _questions_on_hub(
 
 
 def _ready_prompts(folder: Path, dataset: str, split: str) -> Path | None:
-    """A json(l) of ready prompts under the names that qlora and this project give it, or mmlu_dir itself if it is one."""
+    """A json(l) of ready prompts under the names that qlora and this project give it, or mmlu_dir
+    itself if it is one."""
     if folder.is_file() and folder.suffix in (".json", ".jsonl"):
         return folder
     shots = "zero_shot" if SHOTS[dataset] == 0 else "five_shot"
@@ -207,7 +212,8 @@ def _ready_prompts(folder: Path, dataset: str, split: str) -> Path | None:
 
 
 def read_prompts(path: Path) -> list[Row]:
-    """Rows {"subject", "input", "output"} of a json or jsonl; ValueError that names the row that is none."""
+    """Rows {"subject", "input", "output"} of a json or jsonl; ValueError that names the row that is
+    none."""
     rows = []
     for line, row in read_table(path):
         texts = {key: row.get(key) for key in ("subject", "input", "output")}
@@ -225,8 +231,8 @@ def read_prompts(path: Path) -> list[Row]:
 def fit_prompt(tokenizer: Any, prompt: str, source_max_len: int) -> list[int]:
     """Token ids (bos included) of at most `source_max_len` tokens.
 
-    Examples are dropped from the front, one by one, until it fits; a question that alone is too long loses its
-    beginning, never the "Answer:" at its end.
+    Examples are dropped from the front, one by one, until it fits; a question that alone is too
+    long loses its beginning, never the "Answer:" at its end.
     """
     header, separator, body = prompt.partition("\n\n")
     parts = _END_OF_EXAMPLE.split(body)

@@ -1,7 +1,8 @@
 """Short samples packed into sequences of one length, so that no time goes into padding.
 
-`samples`: whole samples share a sequence (TRL's best-fit packing); position ids restart with each and none attends to
-another, so that the losses are those of the samples apart. `wrapped`: one contiguous stream, cut every seq_length tokens.
+`samples`: whole samples share a sequence (TRL's best-fit packing); position ids restart with each
+and none attends to another, so that the losses are those of the samples apart. `wrapped`: one
+contiguous stream, cut every seq_length tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +20,16 @@ LEAK = 0.5  # share of what attention across samples would change, from which it
 
 
 def uses_varlen_kernel(on_cpu: bool, half_precision: bool) -> bool:
-    """Whether packed samples go through flash attention's kernel for sequences of several lengths."""
+    """Whether packed samples go through flash attention's kernel for sequences of several
+    lengths."""
     return is_flash_attn_2_available() and not on_cpu and half_precision
 
 
 def encode_sample(collator: CausalCollator, row: Mapping[str, str]) -> dict[str, list[int]]:
     """One sample as `input_ids` and `labels` of the same length, ending with the end-of-text token.
 
-    Its first token is not learnt: what comes before it belongs to another sample. Nor is an end that a cut has made.
+    Its first token is not learnt: what comes before it belongs to another sample. Nor is an end
+    that a cut has made.
     """
     source, target = collator.encode(row)
     ids, labels = source + target, (source if collator.train_on_source else [IGNORE_INDEX] * len(source)) + target
@@ -39,7 +42,8 @@ def encode_sample(collator: CausalCollator, row: Mapping[str, str]) -> dict[str,
 def pack(
     samples: Union[Dataset, IterableDataset], collator: CausalCollator, packing: str, seq_length: int
 ) -> Union[Dataset, IterableDataset]:
-    """Rows {"input", "output"} as rows of at most seq_length tokens: `input_ids`, `labels` and, for `samples`, `seq_lengths`.
+    """Rows {"input", "output"} as rows of at most seq_length tokens: `input_ids`, `labels` and, for
+    `samples`, `seq_lengths`.
 
     A sample longer than seq_length is cut there. In a stream, rows are packed a thousand at a time.
     """
@@ -63,11 +67,13 @@ def packing_notice(samples: int, packed: Dataset, seq_length: int) -> str:
 
 
 class PackedCollator:
-    """Packed rows as tensors; rows of text go to the collator for single samples (evaluation is never packed).
+    """Packed rows as tensors; rows of text go to the collator for single samples (evaluation is
+    never packed).
 
-    N packed rows become `input_ids`, `labels` and `position_ids` (N, T), T = seq_length, and `attention_mask`: for `samples`
-    (N, 1, T, T), True where a token may look at another (itself and earlier ones of its sample), the form that SDPA takes;
-    for `wrapped` (N, T). With `varlen` there is one row (1, tokens) without padding, and the lengths for flash attention.
+    N packed rows become `input_ids`, `labels` and `position_ids` (N, T), T = seq_length, and
+    `attention_mask`: for `samples` (N, 1, T, T), True where a token may look at another (itself and
+    earlier ones of its sample), the form that SDPA takes; for `wrapped` (N, T). With `varlen` there
+    is one row (1, tokens) without padding, and the lengths for flash attention.
     """
 
     def __init__(self, single: CausalCollator, packing: str, seq_length: int, varlen: bool = False):
@@ -102,7 +108,8 @@ def _samples_of(row: Mapping[str, Any]) -> list[dict[str, list[int]]]:
 
 
 def block_mask(lengths: Sequence[Sequence[int]]) -> torch.Tensor:
-    """(N, 1, T, T) for N rows of samples of these lengths: True on and below the diagonal of each sample's block."""
+    """(N, 1, T, T) for N rows of samples of these lengths: True on and below the diagonal of each
+    sample's block."""
     owners = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])  # (N, T)
     same = owners[:, None, :, None] == owners[:, None, None, :]
     return same.tril()
@@ -110,7 +117,8 @@ def block_mask(lengths: Sequence[Sequence[int]]) -> torch.Tensor:
 
 @torch.no_grad()
 def check_base_keeps_samples_apart(model: torch.nn.Module) -> None:
-    """Two samples in one sequence: the second must give the logits that it gives alone, whatever the first is.
+    """Two samples in one sequence: the second must give the logits that it gives alone, whatever
+    the first is.
 
     Raises ValueError for a base that takes no block mask or no position ids.
     """

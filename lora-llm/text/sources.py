@@ -1,9 +1,10 @@
-"""Where training text comes from: a hub name, a local table or MMLU, split by a seed into train, evaluation and test.
+"""Where training text comes from: a hub name, a local table or MMLU, split by a seed into train,
+evaluation and test.
 
-The flags mean what they mean in qlora: the evaluation split is taken from the training rows where the source has none
-of its own, `--max_train_samples` and `--max_eval_samples` truncate after the split. Beside them `--eval_dataset` names
-a separate held-out file and `--test_dataset_size` asks for a third split. What is held out never stays in train: not
-the row, and not a copy of it.
+The flags mean what they mean in qlora: the evaluation split is taken from the training rows where
+the source has none of its own, `--max_train_samples` and `--max_eval_samples` truncate after the
+split. Beside them `--eval_dataset` names a separate held-out file and `--test_dataset_size` asks
+for a third split. What is held out never stays in train: not the row, and not a copy of it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ Pools = dict[str, Optional[Dataset]]
 
 @dataclass
 class Splits:
-    """Three data sets of columns "input" and "output" (text); one that was not asked for is None."""
+    """Three data sets of columns "input" and "output" (text); one that was not asked for is
+    None."""
 
     train: Dataset | IterableDataset | None
     evaluation: Dataset | None
@@ -77,14 +79,16 @@ def load_splits(spec: DataSpec) -> Splits:
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of --dataset; weight is its share of what is drawn, None where all rows of all sets are taken."""
+    """One data set of --dataset; weight is its share of what is drawn, None where all rows of all
+    sets are taken."""
 
     name: str
     weight: float | None
 
 
 def data_sources(given: str | Sequence[str]) -> list[Source]:
-    """NAME or NAME:WEIGHT, one or several. Raises ValueError on a weight that is none and where only some have one."""
+    """NAME or NAME:WEIGHT, one or several. Raises ValueError on a weight that is none and where
+    only some have one."""
     sources = [_source_of(text) for text in ([given] if isinstance(given, str) else given)]
     if len(sources) == 1:
         return [Source(sources[0].name, None)]
@@ -109,7 +113,8 @@ def _source_of(text: str) -> Source:
 
 
 def mixed(datasets: Sequence[Dataset], sources: Sequence[Source], seed: int) -> Dataset:
-    """All rows of all sets; with weights, rows drawn by them until one set is used up, none twice."""
+    """All rows of all sets; with weights, rows drawn by them until one set is used up, none
+    twice."""
     if sources[0].weight is None:
         return concatenate_datasets(list(datasets))
     total = sum(source.weight for source in sources)
@@ -118,10 +123,11 @@ def mixed(datasets: Sequence[Dataset], sources: Sequence[Source], seed: int) -> 
 
 
 def read_table_as_pairs(path: str | Path, format_name: str | Format | None = None) -> tuple[Dataset, str]:
-    """A local table as (data set of "input"/"output", its format's name); without a name the columns tell the format.
+    """A local table as (data set of "input"/"output", its format's name); without a name the
+    columns tell the format.
 
-    Raises FileNotFoundError, or ValueError that names the line, on a broken line, a missing column, a cell that is no
-    text, an empty output and an empty file.
+    Raises FileNotFoundError, or ValueError that names the line, on a broken line, a missing column,
+    a cell that is no text, an empty output and an empty file.
     """
     return _as_pairs(read_table(path), str(path), format_name, "line")
 
@@ -146,7 +152,8 @@ def _as_pairs(
 
 
 def _load_pools(spec: DataSpec) -> tuple[Pools, str, str]:
-    """The source's own splits named train, evaluation and test (None where it has none), its format and description."""
+    """The source's own splits named train, evaluation and test (None where it has none), its format
+    and description."""
     sources = data_sources(spec.dataset)
     loaded = [_load_source(source.name, spec) for source in sources]
     if len(loaded) == 1:
@@ -227,7 +234,8 @@ def _load_from_hub(name: str, spec: DataSpec) -> tuple[Pools, str, str]:
 
 
 def _without_empty_outputs(dataset: Dataset, what: str) -> Dataset:
-    """Published sets have a few empty answers that nobody here can fix (alpaca has 28): dropped, and said so."""
+    """Published sets have a few empty answers that nobody here can fix (alpaca has 28): dropped,
+    and said so."""
     kept = dataset.filter(lambda output: bool(output.strip()), input_columns="output", desc="Empty outputs")
     if len(kept) < len(dataset):
         logger.warning("%s: %d rows with an empty output were left out", what, len(dataset) - len(kept))
@@ -261,7 +269,8 @@ def _hold_out(pools: Pools, spec: DataSpec) -> Pools:
 
 
 def _row_count(size: float | None, rows: int) -> int:
-    """Rows that a --..._size asks for: at least one for a fraction, as many as it says otherwise."""
+    """Rows that a --..._size asks for: at least one for a fraction, as many as it says
+    otherwise."""
     size = size or 0
     return max(1, round(size * rows)) if 0 < size < 1 else int(size)
 

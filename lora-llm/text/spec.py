@@ -12,8 +12,8 @@ from text.formats import Format, format_named
 class DataSpec:
     """The rows of a run: which ones, in what format, how many are held out.
 
-    dataset: a name in HUB_DATASETS, "mmlu" (with train_subject, mmlu_dir), a json, jsonl, csv or tsv
-    file, deeplake:PATH_OR_URL or any other hub name; or several of them, which are mixed.
+    dataset: a name in HUB_DATASETS, "mmlu" (with train_subject, mmlu_dir), a json, jsonl, csv or
+    tsv file, deeplake:PATH_OR_URL or any other hub name; or several of them, which are mixed.
     dataset_format: a format's name or a Format; None is told by the columns.
     eval_dataset: a held-out file. Sizes are rows, or a fraction of the training rows where below 1.
     train, evaluate: whether those rows are asked for; they do not change which rows the others get.

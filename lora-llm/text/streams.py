@@ -1,6 +1,8 @@
-"""--streaming: training rows are read as training asks for them; the data set never lies in memory as a whole.
+"""--streaming: training rows are read as training asks for them; the data set never lies in memory
+as a whole.
 
-What is held out is the head of the stream. Rows are shuffled within a buffer, in an order given by the seed.
+What is held out is the head of the stream. Rows are shuffled within a buffer, in an order given by
+the seed.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ class StreamedRowError(ValueError):
 def load_streamed_splits(spec: DataSpec) -> Splits:
     """As load_splits, with an IterableDataset for training.
 
-    Evaluation rows are `eval_dataset`, or else the first `eval_dataset_size` of the stream, and test rows the next ones.
-    Raises FileNotFoundError or ValueError where the first row of a source cannot be used.
+    Evaluation rows are `eval_dataset`, or else the first `eval_dataset_size` of the stream, and
+    test rows the next ones. Raises FileNotFoundError or ValueError where the first row of a source
+    cannot be used.
     """
     spec.check()
     sources = data_sources(spec.dataset)
@@ -76,7 +79,8 @@ def _head(stream: IterableDataset, count: int) -> tuple[Dataset, IterableDataset
 
 
 def _open(name: str, spec: DataSpec) -> tuple[IterableDataset, str | Format]:
-    """(stream of {"input", "output"}, its format), the format told by the first row where it is not given."""
+    """(stream of {"input", "output"}, its format), the format told by the first row where it is not
+    given."""
     if is_path(name) or name.startswith(PREFIX):
         first = next(_raw_rows(name), None)
         if first is None:

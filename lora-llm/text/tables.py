@@ -14,7 +14,8 @@ _CSV_FIELD_LIMIT_CHARS = 10_000_000
 
 
 def read_table(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """Rows of a json, jsonl, csv or tsv file with their line numbers (in a json list: the element's number)."""
+    """Rows of a json, jsonl, csv or tsv file with their line numbers (in a json list: the element's
+    number)."""
     path = Path(path).expanduser()
     if path.suffix.lower() not in TABLE_SUFFIXES:
         raise ValueError(f"{path}: unknown kind of file '{path.suffix}'. Allowed: {', '.join(TABLE_SUFFIXES)}")
@@ -64,7 +65,8 @@ def _read_csv(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def csv_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a csv or tsv file, one at a time. Raises ValueError that names the line."""
+    """(line number, row) of a csv or tsv file, one at a time. Raises ValueError that names the
+    line."""
     csv.field_size_limit(_CSV_FIELD_LIMIT_CHARS)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.DictReader(lines, delimiter=delimiter)

@@ -1,7 +1,8 @@
-"""--prompt_template: rows of any columns as {"input", "output"}, by a line of text with {column} in it, or by a name.
+"""--prompt_template: rows of any columns as {"input", "output"}, by a line of text with {column} in
+it, or by a name.
 
-The last {column} is what the model learns to write; everything before it is what the model is given. `chat` puts a
-dialogue through the chat template of the base's own tokenizer.
+The last {column} is what the model learns to write; everything before it is what the model is
+given. `chat` puts a dialogue through the chat template of the base's own tokenizer.
 """
 
 import difflib
@@ -14,14 +15,17 @@ from text.formats import FORMATS, Format, detect_format, turns_of
 TEMPLATES = {
     "summarise": "Summarise this text in a few sentences.\n\n{text}\n\nSummary: {summary}",
     "rate": "Rate this text.\n\n{text}\n\nRating: {rating}",
-    "translate": "Translate this text from {source_language} to {target_language}.\n\n{source}\n\nTranslation: {target}",
+    "translate": (
+        "Translate this text from {source_language} to {target_language}.\n\n{source}\n\nTranslation: {target}"
+    ),
     "classify": "Which label fits this text?\n\n{text}\n\nLabel: {label}",
     "question": "Question: {question}\n\nAnswer: {answer}",
 }
 
 
 def template_format(template: str, tokenizer: Any) -> Format:
-    """The format of a --prompt_template: a name of TEMPLATES, `chat`, or the text itself (`\\n` stands for a new line).
+    """The format of a --prompt_template: a name of TEMPLATES, `chat`, or the text itself (`\\n`
+    stands for a new line).
 
     Raises ValueError on an unknown name, a text without {column} and broken braces.
     """

@@ -18,7 +18,8 @@ def complete_checkpoints(output_dir: Path, with_monitor: bool) -> list[Path]:
 
 
 def checkpoint_to_resume(settings: Settings) -> Optional[str]:
-    """The checkpoint of --resume_from_checkpoint: a checkpoint folder, a run's folder, or true for the output folder."""
+    """The checkpoint of --resume_from_checkpoint: a checkpoint folder, a run's folder, or true for
+    the output folder."""
     if settings.resume is None:
         return None
     training = settings.training
@@ -28,7 +29,8 @@ def checkpoint_to_resume(settings: Settings) -> Optional[str]:
     checkpoints = complete_checkpoints(folder, settings.stop.calculate_cs)
     if not checkpoints:
         raise FileNotFoundError(
-            f"--resume_from_checkpoint: {folder} holds no complete checkpoint; give a checkpoint-N folder or the folder of a "
+            f"--resume_from_checkpoint: {folder} holds no complete checkpoint; give a "
+            "checkpoint-N folder or the folder of a "
             "run that saved one (--save_steps), or start anew"
         )
     training.resume_from_checkpoint = str(checkpoints[-1])

@@ -1,6 +1,8 @@
-"""What a LoRA has cost elsewhere: the base's loss on general text before training, at the turning point and at the end.
+"""What a LoRA has cost elsewhere: the base's loss on general text before training, at the turning
+point and at the end.
 
-The text is one that nobody trains on (the tiny base ships `general_text.jsonl`, a held-out part of what it has read).
+The text is one that nobody trains on (the tiny base ships `general_text.jsonl`, a held-out part of
+what it has read).
 """
 
 import json
@@ -20,7 +22,8 @@ NAMES = {"before": "before training", "kept": "turning point", "last": "last ste
 
 
 def read_general_text(path: str, most: int) -> list[str]:
-    """At most `most` passages of a file, evenly over it: jsonl with a `text` column, or plain text with blank lines between.
+    """At most `most` passages of a file, evenly over it: jsonl with a `text` column, or plain text
+    with blank lines between.
 
     Raises FileNotFoundError where the file is missing, ValueError where it holds no text.
     """
@@ -61,7 +64,8 @@ def _batch(passages: Sequence[Sequence[int]], pad_id: int) -> Batch:
 class GeneralText:
     """Passages as token ids, and the loss (mean nats a token) of a model on them.
 
-    `losses` collects {"before" | "kept" | "last": loss} as the run goes on; `tokens` is how many are predicted.
+    `losses` collects {"before" | "kept" | "last": loss} as the run goes on; `tokens` is how many
+    are predicted.
     """
 
     def __init__(self, path: str, tokenizer: Any, most: int, batch_size: int):
@@ -75,7 +79,8 @@ class GeneralText:
         self.losses: dict[str, float] = {}
 
     def loss(self, model: torch.nn.Module) -> float:
-        """Mean loss in nats a token of the model as it is; it leaves neither its mode nor the random state changed."""
+        """Mean loss in nats a token of the model as it is; it leaves neither its mode nor the
+        random state changed."""
         return mean_loss(model, self.batches)
 
     def summary(self) -> dict[str, Any]:
@@ -92,14 +97,16 @@ class GeneralText:
 
 
 def perplexity_ratio(losses: dict[str, float], name: str) -> Optional[float]:
-    """Perplexity of the weights `name` over that before training; None where one of them is not known."""
+    """Perplexity of the weights `name` over that before training; None where one of them is not
+    known."""
     if name not in losses or "before" not in losses:
         return None
     return math.exp(min(losses[name] - losses["before"], 50))
 
 
 def forgetting_sentence(losses: dict[str, float]) -> str:
-    """Whether the LoRA has forgotten, in plain words; empty where nothing was scored after training."""
+    """Whether the LoRA has forgotten, in plain words; empty where nothing was scored after
+    training."""
     clauses = []
     for name, where in (("kept", "the turning point"), ("last", "the last step")):
         ratio = perplexity_ratio(losses, name)

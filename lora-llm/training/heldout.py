@@ -1,4 +1,5 @@
-"""What the weights of a run are worth: held-out loss and loss on general text, before training, kept and last."""
+"""What the weights of a run are worth: held-out loss and loss on general text, before training,
+kept and last."""
 
 from typing import Optional
 
@@ -31,7 +32,8 @@ class WeightScores:
             self.general_text.losses[name] = self.general_text.loss(self.trainer.model)
 
     def score_last(self) -> Optional[float]:
-        """Score the last step; its held-out loss where that is news, None where the Trainer knew it."""
+        """Score the last step; its held-out loss where that is news, None where the Trainer knew
+        it."""
         self.score_general_text("last")
         state = self.trainer.state
         known = self._evaluated_at(state.global_step)
@@ -39,7 +41,8 @@ class WeightScores:
         return self.heldout["last"] if known is None else None
 
     def score_kept(self, alone: bool = False) -> None:
-        """Score the weights of the turning point. alone: they are on the main process only, beside others."""
+        """Score the weights of the turning point. alone: they are on the main process only, beside
+        others."""
         if not alone:
             self.heldout["kept"] = self.heldout_loss("kept")
         self.score_general_text("kept")

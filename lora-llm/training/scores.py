@@ -17,11 +17,13 @@ from text.mmlu import Row, fit_prompt
 
 
 def letter_token_ids(tokenizer: Any) -> torch.Tensor:
-    """(4, V) token ids whose logits stand for A, B, C, D after "Answer:", V = 1 or 2 ways to write a letter.
+    """(4, V) token ids whose logits stand for A, B, C, D after "Answer:", V = 1 or 2 ways to write
+    a letter.
 
-    A pre-trained model goes on with the letter as in "Answer: A", which many tokenizers merge with its blank; a model
-    trained on targets that are the bare letter (`causal_collator`) goes on with that. Both count; where the tokenizer
-    writes them alike, V is 1. Raises ValueError where the letters have no distinguishing token.
+    A pre-trained model goes on with the letter as in "Answer: A", which many tokenizers merge with
+    its blank; a model trained on targets that are the bare letter (`causal_collator`) goes on with
+    that. Both count; where the tokenizer writes them alike, V is 1. Raises ValueError where the
+    letters have no distinguishing token.
     """
     ways = []
     for before in ("Answer: ", ""):
@@ -35,7 +37,8 @@ def letter_token_ids(tokenizer: Any) -> torch.Tensor:
 
 
 class MMLUScorer:
-    """Scores rows {"subject", "input", "output"} by the logits of the four letters at the last token of the prompt.
+    """Scores rows {"subject", "input", "output"} by the logits of the four letters at the last
+    token of the prompt.
 
     `source_max_len` in tokens. Prompts are tokenized once, here.
     """
@@ -57,10 +60,11 @@ class MMLUScorer:
 
     @torch.no_grad()
     def score(self, model: torch.nn.Module) -> dict[str, Any]:
-        """{"accuracy", "per_subject": {subject: accuracy}, "loss", "count"} of the model, on the model's own device.
+        """{"accuracy", "per_subject": {subject: accuracy}, "loss", "count"} of the model, on the
+        model's own device.
 
-        loss: mean negative log-likelihood (nats, over the whole vocabulary) of the right letter. The model is scored in
-        eval mode and left in the mode it was in.
+        loss: mean negative log-likelihood (nats, over the whole vocabulary) of the right letter.
+        The model is scored in eval mode and left in the mode it was in.
         """
         was_training = model.training
         model.eval()
@@ -89,7 +93,8 @@ class MMLUScorer:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         for indices in tqdm(batches, desc="MMLU", leave=False):
             prompts = [self.prompts[index] for index in indices]
-            # Right padding, whatever side the tokenizer pads: positions are those of the unpadded prompt.
+            # Right padding, whatever side the tokenizer pads: positions are those of the unpadded
+            # prompt.
             batch = {name: tensor.to(device) for name, tensor in pad_batch(prompts, pad_id=0).items()}
             logits = _last_logits(model, batch, [len(prompt) - 1 for prompt in prompts])  # (B, vocabulary)
             log_probabilities = logits.float().log_softmax(-1)[:, self.letter_ids.to(device)]  # (B, 4, V)
@@ -100,8 +105,8 @@ class MMLUScorer:
 def _last_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], last: Sequence[int]) -> torch.Tensor:
     """(B, vocabulary): the logits at position last[b] of row b.
 
-    Where the architecture can, only the positions that are some row's last are turned into logits: those of a whole
-    batch of five-shot prompts would take gigabytes.
+    Where the architecture can, only the positions that are some row's last are turned into logits:
+    those of a whole batch of five-shot prompts would take gigabytes.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     positions = sorted(set(last))
@@ -114,11 +119,12 @@ def _last_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], last: S
 
 
 class MMLUCallback(TrainerCallback):
-    """Scores before training (baseline), at every evaluation and at the end, and logs what it finds.
+    """Scores before training (baseline), at every evaluation and at the end, and logs what it
+    finds.
 
-    Logged as `eval_mmlu_accuracy`, `eval_mmlu_loss` and `eval_mmlu_accuracy_<subject>`, which TensorBoard shows under
-    eval/. `results` holds {"step", "when": baseline | evaluation | end, **score} in order. Weights that were just
-    scored are not scored again.
+    Logged as `eval_mmlu_accuracy`, `eval_mmlu_loss` and `eval_mmlu_accuracy_<subject>`, which
+    TensorBoard shows under eval/. `results` holds {"step", "when": baseline | evaluation | end,
+    **score} in order. Weights that were just scored are not scored again.
     """
 
     def __init__(self, trainer: Any, scorer: MMLUScorer) -> None:

@@ -1,4 +1,5 @@
-"""From the settings of a run to what it is made of: specs of base and data, splits, collators, columns of the history."""
+"""From the settings of a run to what it is made of: specs of base and data, splits, collators,
+columns of the history."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,7 +50,8 @@ def base_spec(settings: Settings) -> BaseSpec:
 
 
 def data_spec(settings: Settings, tokenizer: Any) -> DataSpec:
-    """What of the settings the text is read by. tokenizer: whose chat template a prompt template may use."""
+    """What of the settings the text is read by. tokenizer: whose chat template a prompt template
+    may use."""
     data, training = settings.data, settings.training
     template = data.prompt_template
     return DataSpec(
@@ -69,7 +71,7 @@ def data_spec(settings: Settings, tokenizer: Any) -> DataSpec:
     )
 
 
-# ------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 
 
 def read_splits(settings: Settings, tokenizer: Any) -> Splits:
@@ -111,13 +113,15 @@ def read_mmlu(settings: Settings) -> Optional[list[Row]]:
 
 
 def packs_for_varlen(settings: Settings) -> bool:
-    """Whether packed samples go through flash attention's kernel for sequences of several lengths."""
+    """Whether packed samples go through flash attention's kernel for sequences of several
+    lengths."""
     training = settings.training
     return settings.data.packing == "samples" and uses_varlen_kernel(training.use_cpu, training.bf16 or training.fp16)
 
 
 def packed_splits(settings: Settings, splits: Splits, collator: CausalCollator, model: torch.nn.Module) -> Splits:
-    """The splits with packed training samples, or with lengths to group by; evaluation keeps single samples.
+    """The splits with packed training samples, or with lengths to group by; evaluation keeps single
+    samples.
 
     Raises ValueError where the base cannot be trained so.
     """
@@ -153,7 +157,8 @@ def _with_lengths(splits: Splits, collator: CausalCollator, column: str) -> Spli
 
 
 def training_collator(settings: Settings, collator: CausalCollator) -> Callable[..., Any]:
-    """What makes the trainer's batches: packed rows, rows with their examples, or single samples."""
+    """What makes the trainer's batches: packed rows, rows with their examples, or single
+    samples."""
     data = settings.data
     if settings.stop.shadows:
         return ExampleCollator(collator)
@@ -162,7 +167,7 @@ def training_collator(settings: Settings, collator: CausalCollator) -> Callable[
     return collator
 
 
-# ------------------------------------------------------------------------------------------------ model
+# -------------------------------------------------------------------------------------------- model
 
 
 def load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
@@ -198,7 +203,7 @@ def columns_of_rule(
     return columns
 
 
-# ------------------------------------------------------------------------------------------------ in words
+# ----------------------------------------------------------------------------------------- in words
 
 
 def history_header(settings: Settings) -> dict[str, Any]:
@@ -215,7 +220,8 @@ def history_header(settings: Settings) -> dict[str, Any]:
 
 
 def announcement(settings: Settings, splits: Splits, model: torch.nn.Module) -> list[str]:
-    """What is said before the first step: data, base, what is trained, notices, where everything goes."""
+    """What is said before the first step: data, base, what is trained, notices, where everything
+    goes."""
     training, count = settings.training, trainable_parameters(model)
     packed = "packed training" if settings.data.packing else "training"
     sizes = {packed: splits.train, "evaluation": splits.evaluation, "test": splits.test}

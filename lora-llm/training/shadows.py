@@ -1,7 +1,8 @@
 """Shadow adapters of a language model: small LoRAs beside the main one; see es_lora/shadows.py.
 
-Every micro-batch goes through the frozen base a second time, its rows repeated for the shadows that train on them: one pass
-for all shadows, each row through its own (fused_lora). The main adapter is off meanwhile, and its training is untouched.
+Every micro-batch goes through the frozen base a second time, its rows repeated for the shadows that
+train on them: one pass for all shadows, each row through its own (fused_lora). The main adapter is
+off meanwhile, and its training is untouched.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ STATE_NAME = "shadows.safetensors"
 
 
 def with_examples(rows: Dataset, shadows: int, seed: int) -> Dataset:
-    """The same with a column that numbers the examples; rows of the same text are one example, so that none leaks.
+    """The same with a column that numbers the examples; rows of the same text are one example, so
+    that none leaks.
 
     Raises ValueError where there are too few for so many shadows: before a base has been loaded.
     """
@@ -38,7 +40,8 @@ def with_examples(rows: Dataset, shadows: int, seed: int) -> Dataset:
 
 
 class ExampleCollator:
-    """A collator that passes the column on: the batch's EXAMPLE is (N,) int64 where the rows have one."""
+    """A collator that passes the column on: the batch's EXAMPLE is (N,) int64 where the rows have
+    one."""
 
     def __init__(self, collator: CausalCollator):
         self.collator = collator
@@ -51,12 +54,13 @@ class ExampleCollator:
 
 
 class ShadowAdapters(TrainerCallback):
-    """K shadows of a PeftModel: trained by `backward` after each micro-batch of the main adapter, scored by `score`.
+    """K shadows of a PeftModel: trained by `backward` after each micro-batch of the main adapter,
+    scored by `score`.
 
     settings: the trainer's. rows: the training examples with their column EXAMPLE. resume: a
-    checkpoint's folder to go on from. As a callback it takes the optimizer steps and writes into the
-    checkpoints; let it stand before the callback whose file marks a checkpoint as whole.
-    Raises ValueError where the checkpoint's shadows are others or none.
+    checkpoint's folder to go on from. As a callback it takes the optimizer steps and writes into
+    the checkpoints; let it stand before the callback whose file marks a checkpoint as whole. Raises
+    ValueError where the checkpoint's shadows are others or none.
     """
 
     def __init__(
@@ -106,7 +110,8 @@ class ShadowAdapters(TrainerCallback):
 
     @contextmanager
     def _passing(self, rows_of_each: Sequence[int]) -> Iterator[None]:
-        """For one pass and its gradients: so many rows through each shadow in turn, the main adapter off."""
+        """For one pass and its gradients: so many rows through each shadow in turn, the main
+        adapter off."""
         with self.training.apart(), self.model.disable_adapter():
             for adapter in self.adapters:
                 adapter.passes = self.training.pass_seed()
@@ -119,7 +124,8 @@ class ShadowAdapters(TrainerCallback):
         return row_losses(logits, batch["labels"]), predicted(batch["labels"])
 
     def backward(self, batch: Batch, examples: torch.Tensor) -> None:
-        """Add each shadow's gradients of a micro-batch: (N, T) `input_ids`, `attention_mask`, `labels`; (N,) examples."""
+        """Add each shadow's gradients of a micro-batch: (N, T) `input_ids`, `attention_mask`,
+        `labels`; (N,) examples."""
         rows = self.training.trained_rows(examples.tolist())
         every = [row for own in rows for row in own]
         if not every:
@@ -132,7 +138,8 @@ class ShadowAdapters(TrainerCallback):
 
     @torch.no_grad()
     def score(self) -> Optional[float]:
-        """The column shadow_loss: the mean over the shadows of their folds' loss a token; None where it is not due."""
+        """The column shadow_loss: the mean over the shadows of their folds' loss a token; None
+        where it is not due."""
         if self.training.interval is None:
             fold = sum(shadow == 0 for shadow in self.training.folds.values())
             measured_rows = self._rows_a_step * self.training.steps_a_measurement
@@ -150,7 +157,7 @@ class ShadowAdapters(TrainerCallback):
         self.model.train(was_training)
         return (sums[:, 0] / sums[:, 1]).mean().item()
 
-    # -------------------------------------------------------------------------------------- as a callback
+    # -------------------------------------------------------------------------------- as a callback
 
     def on_pre_optimizer_step(
         self,
@@ -181,7 +188,8 @@ def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 def _fold_batches(
     folds: Mapping[int, int], rows: Dataset, collator: CausalCollator, batch_size: int
 ) -> list[tuple[Batch, list[int]]]:
-    """The examples of all folds as batches of like length: (batch, rows of each shadow), the rows in the shadows' order."""
+    """The examples of all folds as batches of like length: (batch, rows of each shadow), the rows
+    in the shadows' order."""
     shadows = max(folds.values()) + 1
     indices = [index for index, example in enumerate(rows[EXAMPLE]) if example in folds and example == index]
     lengths = dict(zip(indices, collator.lengths(rows.select(indices))))

@@ -18,9 +18,11 @@ class TrainingDiverged(RuntimeError):
 
 
 class LoraTrainer(Seq2SeqTrainer):
-    """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any process.
+    """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any
+    process.
 
-    observe_loss: is given the loss of every micro-step. shadows: trained on its micro-batches beside it.
+    observe_loss: is given the loss of every micro-step. shadows: trained on its micro-batches
+    beside it.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class LoraTrainer(Seq2SeqTrainer):
         return seeded
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The same, without a trace in the random state: a run with evaluations trains as one without."""
+        """The same, without a trace in the random state: a run with evaluations trains as one
+        without."""
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
@@ -53,7 +56,8 @@ class LoraTrainer(Seq2SeqTrainer):
         super().log({k: v for k, v in logs.items() if k.startswith("train") or not k.endswith(speeds)}, *args, **kwargs)
 
     def log_scalar(self, name: str, value: float, step: int) -> None:
-        """A scalar under exactly this name, in the logs of --report_to: TensorBoard, wandb, trackio."""
+        """A scalar under exactly this name, in the logs of --report_to: TensorBoard, wandb,
+        trackio."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_scalar(name, value, step)
@@ -78,8 +82,9 @@ class LoraTrainer(Seq2SeqTrainer):
     def leave_process_group(self) -> None:
         """End the collectives of all processes before the interpreter ends.
 
-        The DDP wrapper goes first. Were it the last to hold the group, gloo's threads would be joined with
-        the interpreter locked, and one may be waiting for it to let go of the last collective's tensors.
+        The DDP wrapper goes first. Were it the last to hold the group, gloo's threads would be
+        joined with the interpreter locked, and one may be waiting for it to let go of the last
+        collective's tensors.
         """
         if not torch.distributed.is_initialized():
             return
@@ -89,7 +94,8 @@ class LoraTrainer(Seq2SeqTrainer):
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the training after the step under way, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C or SIGTERM ends the training after the step under way, with a checkpoint; a second one
+    ends it at once."""
 
     def __init__(self) -> None:
         self.signals = NotedSignals()

@@ -1,4 +1,5 @@
-"""Puts the lora-llm tree on sys.path, as running one of its entry points would, and makes a model to train in seconds."""
+"""Puts the lora-llm tree on sys.path, as running one of its entry points would, and makes a model
+to train in seconds."""
 
 import json
 import os

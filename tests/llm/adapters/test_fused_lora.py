@@ -1,4 +1,5 @@
-"""The fused pass against PEFT: the same outputs and gradients as adapters trained alone, and adapters that PEFT reads."""
+"""The fused pass against PEFT: the same outputs and gradients as adapters trained alone, and
+adapters that PEFT reads."""
 
 import json
 
@@ -67,7 +68,8 @@ def part(inputs, name):
 
 
 def peft_alone(base, adapter, inputs):
-    """(logits, {PEFT's name: gradient}) of PEFT's own forward and backward pass with this adapter only."""
+    """(logits, {PEFT's name: gradient}) of PEFT's own forward and backward pass with this adapter
+    only."""
     model = get_peft_model(base, adapter.peft_config()).train(base.training)
     for name, parameter in model.named_parameters():
         key = name.replace(".default", "")
@@ -93,7 +95,8 @@ def test_outputs_and_gradients_are_those_of_peft_adapters_alone(base_in, bits):
         logits = base(**inputs).logits
         score(logits).backward()
     fused.close()
-    # In 16 bits PEFT adds in the base's type, and 8-bit rows are rounded by the largest value of their batch.
+    # In 16 bits PEFT adds in the base's type, and 8-bit rows are rounded by the largest value of
+    # their batch.
     tolerance = {4: 1e-5, 8: 3e-2, 16: 3e-2, 32: 1e-5}[bits]
     start = 0
     for name, adapter in fused.adapters.items():
@@ -214,7 +217,8 @@ def test_dropout_is_new_in_every_pass_alone_as_in_company_and_off_in_evaluation(
 
 
 def test_dropout_keeps_the_gradient_of_what_it_computed():
-    """Against finite differences, in float64 (GPT-2 has no float32 inside), of one adapter's A and B."""
+    """Against finite differences, in float64 (GPT-2 has no float32 inside), of one adapter's A and
+    B."""
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_config(CONFIGS["gpt2"]()).requires_grad_(False).double().train()
     inputs = batch(rows=2, length=5)

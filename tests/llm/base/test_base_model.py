@@ -1,7 +1,8 @@
-"""The base model in 4, 8, 16 and 32 bits, where LoRA lands on it, and its CS, for seven architectures.
+"""The base model in 4, 8, 16 and 32 bits, where LoRA lands on it, and its CS, for seven
+architectures.
 
-Every model is random, two layers of hidden size 64. Expected layers are spelt out by hand; expected CS values are computed
-by the formula from the dense weight and B A.
+Every model is random, two layers of hidden size 64. Expected layers are spelt out by hand; expected
+CS values are computed by the formula from the dense weight and B A.
 """
 
 import shutil
@@ -87,7 +88,8 @@ def expected_names(architecture: str, attention_only: bool = False) -> list[str]
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """folders(architecture): the saved random model with the embedded base's tokenizer, made on first use."""
+    """folders(architecture): the saved random model with the embedded base's tokenizer, made on
+    first use."""
     root, made = tmp_path_factory.mktemp("bases"), {}
 
     def folder(architecture: str):
@@ -116,7 +118,8 @@ def settings_for(folders, tmp_path_factory):
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Give A and B random values: a fresh LoRA has B = 0, and CS 0. The same ones whichever tests have run before."""
+    """Give A and B random values: a fresh LoRA has B = 0, and CS 0. The same ones whichever tests
+    have run before."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
@@ -125,7 +128,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 @pytest.fixture(scope="session")
 def adapted(settings_for):
-    """adapted(architecture, bits): base with a LoRA whose B is random, made once; tests leave its weights as they are."""
+    """adapted(architecture, bits): base with a LoRA whose B is random, made once; tests leave its
+    weights as they are."""
     made = {}
 
     def model(architecture: str, bits: int):
@@ -329,7 +333,7 @@ def test_trainable_parameters_count_the_same_in_any_precision(adapted, bits):
     assert count == {"trainable": lora, "total": base + lora, "percent": round(100 * lora / (base + lora), 3)}
 
 
-# ------------------------------------------------------------------------------ CS of what PEFT holds
+# ---------------------------------------------------------------------------- CS of what PEFT holds
 
 
 @every_architecture
@@ -410,7 +414,8 @@ def test_an_embedding_s_lora_is_left_out(settings_for):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_at_most_one_layer_is_dequantised_at_any_time(adapted, monkeypatch, bits):
-    """The dense values lie in a numpy array, which lives as long as any tensor or view that shares its memory."""
+    """The dense values lie in a numpy array, which lives as long as any tensor or view that shares
+    its memory."""
     dequantise = weights.dequantised
     arrays: list[weakref.ref] = []
     alive_before_each: list[int] = []
@@ -431,7 +436,7 @@ def test_at_most_one_layer_is_dequantised_at_any_time(adapted, monkeypatch, bits
     assert [reference for reference in arrays if reference() is not None] == []
 
 
-# ------------------------------------------------------------------------------ loading, and what is refused
+# --------------------------------------------------------------------- loading, and what is refused
 
 
 def test_tokenizer_pads_on_the_right_with_a_pad_token(folders):

@@ -1,4 +1,5 @@
-"""4-bit weights stay what they were: before and after an evaluation, and where bitsandbytes has repacked them."""
+"""4-bit weights stay what they were: before and after an evaluation, and where bitsandbytes has
+repacked them."""
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def load(folder, kind="nf4", double=True):
 
 
 def repack(model):
-    """What bitsandbytes does in a forward pass in evaluation mode, on the processors where it does that."""
+    """What bitsandbytes does in a forward pass in evaluation mode, on the processors where it does
+    that."""
     for layer in layers_of(model):
         layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
             layer.weight.data, layer.weight.quant_state

@@ -1,4 +1,5 @@
-"""The embedded base language model: it loads as it stands, knows English; the script that made it does what it says."""
+"""The embedded base language model: it loads as it stands, knows English; the script that made it
+does what it says."""
 
 import importlib
 import json

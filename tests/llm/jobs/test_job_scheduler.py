@@ -77,7 +77,7 @@ def test_every_micro_batch_has_one_turn_a_round(max_rows):
     assert sorted(sum(split_round(sizes, max_rows), [])) == list(range(11))
 
 
-# ------------------------------------------------------------------------------------------------ the overview
+# ------------------------------------------------------------------------------------- the overview
 
 
 def result(name, outcome="stopped_early", group="g", kept=None, last=None, turning=5, batch=4):
@@ -115,7 +115,8 @@ def test_nothing_is_chosen_where_nothing_was_trained_to_its_end():
 def test_the_summary_counts_what_the_stops_saved():
     text = summary([result("a"), result("b", "budget_reached"), {"name": "c", "outcome": "refused"}], 12.0)
     assert text == (
-        "3 jobs: 1 stopped early, 1 trained to its budget, 1 not trained, in 12 seconds. The early stops saved 80 of 200 steps."
+        "3 jobs: 1 stopped early, 1 trained to its budget, 1 not trained, in 12 seconds. The "
+        "early stops saved 80 of 200 steps."
     )
 
 

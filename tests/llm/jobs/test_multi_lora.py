@@ -1,4 +1,5 @@
-"""Many adapters over one base: each as if it were trained alone, stopped alone, resumed as if nothing had happened."""
+"""Many adapters over one base: each as if it were trained alone, stopped alone, resumed as if
+nothing had happened."""
 
 import json
 import os
@@ -58,12 +59,13 @@ def losses_of(folder):
     return [(record["step"], record["loss"]) for record in read_history(folder).records]
 
 
-# ------------------------------------------------------------------------------------------------ as if alone
+# -------------------------------------------------------------------------------------- as if alone
 
 
 @pytest.mark.parametrize("bits", (4, 32))
 def test_a_job_in_company_has_the_losses_of_the_single_trainer(bits, random_base, text_files, tmp_path):
-    """The first 20 steps, from the same A, in the same order, each loss to 1e-4; the company differs in all settings."""
+    """The first 20 steps, from the same A, in the same order, each loss to 1e-4; the company
+    differs in all settings."""
     alone = tmp_path / "alone"
     flags = [
         "--model_name_or_path",
@@ -136,7 +138,7 @@ def test_a_job_has_its_own_number_of_its_rule(random_base, text_files, tmp_path)
     )
 
 
-# ------------------------------------------------------------------------------------------------ a whole run
+# -------------------------------------------------------------------------------------- a whole run
 
 
 @pytest.fixture(scope="module")
@@ -256,11 +258,12 @@ def test_the_overview_has_a_row_for_every_job(finished):
     assert "try it:" in said and "overview.html" in said
 
 
-# ------------------------------------------------------------------------------------------------ interrupted and resumed
+# -------------------------------------------------------------------------- interrupted and resumed
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(random_base, text_files, tmp_path, monkeypatch):
-    """Two slots, three jobs, dropout, a step of accumulation under way; stopped at three moments."""
+    """Two slots, three jobs, dropout, a step of accumulation under way; stopped at three
+    moments."""
     jobs = [
         job("first", text_files, dropout=0.1, max_steps=6, eval_dataset=str(text_files["heldout"]), seed=5),
         job(
@@ -325,7 +328,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_ends_the_run(random_base, text_fi
     assert main(command) == 2 and "is not empty" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------ limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 def test_passes_hold_no_more_rows_and_slots_than_allowed(random_base, text_files, tmp_path, monkeypatch):
@@ -387,12 +390,13 @@ def test_bad_flags_end_with_one_message_and_code_2(words, random_base, text_file
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------ templates and processes
+# -------------------------------------------------------------------------- templates and processes
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_the_templates_run(template, random_base, tmp_path):
-    """With two steps a job on a few examples; whole runs of them are measured in tests/benchmarks."""
+    """With two steps a job on a few examples; whole runs of them are measured in
+    tests/benchmarks."""
     jobs = [replace(entry, max_steps=2, max_train_samples=8, max_eval_samples=3) for entry in read_jobs(template)]
     overview = train_jobs(jobs, random_base, tmp_path / "out", bits=32, use_cpu=True, say=lambda text: None)
     assert {result["outcome"] for result in overview["jobs"]} <= {"no_turning_point", "stopped_early"}
@@ -407,7 +411,8 @@ def test_the_templates_run(template, random_base, tmp_path):
 
 @pytest.mark.parametrize("together", (False, True))
 def test_two_processes_train_as_one(together, random_base, text_files, tmp_path):
-    """Spread: each job on one of two gloo processes. Together: one job, data-parallel, micro-batches of an odd number of rows."""
+    """Spread: each job on one of two gloo processes. Together: one job, data-parallel,
+    micro-batches of an odd number of rows."""
     entries = [
         {"name": "a", "batch_size": 3, "max_steps": 4},
         {"name": "b", "rank": 2, "batch_size": 2, "max_steps": 3},

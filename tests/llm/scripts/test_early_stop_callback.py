@@ -1,4 +1,5 @@
-"""EarlyStopCallback in trainers that are not this project's: transformers' Trainer, TRL's SFTTrainer, DDP, other callbacks."""
+"""EarlyStopCallback in trainers that are not this project's: transformers' Trainer, TRL's
+SFTTrainer, DDP, other callbacks."""
 
 import json
 import os
@@ -46,7 +47,8 @@ def lora(base, **options):
 
 
 def trained(model, output, callback=None, others=(), resume=None, **options):
-    """A plain Trainer after train(): 24 steps at most, 4 an epoch, a checkpoint at each; M = 2, so it stops after 8 or more."""
+    """A plain Trainer after train(): 24 steps at most, 4 an epoch, a checkpoint at each; M = 2, so
+    it stops after 8 or more."""
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_only_model": True, "logging_steps": 1}
     settings.update(
         {"per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": "none", "use_cpu": True, **options}
@@ -82,7 +84,8 @@ def same(a, b):
 
 
 def check_stopped(output):
-    """The saved model is bit for bit the checkpoint of the turning step, adapter-last that of the last step."""
+    """The saved model is bit for bit the checkpoint of the turning step, adapter-last that of the
+    last step."""
     result = result_of(output)
     assert result["outcome"] == "stopped_early"
     assert result["held_step"] < result["last_step"] == result["detected_step"] < result["total_steps"]
@@ -95,7 +98,7 @@ def verdict_in_log(trainer):
     return [entry["early_stop"] for entry in trainer.state.log_history if "early_stop" in entry][-1]
 
 
-# ------------------------------------------------------------------------------------------------ kinds of trainer and LoRA
+# ------------------------------------------------------------------------ kinds of trainer and LoRA
 
 
 @pytest.fixture(scope="module", params=["float32", "4-bit"])
@@ -245,7 +248,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(random_base, tmp_path):
     assert same(broken / "final", whole / "final")
 
 
-# ------------------------------------------------------------------------------------------------ beside other callbacks
+# --------------------------------------------------------------------------- beside other callbacks
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
 BEST = {**EVALUATED, "load_best_model_at_end": True}
@@ -332,7 +335,7 @@ def test_a_model_without_lora_and_a_used_folder_are_refused(random_base, tmp_pat
     assert (tmp_path / "used" / "cs_history.jsonl").read_text() == "of another run\n"
 
 
-# ------------------------------------------------------------------------------------------------ two processes
+# ------------------------------------------------------------------------------------ two processes
 
 
 def test_two_processes_stop_together_and_hold_the_same_weights(random_base, tmp_path):

@@ -1,4 +1,5 @@
-"""The trainer end to end, on a random two-layer model: what it keeps, resumes, refuses and leaves behind."""
+"""The trainer end to end, on a random two-layer model: what it keeps, resumes, refuses and leaves
+behind."""
 
 import json
 import os
@@ -79,7 +80,8 @@ def test_the_kept_adapter_is_bit_for_bit_the_checkpoint_of_the_turning_step(stop
 
 
 def test_the_losses_reported_are_those_of_the_weights_named(stopped, random_base, text_files):
-    """Recomputed from the saved adapters by another route: peft's own loading and a plain forward pass."""
+    """Recomputed from the saved adapters by another route: peft's own loading and a plain forward
+    pass."""
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
@@ -192,7 +194,7 @@ def test_accumulation_gives_the_same_trajectory_as_the_batch_at_once(random_base
         assert accumulated[1:] == pytest.approx(at_once[1:], rel=2e-3, abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ kills and resumption
+# ----------------------------------------------------------------------------- kills and resumption
 
 
 def start(arguments):
@@ -299,7 +301,7 @@ def test_divergence_ends_with_code_3_and_finite_weights_only(random_base, text_f
         assert all(tensor.isfinite().all() for tensor in adapter_of(folder).values())
 
 
-# ------------------------------------------------------------------------------------------------ ways to train
+# ------------------------------------------------------------------------------------ ways to train
 
 
 @pytest.mark.parametrize(
@@ -372,7 +374,7 @@ def test_mmlu_by_subject_is_scored_before_and_after(random_base, text_files, tmp
     assert set(scores[-1]["per_subject"]) == {"college_physics"}
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 BAD = {

@@ -51,7 +51,8 @@ def test_an_example_stops_and_saves_the_weights_it_says(example, random_base, te
 
 
 def test_by_default_the_examples_train_the_embedded_base_on_a_bundled_set_offline(tmp_path):
-    """Both in one process, for the time of the imports; as an entry point each, with their screens."""
+    """Both in one process, for the time of the imports; as an entry point each, with their
+    screens."""
     runs = [[str(FOLDER / name), "--output", str(tmp_path / name), "--max_steps", "2"] for name in EXAMPLES]
     code = f"import runpy, sys\nfor sys.argv in {runs!r}:\n    runpy.run_path(sys.argv[0], run_name='__main__')"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -1,4 +1,5 @@
-"""Asking adapters: prompts, files, a chat, comparisons, and that every answer comes from the adapter it is said to be of."""
+"""Asking adapters: prompts, files, a chat, comparisons, and that every answer comes from the
+adapter it is said to be of."""
 
 import io
 import json
@@ -17,12 +18,16 @@ from text.collator import encode_source
 
 PROMPT = "how long do beans soak?"
 SHORT = ["--max_new_tokens", "6"]
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if "
+    "add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
 def run(random_base, tmp_path_factory):
-    """A run's folder that stopped early: adapter (turning point) and adapter-last, both random; and a second run."""
+    """A run's folder that stopped early: adapter (turning point) and adapter-last, both random; and
+    a second run."""
     folder = tmp_path_factory.mktemp("runs") / "early"
     for seed, name in enumerate(("adapter", "adapter-last")):
         torch.manual_seed(seed)

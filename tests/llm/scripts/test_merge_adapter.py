@@ -1,4 +1,5 @@
-"""Merging adapters into their base: the weights, the logits, and that nothing wrong is ever written."""
+"""Merging adapters into their base: the weights, the logits, and that nothing wrong is ever
+written."""
 
 import json
 import shutil
@@ -84,7 +85,8 @@ def test_the_sum_is_made_in_float32_and_cast_once(bases, adapters, tmp_path, dty
     ],
 )
 def test_merged_logits_are_those_of_base_and_adapter(bases, adapters, tmp_path, capsys, bits, dtype, tolerance):
-    """Apart from the tool's own check: PEFT on a base loaded here, against the folder as anyone would load it."""
+    """Apart from the tool's own check: PEFT on a base loaded here, against the folder as anyone
+    would load it."""
     base, merged = bases[getattr(torch, dtype)], tmp_path / "merged"
     assert main(["--adapter", str(adapters[0]), "--base", str(base), "--output", str(merged), "--bits", bits]) == 0
     said = capsys.readouterr().out

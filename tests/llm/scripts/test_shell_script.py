@@ -1,4 +1,5 @@
-"""early_stop_lora_llm.sh: from any folder, from a path with blanks, with further flags that win over its settings."""
+"""early_stop_lora_llm.sh: from any folder, from a path with blanks, with further flags that win
+over its settings."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The command line: qlora's flags with their defaults, the names that transformers has dropped, and the messages."""
+"""The command line: qlora's flags with their defaults, the names that transformers has dropped, and
+the messages."""
 
 import ast
 import re
@@ -77,7 +78,7 @@ def test_use_cache_is_generation_s_and_on_by_default(parse):
     assert settings.generation.config(settings.generation_use_cache).use_cache is False
 
 
-# ------------------------------------------------------------------------------ the command lines in use
+# ------------------------------------------------------------------------- the command lines in use
 
 QLORA_SCRIPTS = """
 --model_name_or_path some/base --use_auth --logging_steps 10 --save_strategy steps --data_seed 42 --save_steps 500
@@ -162,7 +163,8 @@ def test_switches_take_a_word_as_well(parse, name, value):
 
 def test_generation_command_line(parse):
     settings = parse(
-        "--do_train False --do_predict True --predict_with_generate --do_sample --top_p 0.9 --num_beams 1 --max_new_tokens 32"
+        "--do_train False --do_predict True --predict_with_generate --do_sample --top_p 0.9 "
+        "--num_beams 1 --max_new_tokens 32"
     )
     assert values_of(settings, GENERATE_VALUES) == GENERATE_VALUES
     config = settings.generation.config(use_cache=True)
@@ -171,8 +173,10 @@ def test_generation_command_line(parse):
 
 def test_published_early_stop_command_line(parse):
     settings = parse(
-        "--dataset mmlu --train_subject college_physics --evaluation_strategy steps --eval_dataset_size 10 --lora_modules all "
-        "--double_quant --quant_type nf4 --bits 4 --target_max_len 512 --do_mmlu_eval --max_mmlu_samples 50 --cs_steps 20 "
+        "--dataset mmlu --train_subject college_physics --evaluation_strategy steps "
+        "--eval_dataset_size 10 --lora_modules all "
+        "--double_quant --quant_type nf4 --bits 4 --target_max_len 512 --do_mmlu_eval "
+        "--max_mmlu_samples 50 --cs_steps 20 "
         "--window_size 10 --early_stop --calculate_cs"
     )
     assert (settings.stop.cs_interval, settings.stop.window_size) == (20, 10)
@@ -198,7 +202,10 @@ SFT_CPU.update(
 
 def test_a_preset_gives_its_values_and_every_one_can_be_given_otherwise(parse):
     assert values_of(parse("--preset sft-cpu"), SFT_CPU) == SFT_CPU
-    words = "--lora_r 4 --preset=sft-cpu --fp16 --max_steps 7 --evaluation_strategy steps --save_strategy no --warmup_ratio 0.1"
+    words = (
+        "--lora_r 4 --preset=sft-cpu --fp16 --max_steps 7 --evaluation_strategy steps "
+        "--save_strategy no --warmup_ratio 0.1"
+    )
     changed = {**SFT_CPU, "lora_r": 4, "bf16": False, "max_steps": 7, "num_train_epochs": 3.0, "eval_strategy": "steps"}
     changed.update(save_strategy="no", warmup_steps=0.1)
     assert values_of(parse(words), changed) == changed
@@ -208,7 +215,7 @@ def test_an_unknown_preset_is_refused(parse):
     assert "--preset sft-gpu: choose of sft-cpu" in message(parse, "--preset sft-gpu")
 
 
-# ------------------------------------------------------------------------------ older names, older meaning
+# ----------------------------------------------------------------------- older names, older meaning
 
 
 def test_evaluation_strategy(parse):

@@ -1,4 +1,5 @@
-"""The text sets that ship with the project: complete, disjoint, licensed, and what their prepare.py builds."""
+"""The text sets that ship with the project: complete, disjoint, licensed, and what their prepare.py
+builds."""
 
 import importlib.util
 import json
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 DATASET = Path(__file__).resolve().parents[3] / "dataset"
-# folder -> (training rows, held-out rows, columns, fewest and most words of an output, licence named in the README)
+# folder -> (training rows, held-out rows, columns, fewest and most words of an output, licence
+# named in the README)
 SETS = {
     "devils_dictionary": (160, 80, ("input", "output"), 8, 65, "public domain"),
     "kitchen_notes": (130, 60, ("input", "output"), 25, 60, "CC0-1.0"),

@@ -1,4 +1,5 @@
-"""Files and hub names become seeded splits that share no row; every bad input gets one message that says the fix."""
+"""Files and hub names become seeded splits that share no row; every bad input gets one message that
+says the fix."""
 
 import csv
 import json

@@ -1,4 +1,5 @@
-"""Each published column layout becomes the same two columns; what does not fit is refused with its cause."""
+"""Each published column layout becomes the same two columns; what does not fit is refused with its
+cause."""
 
 import pytest
 from datasets import Dataset

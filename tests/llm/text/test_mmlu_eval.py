@@ -1,4 +1,5 @@
-"""MMLU from a small archive in the authors' layout: prompts byte for byte, the trimming, the score, the callback."""
+"""MMLU from a small archive in the authors' layout: prompts byte for byte, the trimming, the score,
+the callback."""
 
 import csv
 import io
@@ -111,7 +112,8 @@ def tiny_llama():
     return LlamaForCausalLM(config)
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------
+# --- prompts
+# --------------------------------------------------------------------------------------------------
 
 
 def test_zero_shot_prompt_byte_for_byte(archive):
@@ -198,14 +200,16 @@ def test_the_real_validation_split():
     rows = load_mmlu(arguments(REAL_PROMPTS))
     assert (len(rows), len({row["subject"] for row in rows})) == (1531, 57)
     assert sum(row["subject"] == "professional_law" for row in rows) == 170
-    # Taken apart and put together again, every real prompt is what the prompt functions make of its parts.
+    # Taken apart and put together again, every real prompt is what the prompt functions make of its
+    # parts.
     for row in rows:
         body = row["input"].split("\n\n", 1)[1]
         stem, *choices = re.split(r"\n[ABCD]\. ", body.removesuffix("\nAnswer:"))
         assert mmlu_prompt(row["subject"], mmlu_question(stem, choices)) == row["input"]
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused
+# -------------------------------------------------------------------------------------------------
 
 
 def test_misspelt_subject_suggests_the_nearest(archive):
@@ -275,7 +279,8 @@ def test_broken_ready_prompts(tmp_path, row, cause):
         load_mmlu(arguments(path))
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
+# --- tokens
+# --------------------------------------------------------------------------------------------------
 
 
 def test_examples_are_dropped_from_the_front_until_the_prompt_fits(archive, tokenizer):
@@ -312,7 +317,8 @@ def test_a_tokenizer_without_the_letters_is_refused():
         letter_token_ids(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
 
 
-# --- the score -------------------------------------------------------------------------------------------------------
+# --- the score
+# --------------------------------------------------------------------------------------------------
 
 
 def scored_one_by_one(model, tokenizer, rows):
@@ -415,7 +421,8 @@ def test_no_rows_and_bad_limits(tokenizer):
         MMLUScorer(tokenizer, [{"subject": "s", "input": "q", "output": "A"}], 1)
 
 
-# --- in the Trainer --------------------------------------------------------------------------------------------------
+# --- in the Trainer
+# --------------------------------------------------------------------------------------------------
 
 
 def test_callback_scores_baseline_evaluations_and_end(archive, tokenizer, tmp_path):

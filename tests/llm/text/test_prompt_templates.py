@@ -74,7 +74,7 @@ def test_a_cell_that_is_no_text_is_named_with_its_row():
         converted("{answer}", {"answer": None})
 
 
-# ------------------------------------------------------------------------------------------------ dialogues
+# ---------------------------------------------------------------------------------------- dialogues
 
 DIALOGUES = [
     {"conversations": ["hi", "hello", "more?", "no", "bye"]},

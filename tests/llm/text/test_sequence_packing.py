@@ -1,4 +1,5 @@
-"""Packed samples are learnt as single ones are: the same losses, and nothing goes from one to another."""
+"""Packed samples are learnt as single ones are: the same losses, and nothing goes from one to
+another."""
 
 import json
 
@@ -120,7 +121,7 @@ def test_flash_attention_gets_one_row_without_padding_and_the_lengths(rows, coll
     assert "attention_mask" not in batch and int((batch["position_ids"] == 0).sum()) == len(lengths)
 
 
-# ------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def flags(base, files, output, *more):

@@ -1,4 +1,5 @@
-"""--streaming, mixed data sets and Deep Lake: the same pairs as from a table, in shares, and what ends a stream."""
+"""--streaming, mixed data sets and Deep Lake: the same pairs as from a table, in shares, and what
+ends a stream."""
 
 import json
 from collections import Counter
@@ -118,7 +119,7 @@ def test_streams_need_weights_to_be_mixed_and_enough_rows_to_hold_out(table):
         load_streamed_splits(arguments(table, do_eval=True, eval_dataset_size=50))
 
 
-# ------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def flags(base, data, output, *more):

@@ -1,4 +1,5 @@
-"""--forgetting_data: the loss on general text before, at the turning point and at the end, and what is said of it."""
+"""--forgetting_data: the loss on general text before, at the turning point and at the end, and what
+is said of it."""
 
 import json
 import math

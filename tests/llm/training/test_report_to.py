@@ -1,4 +1,5 @@
-"""--report_to: which logs are accepted, and that CS reaches each of them under its published names."""
+"""--report_to: which logs are accepted, and that CS reaches each of them under its published
+names."""
 
 import os
 import subprocess

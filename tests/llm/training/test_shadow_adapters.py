@@ -1,4 +1,5 @@
-"""Shadows beside a language model's LoRA: they change nothing, never see their fold, decide, and resume."""
+"""Shadows beside a language model's LoRA: they change nothing, never see their fold, decide, and
+resume."""
 
 import json
 
@@ -79,7 +80,8 @@ def test_the_main_run_is_bit_for_bit_that_without_shadows(random_base, text_file
 
 
 def test_a_shadow_without_a_fold_is_a_second_main_adapter(random_base, text_files, tmp_path, monkeypatch):
-    """Same rank, same first weights, nothing left out: the shadow's passes and steps must end where the main ones do."""
+    """Same rank, same first weights, nothing left out: the shadow's passes and steps must end where
+    the main ones do."""
     from training import shadows
 
     class TheSameStart(shadows.ShadowAdapters):
@@ -107,7 +109,8 @@ def test_a_shadow_without_a_fold_is_a_second_main_adapter(random_base, text_file
 
 
 def test_a_shadow_never_learns_from_its_fold_and_is_scored_on_it(random_base, text_files, tmp_path):
-    """With other answers (of the same length) in a fold, its shadow ends with the same weights and another score."""
+    """With other answers (of the same length) in a fold, its shadow ends with the same weights and
+    another score."""
     lines = text_files["train"].read_text().splitlines()
     left_out = {example for example, fold in make_folds(range(len(lines)), 2, 42).items() if fold == 0}
     rows = [json.loads(line) for line in lines]
@@ -130,7 +133,8 @@ def test_a_shadow_never_learns_from_its_fold_and_is_scored_on_it(random_base, te
 
 
 def test_the_score_is_the_token_weighted_loss_of_the_folds(random_base, text_files, tmp_path):
-    """Recomputed from the saved shadow by another route: PEFT's own layers and the model's own loss."""
+    """Recomputed from the saved shadow by another route: PEFT's own layers and the model's own
+    loss."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
