@@ -134,7 +134,8 @@ class Outcome:
         if self.plan is None:
             return ""
         if self.decision is None:
-            return "No evidence of overfitting yet: the last weights are kept."
+            others = self.held_step not in (None, self.last_step)  # load_best_model_at_end
+            return "No evidence of overfitting yet" + ("." if others else ": the last weights are kept.")
         found = f"The turning point was {self._turning_point()}, found at step {self.decision.detected_step}."
         return f"{found}{self._compared()}"
 

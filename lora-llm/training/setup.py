@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 
 from adapters.weights import attach_lora, trainable_parameters
 from base.loading import bf16_products, compute_dtype, fit_embeddings, load_base
@@ -172,10 +173,14 @@ def training_collator(settings: Settings, collator: CausalCollator) -> Callable[
 
 def load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
     """The base, with a fresh LoRA unless it is trained itself."""
-    training, base = settings.training, load_base(base_spec(settings))
+    base = load_base(base_spec(settings))
     fit_embeddings(base, tokenizer)
-    if training.full_finetune:
-        return base
+    return base if settings.training.full_finetune else with_lora(settings, base)
+
+
+def with_lora(settings: Settings, base: torch.nn.Module) -> PeftModel:
+    """The base with the LoRA that the settings ask for."""
+    training = settings.training
     return attach_lora(
         base,
         rank=training.lora_r,

@@ -14,6 +14,7 @@ from base.loading import load_base
 from cs_fluctuation import measure_layers
 from es_lora.peft_models import peft_lora_layers
 from settings.parsing import parse_arguments
+from training.setup import base_spec
 
 ADAPTERS = {  # name: (rank, alpha, target modules, rows in the batch)
     "small": (2, 16, "attention", 3),
@@ -29,7 +30,7 @@ def base_in(random_base, tmp_path):
 
     def base(bits):
         flags = ["--model_name_or_path", str(random_base), "--bits", str(bits), "--output_dir", str(tmp_path / "run")]
-        model = load_base(parse_arguments([*flags, "--use_cpu", "--gradient_checkpointing", "False"]))
+        model = load_base(base_spec(parse_arguments([*flags, "--use_cpu", "--gradient_checkpointing", "False"])))
         return model.requires_grad_(False).train()
 
     return base

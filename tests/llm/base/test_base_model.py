@@ -16,13 +16,15 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from adapters.weights import attach_lora, trainable_parameters
+from adapters.weights import trainable_parameters
 from base.layers import lora_target_names
 from base.loading import fit_embeddings, load_base, load_tokenizer
+from base.spec import BaseSpec
 from cs_fluctuation import measure_layers
 from es_lora import weights
 from es_lora.peft_models import peft_lora_layers, trainable_tensors
 from settings.parsing import parse_arguments
+from training.setup import base_spec, with_lora
 
 TINY_BASE = Path(__file__).resolve().parents[3] / "lora-llm" / "tiny_base"
 LAYERS, HIDDEN, INNER, VOCABULARY = 2, 64, 128, 4096
@@ -135,7 +137,7 @@ def adapted(settings_for):
     def model(architecture: str, bits: int):
         if (architecture, bits) not in made:
             settings = settings_for(architecture, f"--bits {bits}")
-            made[architecture, bits] = attach_lora(load_base(settings), settings.training)
+            made[architecture, bits] = with_lora(settings, load_base(base_spec(settings)))
             randomise(made[architecture, bits])
         return made[architecture, bits]
 
@@ -192,12 +194,12 @@ def test_lora_lands_on_every_linear_layer_but_the_head(adapted, architecture, bi
 
 @every_architecture
 def test_attention_layers_only(settings_for, architecture):
-    base = load_base(settings_for(architecture, "--bits 32"))
+    base = load_base(base_spec(settings_for(architecture, "--bits 32")))
     assert sorted(lora_target_names(base, "attention")) == expected_names(architecture, attention_only=True)
 
 
 def test_layers_by_name(settings_for):
-    base = load_base(settings_for("llama", "--bits 32"))
+    base = load_base(base_spec(settings_for("llama", "--bits 32")))
     assert sorted(lora_target_names(base, "q_proj,v_proj")) == sorted(
         f"model.layers.{index}.self_attn.{name}_proj" for index in range(LAYERS) for name in "qv"
     )
@@ -208,7 +210,7 @@ def test_layers_by_name(settings_for):
 
 
 def test_a_layer_that_is_not_there_is_named_with_those_that_are(settings_for):
-    base = load_base(settings_for("llama", "--bits 32"))
+    base = load_base(base_spec(settings_for("llama", "--bits 32")))
     with pytest.raises(ValueError, match="called c_attn, lm_head; there are down_proj, gate_proj, k_proj"):
         lora_target_names(base, "c_attn,q_proj,lm_head")
     with pytest.raises(ValueError, match="nothing"):
@@ -221,7 +223,7 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(settings_for):
 @every_bits
 def test_gradients_after_an_evaluation_are_those_before_it(settings_for, bits):
     settings = settings_for("llama", f"--bits {bits} --use_cpu")
-    model = attach_lora(load_base(settings), settings.training)
+    model = with_lora(settings, load_base(base_spec(settings)))
     randomise(model)
 
     def gradients():
@@ -242,7 +244,7 @@ def test_gradients_after_an_evaluation_are_those_before_it(settings_for, bits):
 @every_bits
 def test_a_training_step_has_a_finite_loss_and_moves_only_lora(settings_for, architecture, bits):
     settings = settings_for(architecture, f"--bits {bits}")
-    model = attach_lora(load_base(settings), settings.training).train()
+    model = with_lora(settings, load_base(base_spec(settings))).train()
     before = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
     optimizer = torch.optim.SGD(list(trainable_tensors(model).values()), lr=1.0)
     losses = []
@@ -266,7 +268,7 @@ def test_quantised_layers_hold_packed_weights(adapted):
 
 
 def test_quantisation_by_flag(settings_for):
-    base = load_base(settings_for("llama", "--bits 4 --quant_type fp4 --double_quant False"))
+    base = load_base(base_spec(settings_for("llama", "--bits 4 --quant_type fp4 --double_quant False")))
     state = base.get_submodule("model.layers.0.mlp.up_proj").weight.quant_state
     assert state.quant_type == "fp4" and not state.nested
 
@@ -274,7 +276,7 @@ def test_quantisation_by_flag(settings_for):
 def test_a_bf16_base_on_a_cpu_keeps_its_small_parts_and_logits_in_float32(settings_for):
     for architecture in ("llama", "opt"):
         settings = settings_for(architecture, "--bits 16 --bf16 --use_cpu --gradient_checkpointing True")
-        model = attach_lora(load_base(settings), settings.training)
+        model = with_lora(settings, load_base(base_spec(settings)))
         frozen = [(parameter.ndim, parameter.dtype) for parameter in model.parameters() if not parameter.requires_grad]
         assert set(frozen) == {(1, torch.float32), (2, torch.bfloat16)}
         randomise(model)
@@ -294,7 +296,7 @@ def test_a_bf16_base_on_a_cpu_keeps_its_small_parts_and_logits_in_float32(settin
 @pytest.mark.parametrize("words", ["--bits 16", "--bits 16 --fp16", "--bits 32"])
 def test_unquantised_bases_have_their_precision(settings_for, words):
     expected = {"--bits 16": torch.bfloat16, "--bits 16 --fp16": torch.float16, "--bits 32": torch.float32}[words]
-    base = load_base(settings_for("llama", words))
+    base = load_base(base_spec(settings_for("llama", words)))
     assert {parameter.dtype for parameter in base.parameters()} == {expected}
 
 
@@ -302,7 +304,7 @@ def test_unquantised_bases_have_their_precision(settings_for, words):
 @pytest.mark.parametrize("choice", ["none", "all", "lora_only"])
 def test_lora_bias_chooses_the_trained_biases(settings_for, bits, choice):
     settings = settings_for("opt", f"--bits {bits} --lora_bias {choice} --lora_modules q_proj,fc1")
-    model = attach_lora(load_base(settings), settings.training)
+    model = with_lora(settings, load_base(base_spec(settings)))
     trained = {name.replace("base_model.model.", "", 1).replace(".base_layer", "") for name in trainable_tensors(model)}
     layers = [f"model.decoder.layers.{index}.{name}" for index in range(LAYERS) for name in ("self_attn.q_proj", "fc1")]
     expected = {f"{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"}
@@ -358,7 +360,7 @@ def test_gpt2_s_transposed_weights_are_measured_the_right_way_round(adapted, fol
 @pytest.mark.parametrize("bits", [4, 8])
 def test_cs_of_a_quantised_base_is_the_same_before_and_after_a_forward(settings_for, bits):
     settings = settings_for("llama", f"--bits {bits}")
-    model = attach_lora(load_base(settings), settings.training)
+    model = with_lora(settings, load_base(base_spec(settings)))
     randomise(model)
     before = measure_layers(peft_lora_layers(model))
     model(input_ids=tokens(), labels=tokens()).loss.backward()
@@ -371,7 +373,7 @@ KINDS = {"dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "rank 1": {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [4, 32])
 def test_cs_of_other_kinds_of_lora(settings_for, kind, bits):
-    base = load_base(settings_for("llama", f"--bits {bits}"))
+    base = load_base(base_spec(settings_for("llama", f"--bits {bits}")))
     config = LoraConfig(
         **{"r": 4, "target_modules": lora_target_names(base, "all"), "task_type": "CAUSAL_LM", **KINDS[kind]}
     )
@@ -384,7 +386,7 @@ def test_cs_of_other_kinds_of_lora(settings_for, kind, bits):
 
 def test_only_the_active_adapter_is_measured(settings_for):
     settings = settings_for("llama", "--bits 32")
-    model = attach_lora(load_base(settings), settings.training)
+    model = with_lora(settings, load_base(base_spec(settings)))
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     randomise(model)
     assert_cs_is_literal(model, "default")
@@ -395,7 +397,7 @@ def test_only_the_active_adapter_is_measured(settings_for):
 
 
 def test_modules_to_save_are_trained_and_not_measured(settings_for):
-    base = load_base(settings_for("llama", "--bits 32"))
+    base = load_base(base_spec(settings_for("llama", "--bits 32")))
     targets = lora_target_names(base, "all")
     model = get_peft_model(
         base, LoraConfig(r=4, target_modules=targets, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
@@ -407,7 +409,7 @@ def test_modules_to_save_are_trained_and_not_measured(settings_for):
 
 
 def test_an_embedding_s_lora_is_left_out(settings_for):
-    base = load_base(settings_for("llama", "--bits 32"))
+    base = load_base(base_spec(settings_for("llama", "--bits 32")))
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"))
     assert [layer.name.rsplit(".", 1)[-1] for layer in peft_lora_layers(model)] == ["q_proj"] * LAYERS
 
@@ -440,12 +442,15 @@ def test_at_most_one_layer_is_dequantised_at_any_time(adapted, monkeypatch, bits
 
 
 def test_tokenizer_pads_on_the_right_with_a_pad_token(folders):
-    tokenizer = load_tokenizer(str(folders("llama")))
+    tokenizer = load_tokenizer(BaseSpec(str(folders("llama"))))
     assert tokenizer.padding_side == "right" and tokenizer.pad_token_id is not None
 
 
 def test_embeddings_grow_with_the_tokenizer_and_never_shrink(settings_for, folders):
-    base, tokenizer = load_base(settings_for("llama", "--bits 32")), load_tokenizer(str(folders("llama")))
+    base, tokenizer = (
+        load_base(base_spec(settings_for("llama", "--bits 32"))),
+        load_tokenizer(BaseSpec(str(folders("llama")))),
+    )
     fit_embeddings(base, tokenizer)
     assert base.get_input_embeddings().weight.shape[0] == VOCABULARY
     tokenizer.add_tokens([f"<new-{index}>" for index in range(VOCABULARY - len(tokenizer) + 3)])
@@ -455,7 +460,9 @@ def test_embeddings_grow_with_the_tokenizer_and_never_shrink(settings_for, folde
 
 
 def load_from(folder):
-    return load_base(parse_arguments(["--model_name_or_path", str(folder), "--output_dir", str(folder / "run")]))
+    return load_base(
+        base_spec(parse_arguments(["--model_name_or_path", str(folder), "--output_dir", str(folder / "run")]))
+    )
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -22,6 +22,7 @@ from base.loading import load_base
 from es_lora.peft_models import trainable_tensors
 from es_lora.weights import dequantised, keep_as_loaded
 from settings.parsing import parse_arguments
+from training.setup import base_spec
 
 TOKENS = torch.randint(5, 400, (2, 12), generator=torch.Generator().manual_seed(0))  # (B, T)
 QUANTISATIONS = [("nf4", True), ("nf4", False), ("fp4", True)]  # (kind, double quantisation)
@@ -75,7 +76,7 @@ def test_an_evaluation_changes_neither_weights_nor_gradients(random_base, tmp_pa
         "4",
         "--use_cpu",
     ]
-    model = adapted(load_base(parse_arguments(words)))
+    model = adapted(load_base(base_spec(parse_arguments(words))))
     weights, before = [dequantised(layer).clone() for layer in layers_of(model)], gradients(model)
     evaluate(model)
     assert all(torch.equal(dequantised(layer), weight) for layer, weight in zip(layers_of(model), weights))

@@ -4,24 +4,26 @@ says the fix."""
 import csv
 import json
 import logging
-from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
 
+from settings.parsing import parse_arguments
 from text import hub, sources
 from text.sources import load_splits
+from text.spec import DataSpec
+from training.setup import data_spec
 
 PAIRS = [{"input": f"question {i}", "output": f"answer {i}"} for i in range(40)]
 
 
 def arguments(dataset, **changes):
-    settings = dict(
-        dataset=str(dataset), dataset_format=None, eval_dataset_size=8, eval_dataset=None, test_dataset_size=0,
-        max_train_samples=None, max_eval_samples=None, do_train=True, do_eval=True, do_predict=False,
-        train_subject=None, mmlu_dir="data/mmlu", data_seed=None, seed=42, cache_dir=None,
-    )  # fmt: skip
-    return SimpleNamespace(**{**settings, **changes})
+    return DataSpec(str(dataset), **{"eval_dataset_size": 8, "evaluate": True, **changes})
+
+
+def given(dataset, words):
+    """What is read of a command line of the trainer."""
+    return data_spec(parse_arguments(["--dataset", str(dataset), "--eval_dataset_size", "8", *words.split()]), None)
 
 
 def write_jsonl(path, rows):
@@ -51,7 +53,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
             writer = csv.DictWriter(file, ["input", "output"], delimiter="\t" if suffix == "tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
-    splits = load_splits(arguments(path, do_eval=False))
+    splits = load_splits(arguments(path, evaluate=False))
     assert list(splits.train) == rows
     assert (splits.evaluation, splits.test, splits.format) == (None, None, "input-output")
     assert "4 rows" in splits.source
@@ -65,16 +67,16 @@ def test_splits_are_disjoint_complete_and_seeded(table):
     again = load_splits(arguments(table, test_dataset_size=5))
     assert parts == [inputs(part) for part in (again.train, again.evaluation, again.test)]
     assert set(parts[1]) != set(inputs(load_splits(arguments(table, seed=1)).evaluation))
-    assert parts[1] != inputs(load_splits(arguments(table, data_seed=1)).evaluation)
+    assert parts[1] != inputs(load_splits(given(table, "--do_eval --seed 42 --data_seed 1")).evaluation)
 
 
 def test_the_same_rows_evaluate_whatever_else_is_asked_for(table):
     expected = inputs(load_splits(arguments(table)).evaluation)
     assert inputs(load_splits(arguments(table, test_dataset_size=5)).evaluation) == expected
-    alone = load_splits(arguments(table, do_train=False))
+    alone = load_splits(arguments(table, train=False))
     assert alone.train is None
     assert inputs(alone.evaluation) == expected
-    assert inputs(load_splits(arguments(table, do_eval=False, do_predict=True)).evaluation) == expected
+    assert inputs(load_splits(given(table, "--seed 42 --do_predict")).evaluation) == expected
 
 
 def test_fraction_and_truncation(table):
@@ -103,7 +105,7 @@ def test_separate_held_out_file_is_used_whole_and_never_trained_on(tmp_path, tab
 
 def test_format_by_flag(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p", "completion": "c", "text": 3}] * 2)
-    splits = load_splits(arguments(path, dataset_format="self-instruct", do_eval=False))
+    splits = load_splits(arguments(path, dataset_format="self-instruct", evaluate=False))
     assert splits.format == "self-instruct"
     assert splits.train[0] == {"input": "p", "output": "c"}
 
@@ -159,7 +161,7 @@ def test_empty_answers_of_a_hub_set_are_left_out_and_said(monkeypatch, caplog):
     rows = [{"input": f"{i}", "output": "" if i == 3 else "o"} for i in range(10)]
     monkeypatch.setattr(hub, "load_dataset", lambda path, cache_dir: DatasetDict(train=Dataset.from_list(rows)))
     with caplog.at_level(logging.WARNING):
-        splits = load_splits(arguments("some/set", do_eval=False))
+        splits = load_splits(arguments("some/set", evaluate=False))
     assert len(splits.train) == 9
     assert "1 rows with an empty output" in caplog.text
 
@@ -174,7 +176,7 @@ def test_a_repository_that_is_a_script_loads_from_the_hubs_tables(monkeypatch):
         return DatasetDict(train=Dataset.from_list([HUB_ROWS["self-instruct"]] * 3))
 
     monkeypatch.setattr(hub, "load_dataset", load)
-    assert load_splits(arguments("self-instruct", do_eval=False)).train[0] == {"input": "p", "output": "o"}
+    assert load_splits(arguments("self-instruct", evaluate=False)).train[0] == {"input": "p", "output": "o"}
     options = {"data_dir": "self_instruct", "revision": "refs/convert/parquet", "cache_dir": None}
     assert requests[1:] == [("yizhongw/self_instruct", options)]
 

@@ -72,9 +72,8 @@ def write_folder(folder, content):
         path.write_text(text, newline="")
 
 
-def arguments(mmlu_dir, **changes):
-    settings = dict(mmlu_dir=str(mmlu_dir), mmlu_dataset="mmlu-zs", mmlu_split="eval", max_mmlu_samples=None)
-    return SimpleNamespace(**{**settings, "cache_dir": None, **changes})
+def questions(mmlu_dir, dataset="mmlu-zs", **options):
+    return load_mmlu(mmlu_dir, dataset=dataset, **options)
 
 
 @pytest.fixture
@@ -117,26 +116,26 @@ def tiny_llama():
 
 
 def test_zero_shot_prompt_byte_for_byte(archive):
-    rows = load_mmlu(arguments(archive))
+    rows = questions(archive)
     assert [row["subject"] for row in rows] == ["anatomy"] * 4 + ["college_physics"] * 4
     assert rows[4] == {"subject": "college_physics", "input": HEADER + question("val", 0), "output": "A"}
     assert [row["output"] for row in rows[4:]] == list("ABCD")
 
 
 def test_five_shot_prompt_opens_with_the_five_dev_questions(archive):
-    rows = load_mmlu(arguments(archive, mmlu_dataset="mmlu-fs", mmlu_split="test"))
+    rows = questions(archive, dataset="mmlu-fs", split="test")
     assert len(rows) == 12
     shots = [question("dev", i, answer=f" {'ABCD'[i % 4]}") for i in range(5)]
     assert rows[6]["input"] == HEADER + "\n\n".join([*shots, question("test", 0)])
 
 
 def test_folder_archive_and_compressed_archive_agree(archive, tmp_path):
-    expected = load_mmlu(arguments(archive))
+    expected = questions(archive)
     write_folder(tmp_path / "unpacked", tables())
     write_archive(tmp_path / "mmlu.tar.gz", tables(), "w:gz")
-    assert load_mmlu(arguments(tmp_path / "unpacked")) == expected
-    assert load_mmlu(arguments(tmp_path / "unpacked" / "data")) == expected
-    assert load_mmlu(arguments(tmp_path / "mmlu.tar.gz")) == expected
+    assert questions(tmp_path / "unpacked") == expected
+    assert questions(tmp_path / "unpacked" / "data") == expected
+    assert questions(tmp_path / "mmlu.tar.gz") == expected
     assert not list(archive.glob("data/**/*.csv")), "the archive must be read in place"
 
 
@@ -165,24 +164,24 @@ def test_hub(tmp_path, monkeypatch, archive):
 
     monkeypatch.setattr(hub, "load_dataset", load)
     empty = tmp_path / "nothing"
-    assert load_mmlu(arguments(empty, mmlu_dataset="mmlu-fs")) == load_mmlu(arguments(archive, mmlu_dataset="mmlu-fs"))
+    assert questions(empty, dataset="mmlu-fs") == questions(archive, dataset="mmlu-fs")
     assert train_split_for_subject(empty, "anatomy") == train_split_for_subject(archive, "anatomy")
 
 
 @pytest.mark.parametrize("name", ["mmlu_zero_shot_val.jsonl", "zero_shot_mmlu_val.json"])
 def test_ready_prompts_are_found_by_either_name(archive, tmp_path, name):
-    rows = load_mmlu(arguments(archive))
+    rows = questions(archive)
     (tmp_path / "ready").mkdir()
     path = tmp_path / "ready" / name
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert load_mmlu(arguments(path.parent)) == rows
-    assert load_mmlu(arguments(path)) == rows
+    assert questions(path.parent) == rows
+    assert questions(path) == rows
 
 
 def test_max_samples_are_spread_over_the_subjects(archive):
-    rows = load_mmlu(arguments(archive, max_mmlu_samples=4))
+    rows = questions(archive, limit=4)
     assert [row["subject"] for row in rows] == ["anatomy"] * 2 + ["college_physics"] * 2
-    assert len(load_mmlu(arguments(archive, max_mmlu_samples=100))) == 8
+    assert len(questions(archive, limit=100)) == 8
 
 
 def test_a_subject_trains_on_dev_and_validation_and_evaluates_on_test(archive):
@@ -197,7 +196,7 @@ def test_a_subject_trains_on_dev_and_validation_and_evaluates_on_test(archive):
 def test_the_real_validation_split():
     if not REAL_PROMPTS.exists():
         pytest.skip("the real validation questions (shared/data/mmlu_zero_shot_val.jsonl) are not beside this checkout")
-    rows = load_mmlu(arguments(REAL_PROMPTS))
+    rows = questions(REAL_PROMPTS)
     assert (len(rows), len({row["subject"] for row in rows})) == (1531, 57)
     assert sum(row["subject"] == "professional_law" for row in rows) == 170
     # Taken apart and put together again, every real prompt is what the prompt functions make of its
@@ -221,7 +220,7 @@ def test_flags_are_checked_together(archive):
     with pytest.raises(
         ValueError, match="--mmlu_dataset 'x'.*mmlu-zs, mmlu-fs.*--mmlu_split 'y'.*--max_mmlu_samples 0"
     ):
-        load_mmlu(arguments(archive, mmlu_dataset="x", mmlu_split="y", max_mmlu_samples=0))
+        questions(archive, dataset="x", split="y", limit=0)
 
 
 def test_nothing_there_says_where_to_put_it(tmp_path, monkeypatch):
@@ -230,7 +229,7 @@ def test_nothing_there_says_where_to_put_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "load_dataset", no_network)
     with pytest.raises(FileNotFoundError, match="no MMLU in .*no route to the hub.*data.tar.*--mmlu_dir"):
-        load_mmlu(arguments(tmp_path))
+        questions(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -240,29 +239,29 @@ def test_nothing_there_says_where_to_put_it(tmp_path, monkeypatch):
 def test_broken_tables(tmp_path, table, cause):
     write_archive(tmp_path / "data.tar", {**tables(), "data/val/anatomy_val.csv": table})
     with pytest.raises(ValueError, match="data.tar: data/val/anatomy_val.csv, " + cause):
-        load_mmlu(arguments(tmp_path))
+        questions(tmp_path)
 
 
 def test_a_missing_split_is_named(tmp_path):
     write_archive(tmp_path / "data.tar", {k: v for k, v in tables().items() if "/val/" not in k})
     with pytest.raises(FileNotFoundError, match="no val questions"):
-        load_mmlu(arguments(tmp_path))
+        questions(tmp_path)
 
 
 def test_broken_and_unsafe_archives(tmp_path):
     path = tmp_path / "data.tar"
     path.write_bytes(b"not an archive" * 100)
     with pytest.raises(ValueError, match="data.tar is broken"):
-        load_mmlu(arguments(tmp_path))
+        questions(tmp_path)
     write_archive(path, {"../val/anatomy_val.csv": "q,a,b,c,d,A\n"})
     with pytest.raises(ValueError, match="no plain table inside the archive"):
-        load_mmlu(arguments(tmp_path))
+        questions(tmp_path)
     with tarfile.open(path, "w") as tar:
         link = tarfile.TarInfo("data/val/anatomy_val.csv")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     with pytest.raises(ValueError, match="no plain table inside the archive"):
-        load_mmlu(arguments(tmp_path))
+        questions(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +275,7 @@ def test_broken_ready_prompts(tmp_path, row, cause):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(ValueError, match=cause):
-        load_mmlu(arguments(path))
+        questions(path)
 
 
 # --- tokens
@@ -284,7 +283,7 @@ def test_broken_ready_prompts(tmp_path, row, cause):
 
 
 def test_examples_are_dropped_from_the_front_until_the_prompt_fits(archive, tokenizer):
-    prompt = load_mmlu(arguments(archive, mmlu_dataset="mmlu-fs"))[4]["input"]
+    prompt = questions(archive, dataset="mmlu-fs")[4]["input"]
     shots = [question("dev", i, answer=f" {'ABCD'[i % 4]}") for i in range(5)]
     for kept in range(6):
         expected = HEADER + "\n\n".join([*shots[5 - kept :], question("val", 0)])
@@ -339,7 +338,7 @@ def scored_one_by_one(model, tokenizer, rows):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "without logits_to_keep"])
 def test_score_equals_the_unpadded_one(archive, architecture, side):
     tokenizer = byte_tokenizer(padding_side=side)
-    rows = load_mmlu(arguments(archive, mmlu_dataset="mmlu-fs"))[::2] + load_mmlu(arguments(archive))
+    rows = questions(archive, dataset="mmlu-fs")[::2] + questions(archive)
     torch.manual_seed(0)
     model = tiny_llama()
     if architecture == "gpt2":
@@ -383,7 +382,7 @@ def test_a_model_that_always_says_c_is_right_where_c_is(archive, tokenizer):
             return SimpleNamespace(logits=logits)
 
     model = SaysC().train()
-    score = MMLUScorer(tokenizer, load_mmlu(arguments(archive)), 2048, 3).score(model)
+    score = MMLUScorer(tokenizer, questions(archive), 2048, 3).score(model)
     assert score["per_subject"] == {"anatomy": 0.25, "college_physics": 0.25}
     assert score["accuracy"] == 0.25
     assert set(model.modes) == {(False, False)}
@@ -391,7 +390,7 @@ def test_a_model_that_always_says_c_is_right_where_c_is(archive, tokenizer):
 
 
 def test_what_a_lora_learns_from_the_collator_the_scorer_sees(archive, tokenizer):
-    rows = load_mmlu(arguments(archive))[:4]
+    rows = questions(archive)[:4]
     model = get_peft_model(tiny_llama(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     scorer = MMLUScorer(tokenizer, rows, 2048, 8)
     before = scorer.score(model)
@@ -410,7 +409,7 @@ def test_eval_mode_is_left_again_even_when_scoring_fails(archive, tokenizer):
     model = tiny_llama().train()
     model.lm_head.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        MMLUScorer(tokenizer, load_mmlu(arguments(archive)), 2048).score(model)
+        MMLUScorer(tokenizer, questions(archive), 2048).score(model)
     assert model.training
 
 
@@ -426,7 +425,7 @@ def test_no_rows_and_bad_limits(tokenizer):
 
 
 def test_callback_scores_baseline_evaluations_and_end(archive, tokenizer, tmp_path):
-    scorer = MMLUScorer(tokenizer, load_mmlu(arguments(archive)), 2048, 4)
+    scorer = MMLUScorer(tokenizer, questions(archive), 2048, 4)
     calls = []
     score = scorer.score
     scorer.score = lambda model: calls.append(1) or score(model)

@@ -3,24 +3,19 @@ ends a stream."""
 
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 from es_lora_llm import main
 
 from text.sources import data_sources, load_splits
+from text.spec import DataSpec
 from text.streams import load_streamed_splits
 
 PAIRS = [{"input": f"question {i}", "output": f"answer {i}"} for i in range(40)]
 
 
 def arguments(dataset, **changes):
-    settings = dict(
-        dataset=dataset, dataset_format=None, eval_dataset_size=8, eval_dataset=None, test_dataset_size=0,
-        max_train_samples=None, max_eval_samples=None, do_train=True, do_eval=False, do_predict=False,
-        train_subject=None, mmlu_dir="data/mmlu", data_seed=None, seed=42, cache_dir=None,
-    )  # fmt: skip
-    return SimpleNamespace(**{**settings, **changes})
+    return DataSpec(dataset, **{"eval_dataset_size": 8, **changes})
 
 
 def write_jsonl(path, rows):
@@ -52,7 +47,7 @@ def test_a_stream_has_every_row_once_in_an_order_of_the_seed(tmp_path, suffix):
 
 def test_the_head_of_a_stream_is_held_out_and_no_copy_of_it_stays(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", [*PAIRS, PAIRS[0], PAIRS[9]])
-    splits = load_streamed_splits(arguments(path, do_eval=True, test_dataset_size=4, max_train_samples=20))
+    splits = load_streamed_splits(arguments(path, evaluate=True, test_dataset_size=4, max_train_samples=20))
     assert inputs(splits.evaluation) == inputs(PAIRS[:8]) and inputs(splits.test) == inputs(PAIRS[8:12])
     assert len(inputs(splits.train)) == 20 and not set(inputs(splits.train)) & set(inputs(PAIRS[:12]))
 
@@ -116,7 +111,7 @@ def test_streams_need_weights_to_be_mixed_and_enough_rows_to_hold_out(table):
     with pytest.raises(ValueError, match="need weights to be mixed by"):
         load_streamed_splits(arguments([table, table]))
     with pytest.raises(ValueError, match="ends after 40 rows, but 50 are to be held out"):
-        load_streamed_splits(arguments(table, do_eval=True, eval_dataset_size=50))
+        load_streamed_splits(arguments(table, evaluate=True, eval_dataset_size=50))
 
 
 # --------------------------------------------------------------------------------------------- runs
