@@ -56,7 +56,8 @@ class LoraLayer:
     """One adapted layer: the frozen weight and live references to its LoRA matrices.
 
     name: the layer's name in its model. component: "unet", "te", "te1", "te2", "lm", ...
-    weight: a tensor (out, in) or (out, in, kh, kw), or any object with `project(down)` and `row_norms()` as DenseWeight.
+    weight: a tensor (out, in) or (out, in, kh, kw), or any object with `project(down)` and
+    `row_norms()` as DenseWeight.
     down: lora_down A (r, in) or (r, in, kh, kw). up: lora_up B (out, r) or (out, r, 1, 1).
     """
 
@@ -111,7 +112,8 @@ def layer_cosine(layer: LoraLayer, reduction: str = "matrix") -> float:
 
 
 def measure_each(layers: Sequence[LoraLayer]) -> List[List[float]]:
-    """[matrix cosine, row cosine, squared norm of B A] of every layer. One transfer from the device.
+    """[matrix cosine, row cosine, squared norm of B A] of every layer. One transfer from the
+    device.
 
     Raises NonFiniteWeightsError where a LoRA matrix holds NaN or infinity.
     """
@@ -119,16 +121,19 @@ def measure_each(layers: Sequence[LoraLayer]) -> List[List[float]]:
     table = torch.stack([value.to(values[0]) for value in values]).tolist()
     for layer, row in zip(layers, table):
         if not math.isfinite(sum(row)):
-            raise NonFiniteWeightsError(f"the LoRA weights of layer {layer.name} are NaN or infinite: training has diverged")
+            raise NonFiniteWeightsError(
+                f"the LoRA weights of layer {layer.name} are NaN or infinite: training has diverged"
+            )
     return table
 
 
 def measure_layers(layers: Sequence[LoraLayer]) -> Dict[str, Dict[str, float]]:
-    """Both cosines and the update norm of all layers: {"cs_matrix", "cs_row", "delta_norm": {component: value}}.
+    """Both cosines and the update norm of all layers: {"cs_matrix", "cs_row", "delta_norm":
+    {component: value}}.
 
-    A component's cosine is the mean over its layers, "all" the mean over all layers; delta_norm is the root of the
-    summed squares of ||BA||.
-    Raises NonFiniteWeightsError where a LoRA matrix holds NaN or infinity.
+    A component's cosine is the mean over its layers, "all" the mean over all layers; delta_norm is
+    the root of the summed squares of ||BA||. Raises NonFiniteWeightsError where a LoRA matrix holds
+    NaN or infinity.
     """
     table = measure_each(layers)
     result: Dict[str, Dict[str, float]] = {"cs_matrix": {}, "cs_row": {}, "delta_norm": {}}
@@ -175,7 +180,8 @@ class FluctuationSeries:
         return math.fsum(values) / self.window if len(values) == self.window else None
 
     def update(self, cs: float) -> FluctuationPoint:
-        """Take the next CS value; means are computed afresh, so that a constant series gives exactly 0."""
+        """Take the next CS value; means are computed afresh, so that a constant series gives
+        exactly 0."""
         self._cs.append(cs)
         mean_cs = self._mean_if_full(self._cs)
         difference = None

@@ -1,9 +1,10 @@
 """Re-decide a recorded run under any rule, draw it, and write the report page.
 
-    python cs_replay.py HISTORY [--rule R|recorded] [--window M|auto] [--valley N] [--value X] [--component C]
-                        [--json] [--plot FILE.png] [--html FILE.html]
+    python cs_replay.py HISTORY [--rule R|recorded] [--window M|auto] [--valley N] [--value X]
+                        [--component C] [--json] [--plot FILE.png] [--html FILE.html]
 
-HISTORY is a cs_history.jsonl or the run folder that holds one. Python 3.8; matplotlib is needed for pictures only.
+HISTORY is a cs_history.jsonl or the run folder that holds one. Python 3.8; matplotlib is needed for
+pictures only.
 """
 
 import argparse
@@ -25,11 +26,15 @@ def _window(text: str) -> Union[int, str]:
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Re-decide a recorded run under any rule and window.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Re-decide a recorded run under any rule and window.", allow_abbrev=False
+    )
     parser.add_argument("history", help=f"a {HISTORY_NAME} or the folder of a run")
     rules = f"{', '.join(RULES)}, or recorded: the run's own (default: %(default)s)"
     parser.add_argument("--rule", default=DEFAULT_RULE, help=rules)
-    parser.add_argument("--window", type=_window, help="M in measurements, or auto: about one epoch (default: the run's)")
+    parser.add_argument(
+        "--window", type=_window, help="M in measurements, or auto: about one epoch (default: the run's)"
+    )
     parser.add_argument("--valley", type=int, help="N of the rule nth-valley: another name of its --value")
     parser.add_argument("--value", type=float, help="the rule's number: epochs, a patience, valleys")
     parser.add_argument("--component", help="whose CS decides (default: the run's)")

@@ -1,12 +1,14 @@
-"""Say which of the LoRA adapters that some trainer saved is to be kept, from their weights and those of the base alone.
+"""Say which of the LoRA adapters that some trainer saved is to be kept, from their weights and
+those of the base alone.
 
-    python judge_checkpoints.py FOLDER --base BASE [--rule R|recorded] [--steps_per_epoch N] [--json] [--html FILE.html]
+    python judge_checkpoints.py FOLDER --base BASE [--rule R|recorded] [--steps_per_epoch N]
+    [--json] [--html FILE.html]
 
 FOLDER holds the adapters of one run: PEFT's `checkpoint-500/adapter_model.safetensors`, diffusers'
 `checkpoint-500/pytorch_lora_weights.safetensors`, or kohya's `name-000003.safetensors` (epochs),
-`name-step00000500.safetensors` (steps) and `name.safetensors` (the last). BASE is a Hugging Face folder, a diffusers
-folder, or a Stable Diffusion checkpoint in one .safetensors file. The base is read tensor by tensor, in blocks of rows.
-The parts are in es_lora/judge/. Python 3.8, torch 1.13.
+`name-step00000500.safetensors` (steps) and `name.safetensors` (the last). BASE is a Hugging Face
+folder, a diffusers folder, or a Stable Diffusion checkpoint in one .safetensors file. The base is
+read tensor by tensor, in blocks of rows. The parts are in es_lora/judge/. Python 3.8, torch 1.13.
 """
 
 import argparse
@@ -33,7 +35,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, required=True, help="the model they were trained on: a folder or a file")
     rules = f"{', '.join(RULES)}, or recorded (default: the project's default, or one that weights can answer)"
     parser.add_argument("--rule", help=rules)
-    parser.add_argument("--steps_per_epoch", type=_positive, help="optimizer steps an epoch, where the files do not tell")
+    parser.add_argument(
+        "--steps_per_epoch", type=_positive, help="optimizer steps an epoch, where the files do not tell"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", type=Path, help="write the report page to this file")
     return parser.parse_args(argv)

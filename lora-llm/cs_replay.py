@@ -1,8 +1,7 @@
 """Re-decide a recorded run under any rule, draw it, and write the report page.
 
     python cs_replay.py HISTORY [--rule R|recorded] [--window M|auto] [--valley N] [--value X]
-    [--component C]
-                        [--json] [--plot FILE.png] [--html FILE.html]
+                        [--component C] [--json] [--plot FILE.png] [--html FILE.html]
 
 HISTORY is a cs_history.jsonl or the run folder that holds one. Python 3.8; matplotlib is needed for
 pictures only.

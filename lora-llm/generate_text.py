@@ -1,9 +1,10 @@
 """Ask trained adapters: one prompt, a file of prompts, or a chat; answers stream to the screen.
 
-    python generate_text.py --adapter OUTPUT --prompt "..." python generate_text.py --adapter OUTPUT
-    --compare --prompt "..."        base, turning point and last side by side python
-    generate_text.py --adapter RUN1 RUN2 --prompts FILE --output ANSWERS.jsonl python
-    generate_text.py --adapter OUTPUT --chat
+    python generate_text.py --adapter OUTPUT --prompt "..."
+    python generate_text.py --adapter OUTPUT --compare --prompt "..."        base, turning point and
+        last side by side
+    python generate_text.py --adapter RUN1 RUN2 --prompts FILE --output ANSWERS.jsonl
+    python generate_text.py --adapter OUTPUT --chat
 
 The generation flags are the trainer's (--do_sample, --temperature, ...). A prompt goes in as the
 trainer's source does.

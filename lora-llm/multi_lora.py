@@ -5,8 +5,10 @@ stopped at its own turning point.
 
 In Python:
 
-    from jobs.config import Job from multi_lora import train_jobs overview = train_jobs([Job("a",
-    dataset="a.jsonl"), Job("b", dataset="b.jsonl", rank=8)], "FOLDER", "OUTPUT", bits=4)
+    from jobs.config import Job
+    from multi_lora import train_jobs
+    overview = train_jobs([Job("a", dataset="a.jsonl"), Job("b", dataset="b.jsonl", rank=8)],
+        "FOLDER", "OUTPUT", bits=4)
 
 Each job leaves in OUTPUT/NAME what a single run leaves; OUTPUT/overview.html has a row for each.
 Examples of jobs.toml lie in templates/. Several processes (torchrun, accelerate launch) share the

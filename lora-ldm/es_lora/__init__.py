@@ -1,1 +1,2 @@
-"""Early stopping itself: settings, rules, the monitor, the history, the outcome. It knows no trainer."""
+"""Early stopping itself: settings, rules, the monitor, the history, the outcome. It knows no
+trainer."""

@@ -1,4 +1,5 @@
-"""What the command lines share: how values are read, the nearest word, Ctrl-C noted, a command to go on with."""
+"""What the command lines share: how values are read, the nearest word, Ctrl-C noted, a command to
+go on with."""
 
 import difflib
 import os
@@ -63,7 +64,8 @@ def without_flag(words: Sequence[str], flag: str) -> List[str]:
 
 
 class NotedSignals:
-    """Ctrl-C and SIGTERM set `interrupted`, which ends a run after the present step; a second one ends it at once.
+    """Ctrl-C and SIGTERM set `interrupted`, which ends a run after the present step; a second one
+    ends it at once.
 
     A context manager: the handlers of before are back after it.
     """

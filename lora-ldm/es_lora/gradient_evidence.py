@@ -1,10 +1,12 @@
-"""Do the gradients of the last epoch still agree? The column `grad_evidence`, from the gradients that training has anyway.
+"""Do the gradients of the last epoch still agree? The column `grad_evidence`, from the gradients
+that training has anyway.
 
-Two running means of every LoRA gradient g are kept: m of g and v of g^2, over about an epoch of backward passes. Were g
-noise around zero, the mean of m^2 would be v / n for n independent gradients; evidence is m^2 / v, averaged over the
-parameters and divided by that value. Far above 1 the examples still pull in one direction; near 1 what is left of the
-gradient is what chance alone would leave (Mahsereci, Balles, Lassner, Hennig: "Early Stopping without a Validation
-Set", 2017, section 3; here with running means, so that it needs no extra pass). Python 3.8, torch 1.13.
+Two running means of every LoRA gradient g are kept: m of g and v of g^2, over about an epoch of
+backward passes. Were g noise around zero, the mean of m^2 would be v / n for n independent
+gradients; evidence is m^2 / v, averaged over the parameters and divided by that value. Far above 1
+the examples still pull in one direction; near 1 what is left of the gradient is what chance alone
+would leave (Mahsereci, Balles, Lassner, Hennig: "Early Stopping without a Validation Set", 2017,
+section 3; here with running means, so that it needs no extra pass). Python 3.8, torch 1.13.
 """
 
 import math
@@ -17,11 +19,13 @@ SHORTEST_HORIZON = 5  # gradients: over fewer, agreement cannot be told from cha
 
 
 def memorising_evidence(gradients: int, per_epoch: int) -> float:
-    """The evidence that is left where no two examples agree, but each pulls the same way whenever it comes again.
+    """The evidence that is left where no two examples agree, but each pulls the same way whenever
+    it comes again.
 
-    gradients: seen so far. per_epoch: after so many an example comes again, and the running means span as many, at least
-    SHORTEST_HORIZON. 1 within the first epoch; from then on it rises towards (1 + d) / (1 - d) with d = decay^per_epoch, 2.16 for
-    a long epoch: the weights that the running means give to one example's gradients add up before they are squared.
+    gradients: seen so far. per_epoch: after so many an example comes again, and the running means
+    span as many, at least SHORTEST_HORIZON. 1 within the first epoch; from then on it rises towards
+    (1 + d) / (1 - d) with d = decay^per_epoch, 2.16 for a long epoch: the weights that the running
+    means give to one example's gradients add up before they are squared.
     """
     decay = 1 - 1 / max(SHORTEST_HORIZON, per_epoch)
     again = decay**per_epoch
@@ -34,10 +38,11 @@ def memorising_evidence(gradients: int, per_epoch: int) -> float:
 class GradientEvidence:
     """Watches the gradients of the parameters given, through a hook at every backward pass.
 
-    parameters: the LoRA matrices; those that take no gradient are passed over. horizon: backward passes (micro-batches)
-    that the running means span, about an epoch; at least SHORTEST_HORIZON. max_values: how many of all parameters are
-    looked at, evenly spread. Under gradient accumulation every micro-batch counts as one gradient; a gradient that is not
-    finite counts as zero. With several processes it sees those of its own. The hooks change nothing about training.
+    parameters: the LoRA matrices; those that take no gradient are passed over. horizon: backward
+    passes (micro-batches) that the running means span, about an epoch; at least SHORTEST_HORIZON.
+    max_values: how many of all parameters are looked at, evenly spread. Under gradient accumulation
+    every micro-batch counts as one gradient; a gradient that is not finite counts as zero. With
+    several processes it sees those of its own. The hooks change nothing about training.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], horizon: float, max_values: int = MAX_VALUES):
@@ -62,7 +67,8 @@ class GradientEvidence:
 
     @torch.no_grad()
     def value(self) -> Optional[float]:
-        """The evidence, about 1 under pure noise; None before the second gradient. One transfer from the device."""
+        """The evidence, about 1 under pure noise; None before the second gradient. One transfer
+        from the device."""
         seen = [index for index, count in enumerate(self._counts) if count > 1]
         if not seen:
             return None
@@ -78,7 +84,8 @@ class GradientEvidence:
         return evidence / count if count and math.isfinite(evidence) else None
 
     def state_tensors(self) -> Dict[str, torch.Tensor]:
-        """Everything that a resumed run needs, flat: means (n,), squares (n,) and counts (parameters,), on the CPU."""
+        """Everything that a resumed run needs, flat: means (n,), squares (n,) and counts
+        (parameters,), on the CPU."""
         if not self._means:
             return {}
         return {

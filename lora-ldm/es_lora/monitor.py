@@ -40,14 +40,18 @@ class EarlyStopMonitor:
     """Measures CS as its plan says, writes the history, keeps snapshots and asks the rule.
 
     folder: where cs_history.jsonl and the snapshots go. plan: of es_lora.settings.
-    layers: the LoRA layers, live. tensors: gives {name: live tensor}, what a snapshot holds; None keeps no snapshots.
+    layers: the LoRA layers, live. tensors: gives {name: live tensor}, what a snapshot holds; None
+    keeps no snapshots.
     header: further facts for the first line of the history.
-    evidence: a GradientEvidence over the trained matrices, for the column grad_evidence; None leaves it null.
-    columns: {name: function} of further columns; each is called at every measurement and gives a float or None.
+    evidence: a GradientEvidence over the trained matrices, for the column grad_evidence; None
+    leaves it null.
+    columns: {name: function} of further columns; each is called at every measurement and gives a
+    float or None.
     resume_from: a folder that save_state wrote; the history goes on from there.
     It never exits, prints or kills: `measure` returns the Decision once, and the trainer acts.
-    Raises FileExistsError where the folder holds the history of another run, FileNotFoundError where resume_from holds
-    no state, ValueError for a component that no layer has and for a rule that needs a column that is not recorded.
+    Raises FileExistsError where the folder holds the history of another run, FileNotFoundError
+    where resume_from holds no state, ValueError for a component that no layer has and for a rule
+    that needs a column that is not recorded.
     """
 
     def __init__(
@@ -112,8 +116,9 @@ class EarlyStopMonitor:
     def measure(self, step: int, epoch: float, **columns: Any) -> Optional[Decision]:
         """Measure after optimizer step `step`; returns the rule's Decision once, None otherwise.
 
-        columns: further columns of the history (loss, lr, heldout_loss, ...); a value that is not finite becomes null.
-        Raises NonFiniteWeightsError, before anything is recorded, where the weights have diverged.
+        columns: further columns of the history (loss, lr, heldout_loss, ...); a value that is not
+        finite becomes null. Raises NonFiniteWeightsError, before anything is recorded, where the
+        weights have diverged.
         """
         measured = measure_layers(self.layers)
         record: Dict[str, Any] = {
@@ -162,7 +167,8 @@ class EarlyStopMonitor:
         return self.snapshots.kept[-1][1] if self.snapshots is not None and self.snapshots.kept else None
 
     def load_snapshot(self, step: int) -> Dict[str, torch.Tensor]:
-        """{name: tensor} as at that step, on the CPU. Raises FileNotFoundError where it is not kept."""
+        """{name: tensor} as at that step, on the CPU. Raises FileNotFoundError where it is not
+        kept."""
         if self.snapshots is None:
             raise FileNotFoundError("this run keeps no snapshots")
         return self.snapshots.load(step)
@@ -172,7 +178,8 @@ class EarlyStopMonitor:
         return {"lines": list(self._lines), "snapshots": list(self.snapshots.kept) if self.snapshots else []}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Go on from a saved state: series and rule see the recorded measurements again, the history is rewritten."""
+        """Go on from a saved state: series and rule see the recorded measurements again, the
+        history is rewritten."""
         self._lines = list(state["lines"])
         for line in self._lines:
             if line.get("event") == "turning_point":
@@ -195,10 +202,12 @@ class EarlyStopMonitor:
         write_text_whole(Path(folder) / STATE_NAME, json.dumps(self.state_dict()))
 
     def state_saved(self, folder: Union[str, Path]) -> None:
-        """Say that the checkpoint in `folder` is whole: the one before it no longer needs its snapshots, and loses them.
+        """Say that the checkpoint in `folder` is whole: the one before it no longer needs its
+        snapshots, and loses them.
 
-        Without that, every checkpoint would hold a window of snapshots on the disk. An older checkpoint can still be resumed;
-        its run then keeps a later step if the turning point lies before the resumption.
+        Without that, every checkpoint would hold a window of snapshots on the disk. An older
+        checkpoint can still be resumed; its run then keeps a later step if the turning point lies
+        before the resumption.
         """
         if self._state_folder is not None and self._state_folder != Path(folder):
             shutil.rmtree(self._state_folder / SNAPSHOT_FOLDER, ignore_errors=True)

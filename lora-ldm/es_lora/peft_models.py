@@ -18,7 +18,8 @@ from es_lora.weights import frozen_weight
 def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> List[LoraLayer]:
     """The LoRA layers of the model's active adapters, with live references to their matrices.
 
-    Embeddings with a LoRA are left out: they have no matrix product with an input. For DoRA only B A is measured.
+    Embeddings with a LoRA are left out: they have no matrix product with an input. For DoRA only B
+    A is measured.
     """
     layers = []
     module: Any
@@ -52,7 +53,8 @@ def trainable_tensors(model: torch.nn.Module) -> Dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_tensors(model: torch.nn.Module, tensors: Dict[str, torch.Tensor]) -> None:
-    """Copy the tensors of a snapshot into the model, in place. Raises KeyError where the model has no such parameter."""
+    """Copy the tensors of a snapshot into the model, in place. Raises KeyError where the model has
+    no such parameter."""
     live = dict(model.named_parameters())
     for name, tensor in tensors.items():
         live[name].copy_(tensor)
@@ -70,7 +72,8 @@ def weights_swapped_in(model: torch.nn.Module, tensors: Dict[str, torch.Tensor])
 
 
 def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlyStopMonitor]) -> Optional[int]:
-    """After a divergence at `step`: leave finite weights in the model, its own or else the newest ones measured.
+    """After a divergence at `step`: leave finite weights in the model, its own or else the newest
+    ones measured.
 
     Returns the step of the weights that the model then holds, None where no finite ones are known.
     """
@@ -83,9 +86,11 @@ def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlySto
 
 
 def save_adapter(model: Any, folder: Path, facts: Dict[str, Any]) -> None:
-    """Save a model's active adapter as a folder that appears whole, with facts (JSON) in its metadata under `es_lora`.
+    """Save a model's active adapter as a folder that appears whole, with facts (JSON) in its
+    metadata under `es_lora`.
 
-    The layout is that of PEFT: an adapter that is not called "default" lies in a subfolder of its name.
+    The layout is that of PEFT: an adapter that is not called "default" lies in a subfolder of its
+    name.
     """
     from peft import PeftModel
 

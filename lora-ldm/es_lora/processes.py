@@ -1,4 +1,5 @@
-"""Several processes: what the first one says is heard by all, and no rank waits for one that has stopped."""
+"""Several processes: what the first one says is heard by all, and no rank waits for one that has
+stopped."""
 
 from typing import Any, Optional
 
@@ -21,8 +22,9 @@ _last_broadcast: Any = None
 def _broadcast(tensor: torch.Tensor) -> None:
     """Rank 0's values on every rank, in place.
 
-    The finished work is held until the next one. Where gloo's thread were the last to hold it, that thread would need the
-    interpreter to let go of the tensor, and wait for ever if the process is ending just then.
+    The finished work is held until the next one. Where gloo's thread were the last to hold it, that
+    thread would need the interpreter to let go of the tensor, and wait for ever if the process is
+    ending just then.
     """
     global _last_broadcast
     work = torch.distributed.broadcast(tensor, 0, async_op=True)

@@ -21,7 +21,8 @@ Line = Tuple[Points, str, Dict[str, Any]]
 
 @dataclass
 class Panel:
-    """One set of axes of the figure: what it shows, on which scale, and its lines (points, label, style)."""
+    """One set of axes of the figure: what it shows, on which scale, and its lines (points, label,
+    style)."""
 
     title: str
     lines: List[Line]
@@ -98,8 +99,8 @@ def _evidence(history: History) -> Panel:
 
 
 def draw(history: History, decision: Optional[Decision], window: int, component: str) -> Any:
-    """The figure of a run: losses, CS by component, CS-Fluctuation with its valleys, gradient evidence, and the steps
-    that matter. A panel without values is left out."""
+    """The figure of a run: losses, CS by component, CS-Fluctuation with its valleys, gradient
+    evidence, and the steps that matter. A panel without values is left out."""
     from matplotlib.figure import Figure
 
     panels = [_losses(history), _cosines(history, component), _fluctuation(history, window, component)]
@@ -118,7 +119,8 @@ def draw(history: History, decision: Optional[Decision], window: int, component:
 
 
 def _mark_steps(axis: Any, history: History, decision: Optional[Decision], named: bool) -> None:
-    """Lines at the turning point, the detection and the last step; named: they stand in this axis' legend."""
+    """Lines at the turning point, the detection and the last step; named: they stand in this axis'
+    legend."""
     steps = []
     if decision is not None:
         steps.append((decision.keep_step, "turning point", COLOURS["kept"], "-"))
@@ -135,7 +137,8 @@ def _mark_steps(axis: Any, history: History, decision: Optional[Decision], named
 
 
 def _picture(history: History, decision: Optional[Decision], window: int, component: str) -> str:
-    """The figure as inline SVG, or a sentence where matplotlib is not installed or nothing was measured."""
+    """The figure as inline SVG, or a sentence where matplotlib is not installed or nothing was
+    measured."""
     if not history.records:
         return "<p>Nothing was measured, so there is nothing to draw.</p>"
     try:
@@ -153,7 +156,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1d2126; background: #fbfbfa
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 .verdict { border-left: .4rem solid #2a7f62; background: #eef5f2; padding: .8rem 1rem; font-size: 1.1rem }
-table { border-collapse: collapse } td, th { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse }
+td, th { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #ddd }
 td { font-variant-numeric: tabular-nums } svg { width: 100%; height: auto; background: white }
 figure { display: inline-block; vertical-align: top; width: 12rem; margin: .4rem } img { width: 100% }
 figcaption { font-size: .8rem }
@@ -169,7 +173,8 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> st
 
 
 def _redecided_rows(history: History) -> List[List[Any]]:
-    """What every rule makes of the run; those that look at windows also with half and twice the window."""
+    """What every rule makes of the run; those that look at windows also with half and twice the
+    window."""
     m, rows = history.header["window"], []
     for name, rule in RULES.items():
         missing = [column for column in rule.needs if column not in history.records[0]]
@@ -198,9 +203,11 @@ def write_report(
     tables: Sequence[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = (),
     images: Sequence[Tuple[str, Union[str, Path]]] = (),
 ) -> None:
-    """Write one self-contained HTML page: the verdict, the curves, tables, images in a grid, the settings.
+    """Write one self-contained HTML page: the verdict, the curves, tables, images in a grid, the
+    settings.
 
-    verdict: one sentence. tables: (title, head, rows). images: (caption, PNG file). The page appears whole or not at all.
+    verdict: one sentence. tables: (title, head, rows). images: (caption, PNG file). The page
+    appears whole or not at all.
     """
     history = read_history(history_path)
     header = history.header

@@ -1,14 +1,16 @@
 """Shadows: validation without giving up data. The part that does not depend on the kind of model.
 
-Beside the main adapter, which is trained on everything, K small ones are trained on the same frozen base and the same
-micro-batches, each without the examples of a fold of its own. Scored on that fold, a shadow tells how an adapter does on
-examples that it has not seen; the mean over the K shadows is the column `shadow_loss`. This is K-fold cross-validation
-of when to stop (Stone 1974) in one run. Here are the folds, and the shadows' optimizer steps; the passes through a model
-are the trainers'. Python 3.8, torch 1.13, as the other files that both trees share.
+Beside the main adapter, which is trained on everything, K small ones are trained on the same frozen
+base and the same micro-batches, each without the examples of a fold of its own. Scored on that
+fold, a shadow tells how an adapter does on examples that it has not seen; the mean over the K
+shadows is the column `shadow_loss`. This is K-fold cross-validation of when to stop (Stone 1974) in
+one run. Here are the folds, and the shadows' optimizer steps; the passes through a model are the
+trainers'. Python 3.8, torch 1.13, as the other files that both trees share.
 
-A shadow has the main adapter's alpha, whatever its rank: Adam moves each of the rank's entries by about the learning rate, and
-their sum is scaled by alpha / rank, so that the update grows at a pace set by alpha alone. At the main adapter's alpha / rank, a
-shadow of rank 8 beside an adapter of rank 64 would overfit eight times later than the adapter that it stands for.
+A shadow has the main adapter's alpha, whatever its rank: Adam moves each of the rank's entries by
+about the learning rate, and their sum is scaled by alpha / rank, so that the update grows at a pace
+set by alpha alone. At the main adapter's alpha / rank, a shadow of rank 8 beside an adapter of rank
+64 would overfit eight times later than the adapter that it stands for.
 """
 
 import contextlib
@@ -33,14 +35,16 @@ NOT_ADAM = ("dadapt", "schedulefree")  # Adam in name, but their rate means some
 def make_folds(examples: Iterable[Any], shadows: int, seed: int) -> Dict[Any, int]:
     """{example: number of the shadow that leaves it out}, the same for the same examples and seed.
 
-    examples: their identities (numbers or texts), in any order, each as often as it comes; they must be sortable. Every
-    fold holds about FOLD_SHARE of them, 1/K where K > 5, and at least one; folds are disjoint, and for fewer than five
-    shadows some examples are in none. Raises ValueError where there are too few examples.
+    examples: their identities (numbers or texts), in any order, each as often as it comes; they
+    must be sortable. Every fold holds about FOLD_SHARE of them, 1/K where K > 5, and at least one;
+    folds are disjoint, and for fewer than five shadows some examples are in none. Raises ValueError
+    where there are too few examples.
     """
     known = sorted(set(examples))
     if len(known) < max(FEWEST_EXAMPLES, shadows):
         raise ValueError(
-            f"--shadows {shadows} needs at least {max(FEWEST_EXAMPLES, shadows)} different training examples, and there are "
+            f"--shadows {shadows} needs at least {max(FEWEST_EXAMPLES, shadows)} different training examples, and "
+            "there are "
             f"{len(known)}: give more, lower --shadows, or use another --stop_rule"
         )
     size = max(1, min(round(FOLD_SHARE * len(known)), len(known) // shadows))
@@ -49,11 +53,13 @@ def make_folds(examples: Iterable[Any], shadows: int, seed: int) -> Dict[Any, in
 
 
 def auto_interval(score_rows: float, trained_rows: float, epoch_rows: float) -> int:
-    """The measurements from one score to the next at which scores cost about SCORE_SHARE of the main adapter's training, and
-    no more than an epoch has: the rule `shadow` needs a score an epoch.
+    """The measurements from one score to the next at which scores cost about SCORE_SHARE of the
+    main adapter's training, and no more than an epoch has: the rule `shadow` needs a score an
+    epoch.
 
-    score_rows: rows that a score of one shadow passes forward; trained_rows: rows that the main adapter is trained on between
-    two measurements, each of them taken for three forward passes; epoch_rows: the same in an epoch.
+    score_rows: rows that a score of one shadow passes forward; trained_rows: rows that the main
+    adapter is trained on between two measurements, each of them taken for three forward passes;
+    epoch_rows: the same in an epoch.
     """
     cheap_enough = math.ceil(score_rows / (3 * SCORE_SHARE * trained_rows))
     return max(1, min(cheap_enough, int(epoch_rows / trained_rows)))
@@ -66,7 +72,8 @@ def seed_of(*parts: Any) -> int:
 
 
 def rate_is_adams(optimizer_name: str) -> bool:
-    """Whether a learning rate given to this optimizer, by its flag's or its class's name, means what it means to AdamW."""
+    """Whether a learning rate given to this optimizer, by its flag's or its class's name, means
+    what it means to AdamW."""
     name = optimizer_name.lower()
     return "adam" in name and not any(other in name.replace("_", "") for other in NOT_ADAM)
 
@@ -74,10 +81,12 @@ def rate_is_adams(optimizer_name: str) -> bool:
 class ShadowTraining:
     """Folds, gradients and AdamW steps of K shadows.
 
-    folds: of make_folds. parameter_groups: for each shadow its optimizer groups [{"params": [...]}, ...], in the order of
-    the main optimizer's groups. max_norm: clips each shadow's gradient; 0 or None: no clipping. interval: a score at every
-    so many measurements; None: the trainer sets it before the first one. seed: of the shadows' dropouts, of any kind.
-    sum_over_processes: takes a tensor, gives its sum over all processes; None: there is one process.
+    folds: of make_folds. parameter_groups: for each shadow its optimizer groups [{"params": [...]},
+    ...], in the order of the main optimizer's groups. max_norm: clips each shadow's gradient; 0 or
+    None: no clipping. interval: a score at every so many measurements; None: the trainer sets it
+    before the first one. seed: of the shadows' dropouts, of any kind.
+    sum_over_processes: takes a tensor, gives its sum over all processes; None: there is one
+    process.
     """
 
     def __init__(
@@ -103,17 +112,20 @@ class ShadowTraining:
         return len(self.optimizers)
 
     def trained_rows(self, examples: Sequence[Any]) -> List[List[int]]:
-        """For each shadow, the positions of a micro-batch that it trains on: all but those of its fold."""
+        """For each shadow, the positions of a micro-batch that it trains on: all but those of its
+        fold."""
         fold_of = [self.folds.get(example) for example in examples]
         return [[row for row, fold in enumerate(fold_of) if fold != shadow] for shadow in range(self.count)]
 
     def pass_seed(self) -> int:
-        """What the dropouts of the next training pass depend on: no other pass, resumed run or score has or changes it."""
+        """What the dropouts of the next training pass depend on: no other pass, resumed run or
+        score has or changes it."""
         return seed_of(self.seed, "shadow pass", self._steps, *self._counts)
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """For a pass of the shadows: its time is noted, and its random numbers are its own and leave the main run's alone."""
+        """For a pass of the shadows: its time is noted, and its random numbers are its own and
+        leave the main run's alone."""
         started = time.perf_counter()
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
@@ -122,14 +134,15 @@ class ShadowTraining:
         self.seconds += time.perf_counter() - started
 
     def backward(self, summed_loss: torch.Tensor, counts: Sequence[float]) -> None:
-        """Add the gradients of a micro-batch. summed_loss: over all rows of all shadows, a scalar; counts: for each shadow
-        how many losses (pictures, tokens) were summed; the gradient of a step is divided by their total."""
+        """Add the gradients of a micro-batch. summed_loss: over all rows of all shadows, a scalar;
+        counts: for each shadow how many losses (pictures, tokens) were summed; the gradient of a
+        step is divided by their total."""
         summed_loss.backward()
         self._counts = [total + count for total, count in zip(self._counts, counts)]
 
     def step(self, main_optimizer: torch.optim.Optimizer) -> None:
-        """A step of every shadow that has seen something since the last one, at the main optimizer's present rates, betas,
-        eps and weight decay. All processes call it."""
+        """A step of every shadow that has seen something since the last one, at the main
+        optimizer's present rates, betas, eps and weight decay. All processes call it."""
         started = time.perf_counter()
         self._share()
         for optimizer, parameters, count in zip(self.optimizers, self.parameters, self._counts):
@@ -161,16 +174,19 @@ class ShadowTraining:
 
     @property
     def steps_a_measurement(self) -> int:
-        """Optimizer steps between two measurements, as they have been so far; ask at one, before score_is_due."""
+        """Optimizer steps between two measurements, as they have been so far; ask at one, before
+        score_is_due."""
         return self._steps // (self._measurements + 1)
 
     def score_is_due(self) -> bool:
-        """Whether the present measurement, the next in turn, is one to score at: the first, and every interval-th from it."""
+        """Whether the present measurement, the next in turn, is one to score at: the first, and
+        every interval-th from it."""
         self._measurements += 1
         return (self._measurements - 1) % (self.interval or 1) == 0
 
     def cost(self, whole_seconds: float) -> Dict[str, Any]:
-        """What the shadows have cost of a run of so many seconds, for result.json and the last words."""
+        """What the shadows have cost of a run of so many seconds, for result.json and the last
+        words."""
         factor = whole_seconds / max(1e-9, whole_seconds - self.seconds)
         sentence = (
             f"Shadows took {self.seconds:.1f} of {whole_seconds:.1f} seconds: {factor:.2f} times the run without them."
@@ -178,10 +194,11 @@ class ShadowTraining:
         facts = {"count": self.count, "interval": self.interval, "seconds": round(self.seconds, 3)}
         return {**facts, "cost_factor": round(factor, 3), "sentence": sentence}
 
-    # -------------------------------------------------------------------------------------- checkpoints
+    # ---------------------------------------------------------------------------------- checkpoints
 
     def state_tensors(self) -> Dict[str, torch.Tensor]:
-        """Weights, Adam's moments and counters of all shadows, and a fingerprint of the folds: all that a resumed run needs."""
+        """Weights, Adam's moments and counters of all shadows, and a fingerprint of the folds: all
+        that a resumed run needs."""
         state = {"steps": torch.tensor(self._steps), "measurements": torch.tensor(self._measurements)}
         state["folds"] = self._fingerprint()
         for name, parameter, moments in self._named():
@@ -191,13 +208,15 @@ class ShadowTraining:
 
     @torch.no_grad()
     def load_state_tensors(self, state: Dict[str, torch.Tensor]) -> None:
-        """Go on from state_tensors(). Raises ValueError where they belong to other shadows or other data."""
+        """Go on from state_tensors(). Raises ValueError where they belong to other shadows or other
+        data."""
         names = [name for name, _, _ in self._named()]
         fits = {key.rpartition(".")[0] for key in state if "." in key} == set(names)
         fits = fits and all(state[f"{name}.weight"].shape == parameter.shape for name, parameter, _ in self._named())
         if not fits or not torch.equal(state["folds"], self._fingerprint()):
             raise ValueError(
-                "the saved shadows belong to other data or other settings: go on with the same data, seed, --shadows and "
+                "the saved shadows belong to other data or other settings: go on with the same data, seed, --shadows "
+                "and "
                 "--shadow_rank, or start anew"
             )
         self._steps, self._measurements = int(state["steps"]), int(state["measurements"])

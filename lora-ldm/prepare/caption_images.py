@@ -1,9 +1,10 @@
 """Captions in plain sentences from a vision model, beside each picture.
 
     python lora-ldm/prepare/caption_images.py data/10_statue --captioner claude --trigger_word "CUS
-    statue" --review look.html python lora-ldm/prepare/caption_images.py data/10_statue --captioner
-    openai --base_url http://127.0.0.1:8000/v1 --model NAME python
-    lora-ldm/prepare/caption_images.py data/10_statue --captioner local --model models/blip
+        statue" --review look.html
+    python lora-ldm/prepare/caption_images.py data/10_statue --captioner openai --base_url
+        http://127.0.0.1:8000/v1 --model NAME
+    python lora-ldm/prepare/caption_images.py data/10_statue --captioner local --model models/blip
 
 Pictures are made smaller before they are sent. What will be sent where, and what it may cost, is
 shown and asked about before the first request. Captions that exist are kept unless --overwrite says
@@ -14,14 +15,19 @@ What a fault does; every answer that came before is on disk by then, and the sam
 where it was:
 
     HTTP 429, 408, 409, 5xx   asked again up to --retries times, later each time (as late as the
-    server says); then left out no answer in --timeout    the same connection cut            the
-    same answer is not JSON        left out, named; not asked again by itself, as it may have been
-    paid for JSON without a caption    the same the model declines        left out, named;
-    remembered, so that the refusal is not paid for twice HTTP 400, 413, 422        left out, named:
-    this picture is not accepted HTTP 401, 402, 403, 404   the run stops at once: no other picture
-    would fare better 5 of the first three in a row: the run stops, the service is down picture
-    damaged           left out, named; never sent Ctrl-C                    answers under way are
-    still written; exit code 130 kill                      what was under way is lost, nothing else
+        server says); then left out
+    no answer in --timeout    the same
+    connection cut            the same
+    answer is not JSON        left out, named; not asked again by itself, as it may have been paid
+        for
+    JSON without a caption    the same
+    the model declines        left out, named; remembered, so that the refusal is not paid for twice
+    HTTP 400, 413, 422        left out, named: this picture is not accepted
+    HTTP 401, 402, 403, 404   the run stops at once: no other picture would fare better
+    5 of the first three in a row: the run stops, the service is down
+    picture damaged           left out, named; never sent
+    Ctrl-C                    answers under way are still written; exit code 130
+    kill                      what was under way is lost, nothing else
 
 Exit codes: 0 every picture has a caption, 2 bad arguments or pictures left out, 130 interrupted.
 """

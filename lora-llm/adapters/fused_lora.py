@@ -2,11 +2,13 @@
 its own adapter.
 
     fused = FusedLora(base)  # any frozen causal language model: 32, 16, 8 or 4 bits, plain or
-    inside a PeftModel small = fused.add("small", rank=8, alpha=16, target_modules="attention",
-    seed=1) large = fused.add("large", rank=64, alpha=16, target_modules="all", dropout=0.05,
-    seed=2) optimizer = torch.optim.AdamW([*small.parameters(), *large.parameters()]) with
-    fused.rows([("small", 4), ("large", 2), (None, 1)]):  # rows 0-3, rows 4-5, and row 6 through
-    the base alone logits = base(input_ids=ids, attention_mask=mask).logits  # (7, T, vocabulary)
+        inside a PeftModel
+    small = fused.add("small", rank=8, alpha=16, target_modules="attention", seed=1)
+    large = fused.add("large", rank=64, alpha=16, target_modules="all", dropout=0.05, seed=2)
+    optimizer = torch.optim.AdamW([*small.parameters(), *large.parameters()])
+    with fused.rows([("small", 4), ("large", 2), (None, 1)]):  # rows 0-3, rows 4-5, and row 6
+        through the base alone
+        logits = base(input_ids=ids, attention_mask=mask).logits  # (7, T, vocabulary)
         loss = loss_of(logits[:4]) + loss_of(logits[4:6])
         loss.backward()  # inside the block: gradient checkpointing computes layers again here
     optimizer.step()

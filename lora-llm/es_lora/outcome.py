@@ -3,7 +3,8 @@
 Both trainers, the jobs of multi_lora.py, the callback and the patches leave the same result.json:
 
     format          "es-lora-result/1"
-    outcome         stopped_early, budget_reached, no_turning_point, stopped_by_other, diverged or interrupted
+    outcome         stopped_early, budget_reached, no_turning_point, stopped_by_other, diverged or
+                    interrupted
     exit_code       0, 3 where training diverged, 130 where it was interrupted
     verdict         one sentence: what happened and which weights are kept
     reason          the rule's own sentence
@@ -13,14 +14,15 @@ Both trainers, the jobs of multi_lora.py, the callback and the patches leave the
     last_step       completed optimizer steps; total_steps: the budget
     rule, window, cs_interval   by what it was decided
     files           {"kept", "last", "turning_point", "state": {"path", "step", "averaged"}}
-    held_step       the step whose weights the model holds, where a caller goes on with it (callback)
+    held_step       the step whose weights the model holds, where a caller goes on with it
+                    (callback)
     heldout         {"before", "kept", "last": held-out loss}
     parts           {component: the rule's verdict on its own CS}
     shadows         what shadow adapters have cost
     seconds, seed, settings, versions
 
-A value that is not known is null. What only one trainer knows (name and group of a job, MMLU, general
-text, test loss, trainable parameters) stands beside these under its own name.
+A value that is not known is null. What only one trainer knows (name and group of a job, MMLU,
+general text, test loss, trainable parameters) stands beside these under its own name.
 """
 
 import json
@@ -52,7 +54,8 @@ PART_NAMES = {"unet": "U-Net", "te": "text encoder", "te1": "first text encoder"
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """A file or folder of the run: its place below the output folder, and whose weights it holds."""
+    """A file or folder of the run: its place below the output folder, and whose weights it
+    holds."""
 
     path: str
     step: Optional[int] = None
@@ -65,8 +68,8 @@ class Outcome:
 
     name: a key of EXIT_CODES. last_step, total_steps: completed optimizer steps, and the budget.
     plan: of the measurements; None where nothing was measured. diverged: why, where it did.
-    stopped_by: who else ended the training. held_step: whose weights the model holds, where they are
-    left to the caller and not saved. extra: what only this trainer knows.
+    stopped_by: who else ended the training. held_step: whose weights the model holds, where they
+    are left to the caller and not saved. extra: what only this trainer knows.
     """
 
     name: str
@@ -91,17 +94,19 @@ class Outcome:
 
     @property
     def keeps_last(self) -> bool:
-        """Whether the weights of the turning point are the last ones: they are scored and saved once."""
+        """Whether the weights of the turning point are the last ones: they are scored and saved
+        once."""
         return self.decision is not None and self.decision.keep_step == self.last_step
 
     def saved(self, what: str, path: str, step: Optional[int] = None, averaged: bool = False) -> None:
-        """Note a file by its path relative to the output folder, and the step whose weights it holds.
+        """Note a file by its path relative to the output folder, and the step whose weights it
+        holds.
 
         what: "kept" lies under the normal name, "last", "turning_point" and "state" beside it.
         """
         self.files[what] = SavedWeights(path, step, averaged)
 
-    # -------------------------------------------------------------------------------------- in words
+    # ------------------------------------------------------------------------------------- in words
 
     def sentence(self) -> str:
         """The verdict in plain words."""
@@ -159,7 +164,8 @@ class Outcome:
         return f"step {step} (epoch {step / self.plan.steps_per_epoch:.1f})"
 
     def _compared(self) -> str:
-        """The held-out losses of the kept and of the last weights, as far as they are known; empty otherwise."""
+        """The held-out losses of the kept and of the last weights, as far as they are known; empty
+        otherwise."""
         kept, last = self.heldout.get("kept"), self.heldout.get("last")
         if kept is None:
             return ""
@@ -169,10 +175,11 @@ class Outcome:
         direction = "higher" if change > 0 else "lower"
         return f" Held-out loss: {kept:.4f} there, {last:.4f} at the last step ({abs(change):.1f}% {direction})."
 
-    # -------------------------------------------------------------------------------------- for machines
+    # --------------------------------------------------------------------------------- for machines
 
     def facts(self, what: str) -> Dict[str, Any]:
-        """What the saved weights say of themselves in their metadata: their step, and the verdict."""
+        """What the saved weights say of themselves in their metadata: their step, and the
+        verdict."""
         weights = self.files[what]
         known = {"outcome": self.name, "step": weights.step, "averaged": weights.averaged, "last_step": self.last_step}
         return {**known, **self._decided()}
@@ -195,7 +202,8 @@ class Outcome:
         }
 
     def as_result(self, settings: Dict[str, Any], packages: Sequence[str]) -> Dict[str, Any]:
-        """The content of result.json. settings: plain values. packages: whose versions are noted."""
+        """The content of result.json. settings: plain values. packages: whose versions are
+        noted."""
         nothing = dict.fromkeys(("rule", "keep_step", "detected_step", "usable_steps", "reason"))
         plan = self.plan
         return {
@@ -227,7 +235,7 @@ class Outcome:
         write_text_whole(Path(folder) / RESULT_NAME, json.dumps(_finite(result), indent=1, ensure_ascii=False) + "\n")
         return result
 
-    # -------------------------------------------------------------------------------------- for the person
+    # ------------------------------------------------------------------------------- for the person
 
     def tables(self) -> List[Tuple[str, List[str], List[List[Any]]]]:
         """(title, head, rows) of the report: held-out losses, each part by itself, files."""

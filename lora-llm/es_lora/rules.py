@@ -1,8 +1,10 @@
-"""The rules that decide when to stop: a registry of small classes, replayable on any recorded history.
+"""The rules that decide when to stop: a registry of small classes, replayable on any recorded
+history.
 
-A rule reads the history line by line: `update(record)` returns a Decision once, None before. It names the columns it
-needs (`needs`), how many measurements back the kept weights may lie (`lookback`), and after how many measurements it can
-answer at the earliest (`first_answer`). Nothing here knows a model or a trainer. Python 3.8, as cs_fluctuation.py.
+A rule reads the history line by line: `update(record)` returns a Decision once, None before. It
+names the columns it needs (`needs`), how many measurements back the kept weights may lie
+(`lookback`), and after how many measurements it can answer at the earliest (`first_answer`).
+Nothing here knows a model or a trainer. Python 3.8, as cs_fluctuation.py.
 """
 
 import math
@@ -18,7 +20,8 @@ DEFAULT_RULE = "gradient-agreement"
 
 @dataclass(frozen=True)
 class Decision:
-    """A rule's answer: the weights of keep_step are the result, and those of the steps in `usable` (first, last) would do."""
+    """A rule's answer: the weights of keep_step are the result, and those of the steps in `usable`
+    (first, last) would do."""
 
     keep_step: int
     detected_step: int
@@ -65,7 +68,8 @@ class StopRule:
         self.value = self.default_value if value is None else value
 
     def lookback(self) -> int:
-        """How many measurements before the detection the kept weights may lie; 0 where the detection's are kept."""
+        """How many measurements before the detection the kept weights may lie; 0 where the
+        detection's are kept."""
         return 0
 
     def first_answer(self) -> int:
@@ -84,7 +88,8 @@ class StopRule:
         return step / self.settings.steps_per_epoch
 
     def read(self, record: Dict[str, Any], column: str) -> Optional[float]:
-        """A column's value, of the component that decides where it has components; None where it is null."""
+        """A column's value, of the component that decides where it has components; None where it is
+        null."""
         value = record.get(column)
         return value.get(self.settings.component) if isinstance(value, dict) else value
 
@@ -94,7 +99,8 @@ class StopRule:
 
 
 class NthValley(StopRule):
-    """Stops at the N-th valley of CS-Fluctuation F and keeps the oldest of the last 3M-1 measurements.
+    """Stops at the N-th valley of CS-Fluctuation F and keeps the oldest of the last 3M-1
+    measurements.
 
     A valley is where the derivative F_k - F_(k-1) turns from below to above zero.
     Source: the paper's method, section 3, with N as its number.
@@ -123,7 +129,8 @@ class NthValley(StopRule):
         return 3 * self.settings.window - 1 + 2 * self.valley
 
     def _count(self) -> int:
-        """Valleys seen so far; called at a measurement that may have added one, before its derivative is remembered."""
+        """Valleys seen so far; called at a measurement that may have added one, before its
+        derivative is remembered."""
         return self._valleys
 
     def _which(self) -> str:
@@ -144,7 +151,8 @@ class NthValley(StopRule):
             return None
         keep, detected = self._steps[0], record["step"]
         reason = (
-            f"CS-Fluctuation of {self.settings.component!r} passed {self._which()} at step {detected}: the direction of the "
+            f"CS-Fluctuation of {self.settings.component!r} passed {self._which()} at step {detected}: the direction "
+            "of the "
             f"update has become steady. The turning point is step {keep}, where that window began."
         )
         return Decision(keep, detected, (keep, detected), reason)
@@ -153,9 +161,10 @@ class NthValley(StopRule):
 class SecondValley(NthValley):
     """The published rule: the second valley, with the way the published code counts.
 
-    That code scans the whole F series anew at every measurement and starts each scan with the derivative that the scan
-    before ended with. A series whose first derivative is positive therefore shows one valley more at its start whenever
-    the last derivative was negative, and stops at its first real valley.
+    That code scans the whole F series anew at every measurement and starts each scan with the
+    derivative that the scan before ended with. A series whose first derivative is positive
+    therefore shows one valley more at its start whenever the last derivative was negative, and
+    stops at its first real valley.
     """
 
     name = "second-valley"
@@ -175,7 +184,8 @@ class SecondValley(NthValley):
 
 
 class FixedEpochs(StopRule):
-    """Stops after a fixed number of epochs, whatever the run does: what the other rules have to beat."""
+    """Stops after a fixed number of epochs, whatever the run does: what the other rules have to
+    beat."""
 
     name = "fixed-epochs"
     needs = ()
@@ -192,7 +202,8 @@ class FixedEpochs(StopRule):
 
 
 class LowestLoss(StopRule):
-    """Keeps the measurement with the lowest loss of a column, once enough later ones were not lower.
+    """Keeps the measurement with the lowest loss of a column, once enough later ones were not
+    lower.
 
     A null is a measurement at which the loss was not taken, and counts for nothing.
     """
@@ -249,11 +260,13 @@ class ValidationPatience(LowestLoss):
 
 
 class Shadow(LowestLoss):
-    """Validation without giving up data: the mean loss of small shadow adapters, each on the fold it was not trained on.
+    """Validation without giving up data: the mean loss of small shadow adapters, each on the fold
+    it was not trained on.
 
-    Stops when nothing lower came for `value` epochs and in FEWEST_LATER losses at least: shadows may be scored seldom.
-    Source: cross-validation as a stopping criterion (Stone 1974), with the folds' adapters trained beside the one that is
-    kept.
+    Stops when nothing lower came for `value` epochs and in FEWEST_LATER losses at least: shadows
+    may be scored seldom.
+    Source: cross-validation as a stopping criterion (Stone 1974), with the folds' adapters trained
+    beside the one that is kept.
     """
 
     name = "shadow"
@@ -275,16 +288,18 @@ class Shadow(LowestLoss):
 
 
 class GradientAgreement(StopRule):
-    """Stops when different examples no longer agree: the gradients of the last epoch agree no more than memorising would make
-    them. Weights at detection, after the first epoch.
+    """Stops when different examples no longer agree: the gradients of the last epoch agree no more
+    than memorising would make them. Weights at detection, after the first epoch.
 
-    Evidence is 1 plus what the inner products of the gradients in the running means add. Those of different examples are what
-    helps an example that was never seen; once they have cancelled, a step teaches each example only itself. A language
-    model's example gives the same gradient whenever it comes again, and that agreement with itself is no help to others:
-    memorising_evidence says how much of it the running means hold (up to 2.16), and the evidence has to exceed it. A
-    diffusion model meets its pictures with new noise and timesteps each time, so there the bound stays at 1. Nothing in it was
-    fitted to runs. Source: the evidence of Mahsereci et al. (gradient-evidence), with this bound in place of a threshold;
-    measured in tests/benchmarks/stop_quality.
+    Evidence is 1 plus what the inner products of the gradients in the running means add. Those of
+    different examples are what helps an example that was never seen; once they have cancelled, a
+    step teaches each example only itself. A language model's example gives the same gradient
+    whenever it comes again, and that agreement with itself is no help to others:
+    memorising_evidence says how much of it the running means hold (up to 2.16), and the evidence
+    has to exceed it. A diffusion model meets its pictures with new noise and timesteps each time,
+    so there the bound stays at 1. Nothing in it was fitted to runs. Source: the evidence of
+    Mahsereci et al. (gradient-evidence), with this bound in place of a threshold; measured in
+    tests/benchmarks/stop_quality.
     """
 
     name = "gradient-agreement"
@@ -301,7 +316,10 @@ class GradientAgreement(StopRule):
         return memorising_evidence(record["step"], per_epoch) if comes_again_unchanged else 1.0
 
     def reason(self, evidence: float, bound: float) -> str:
-        return f"The gradients of different examples no longer agree (evidence {evidence:.3g}; memorising alone leaves {bound:.3g})"
+        return (
+            f"The gradients of different examples no longer agree (evidence {evidence:.3g}; memorising alone leaves "
+            f"{bound:.3g})"
+        )
 
     def update(self, record: Dict[str, Any]) -> Optional[Decision]:
         evidence, bound = self.read(record, "grad_evidence"), self.bound(record)
@@ -313,15 +331,18 @@ class GradientAgreement(StopRule):
 RULES: Dict[str, Type[StopRule]] = {
     rule.name: rule for rule in (SecondValley, NthValley, GradientAgreement, FixedEpochs, ValidationPatience, Shadow)
 }
-# Rules of earlier versions that lost by the project's own tables: baselines of tests/benchmarks/stop_quality.
+# Rules of earlier versions that lost by the project's own tables: baselines of
+# tests/benchmarks/stop_quality.
 MOVED_RULES = ("cs-fall", "cs-trough", "update-norm-plateau", "objective-variance", "gradient-evidence")
 
 
 def make_rule(name: str, settings: RuleSettings) -> StopRule:
-    """A fresh rule by its registered name. Raises ValueError, naming the rules there are, for another name."""
+    """A fresh rule by its registered name. Raises ValueError, naming the rules there are, for
+    another name."""
     if name not in RULES and name in MOVED_RULES:
         raise ValueError(
-            f"stop rule {name!r} is a baseline of tests/benchmarks/stop_quality now, since others decide better; choose "
+            f"stop rule {name!r} is a baseline of tests/benchmarks/stop_quality now, since others decide better; "
+            "choose "
             f"one of {', '.join(RULES)}"
         )
     if name not in RULES:
@@ -335,7 +356,8 @@ def check_rule(name: str, value: Optional[float] = None) -> None:
 
 
 def value_of_valley(rule: str, valley: int) -> Optional[float]:
-    """The number that `--valley N` gives a rule: that of nth-valley. N = 2 asks nothing of the others.
+    """The number that `--valley N` gives a rule: that of nth-valley. N = 2 asks nothing of the
+    others.
 
     Raises ValueError for N below 1, and for another N where the rule counts no valleys.
     """

@@ -1,4 +1,5 @@
-"""The settings of early stopping: every flag with its help and its check, and the plan made of them.
+"""The settings of early stopping: every flag with its help and its check, and the plan made of
+them.
 
 Both trainers, a job of multi_lora.py, the callback and the patches make their parsers and their
 checks of `StopSettings`. Python 3.8, as all of es_lora/.
@@ -26,7 +27,8 @@ def _flag(default: Any, text: str, read: Callable[[Any], Any] = str, **more: Any
 class StopSettings:
     """What a person can set about early stopping. None means automatic, or the rule's own number.
 
-    cs_interval: in optimizer steps. window_size: M, in measurements. shadow_interval: in measurements.
+    cs_interval: in optimizer steps. window_size: M, in measurements. shadow_interval: in
+    measurements.
     cs_component: None is the U-Net where it is trained, else the part, or all parts, that are.
     shadows: None is DEFAULT_SHADOWS where the rule needs them, else 0 (`complete`).
     """
@@ -55,7 +57,8 @@ class StopSettings:
     def given(self, values: Mapping[str, Any]) -> Tuple["StopSettings", List[str]]:
         """(these settings with the given values, every problem as a sentence that names its flag).
 
-        values: by flag name, as text or already read; None and names that are no setting are passed over.
+        values: by flag name, as text or already read; None and names that are no setting are passed
+        over.
         """
         read, problems = {}, []
         for entry in fields(self):
@@ -112,7 +115,8 @@ class StopSettings:
         return DEFAULT_SHADOWS if self.calculate_cs and self.needs_shadows else 0
 
     def as_flags(self) -> Dict[str, Any]:
-        """{flag: value} as they are written down: automatic ones as `auto`, what was not set as None."""
+        """{flag: value} as they are written down: automatic ones as `auto`, what was not set as
+        None."""
         return {
             entry.name: auto_word(getattr(self, entry.name))
             if entry.metadata["read"] is number_or_auto
@@ -123,8 +127,9 @@ class StopSettings:
     def plan(self, components: Sequence[str], steps_per_epoch: float, total_steps: int) -> "MeasurementPlan":
         """Resolve what is automatic against a run.
 
-        components: the trained parts. steps_per_epoch, total_steps: completed optimizer steps, everything counted in
-        (repeats, accumulation, processes). Raises ValueError for a component that is not trained.
+        components: the trained parts. steps_per_epoch, total_steps: completed optimizer steps,
+        everything counted in (repeats, accumulation, processes). Raises ValueError for a component
+        that is not trained.
         """
         interval = self.cs_interval or max(1, round(steps_per_epoch / 10))
         window = self.window_size or auto_window(steps_per_epoch, interval)
@@ -141,7 +146,8 @@ class StopSettings:
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """By which rule a run is decided, when CS is measured, and what the person should know before it starts."""
+    """By which rule a run is decided, when CS is measured, and what the person should know before
+    it starts."""
 
     stop: StopSettings
     rule_settings: RuleSettings
@@ -207,9 +213,11 @@ def auto_window(steps_per_epoch: float, cs_interval: int) -> int:
 
 
 def add_stop_arguments(group: Any, usual: StopSettings, leave_out: Sequence[str] = ()) -> None:
-    """Add every flag of early stopping to a parser or to a group of one; `StopSettings.given` reads them.
+    """Add every flag of early stopping to a parser or to a group of one; `StopSettings.given` reads
+    them.
 
-    usual: the trainer's defaults, shown in its help. Values stay text, so that all problems are said at once.
+    usual: the trainer's defaults, shown in its help. Values stay text, so that all problems are
+    said at once.
     """
     shown = usual.as_flags()
     for entry in fields(StopSettings):

@@ -1,7 +1,9 @@
 """Jobs of multi_lora.py: what a job is, and the toml, yaml or json file that lists them.
 
-    [defaults]                    # for every job dataset = "notes.jsonl"       # relative to the
-    current folder or, if it is not there, to this file's rank = 8
+    [defaults]                    # for every job
+    dataset = "notes.jsonl"       # relative to the current folder or, if it is not there, to this
+        file's
+    rank = 8
 
     [[jobs]]
     name = "notes"

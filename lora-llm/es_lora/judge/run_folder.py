@@ -13,7 +13,8 @@ from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, file_metadata
 
 @dataclass
 class Checkpoint:
-    """One saved adapter of the run, at a known step, in completed optimizer steps. columns: what was measured of it."""
+    """One saved adapter of the run, at a known step, in completed optimizer steps. columns: what
+    was measured of it."""
 
     name: str
     file: Path
@@ -37,7 +38,8 @@ def _number(text: Any) -> Optional[int]:
 
 
 def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
-    """PEFT's and diffusers' folders: checkpoint-N, and other kept adapters whose metadata or state tells their step."""
+    """PEFT's and diffusers' folders: checkpoint-N, and other kept adapters whose metadata or state
+    tells their step."""
     found = []
     for place in [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]:
         name = "." if place == folder else place.name
@@ -59,9 +61,9 @@ def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
 def _step_of(place: Path, facts: Dict[str, Any]) -> Optional[int]:
     """The step of an adapter of es_lora_llm.py or its callback: what its metadata says.
 
-    An adapter of an earlier version says only the kept and the last step. There, a run that stopped early has
-    `adapter-last` beside the kept `adapter`; one that went on has `adapter-turning-point` beside the last. None where
-    it could be of either.
+    An adapter of an earlier version says only the kept and the last step. There, a run that stopped
+    early has `adapter-last` beside the kept `adapter`; one that went on has `adapter-turning-point`
+    beside the last. None where it could be of either.
     """
     if "step" in facts:
         return facts["step"]
@@ -81,7 +83,8 @@ def _state(folder: Path) -> Dict[str, Any]:
 
 
 def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
-    """kohya's files of one run: NAME-000003 (epoch), NAME-step00000500 (step), NAME or, where it stands, NAME-last."""
+    """kohya's files of one run: NAME-000003 (epoch), NAME-step00000500 (step), NAME or, where it
+    stands, NAME-last."""
     files = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in (PEFT_NAME, DIFFUSERS_NAME)]
     pattern = re.compile(r"(.+?)(?:-step(\d{8})|-(\d{6}))?$")
     named = {file: match for file in files for match in [pattern.match(file.stem)] if match}
@@ -107,7 +110,8 @@ def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
 
 
 def _steps_per_epoch(checkpoints: Sequence[Found]) -> Optional[int]:
-    """Optimizer steps an epoch as the newest checkpoint that tells has it, from kohya's metadata or a Trainer's state."""
+    """Optimizer steps an epoch as the newest checkpoint that tells has it, from kohya's metadata or
+    a Trainer's state."""
     for checkpoint in sorted(checkpoints, key=lambda c: (c.step or 0, c.epoch or 0), reverse=True):
         metadata, state = checkpoint.metadata, _state(checkpoint.file.parent)
         if checkpoint.epoch and checkpoint.step:
@@ -122,7 +126,8 @@ def _steps_per_epoch(checkpoints: Sequence[Found]) -> Optional[int]:
 
 @dataclass
 class Run:
-    """What the folder holds: the checkpoints by step, what was passed over and why, and a recorded history's facts."""
+    """What the folder holds: the checkpoints by step, what was passed over and why, and a recorded
+    history's facts."""
 
     checkpoints: List[Checkpoint]
     steps_per_epoch: int
@@ -132,14 +137,16 @@ class Run:
 
 
 def read_run(folder: Path, steps_per_epoch: Optional[int] = None) -> Run:
-    """Find a run's checkpoints and their steps. Raises FileNotFoundError or ValueError where nothing can be judged."""
+    """Find a run's checkpoints and their steps. Raises FileNotFoundError or ValueError where
+    nothing can be judged."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; give the folder that holds the saved adapters")
     problems: Dict[str, str] = {}
     found = _folder_checkpoints(folder, problems)
     found += _file_checkpoints(folder, problems)
     if not found:
-        known = f"checkpoint-*/{PEFT_NAME}, checkpoint-*/{DIFFUSERS_NAME}, NAME-000003.safetensors, NAME-step00000500.safetensors"
+        known = f"checkpoint-*/{PEFT_NAME}, checkpoint-*/{DIFFUSERS_NAME}, NAME-000003.safetensors, "
+        known += "NAME-step00000500.safetensors"
         named = "".join(f"; {name}: {problem}" for name, problem in problems.items())
         raise FileNotFoundError(f"{folder} holds no LoRA checkpoints; known are {known}{named}")
     history = read_history(folder) if (folder / HISTORY_NAME).is_file() else None

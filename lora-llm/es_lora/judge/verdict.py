@@ -1,4 +1,5 @@
-"""Which of the saved adapters is to be kept: the rule that the checkpoints allow, and its answer in words."""
+"""Which of the saved adapters is to be kept: the rule that the checkpoints allow, and its answer in
+words."""
 
 import json
 import sys
@@ -18,8 +19,9 @@ from es_lora.report import write_report
 from es_lora.rules import DEFAULT_RULE, RULES, Decision
 from es_lora.settings import auto_window
 
-# Where only weights are at hand. By the figures of tests/benchmarks/stop_quality no rule on weights that does without a window,
-# and so could judge one checkpoint an epoch, beats keeping epoch 2 of any run: there the verdict is "too sparse to say".
+# Where only weights are at hand. By the figures of tests/benchmarks/stop_quality no rule on weights
+# that does without a window, and so could judge one checkpoint an epoch, beats keeping epoch 2 of
+# any run: there the verdict is "too sparse to say".
 RULE_BY_WEIGHTS = "second-valley"
 WEIGHT_COLUMNS = {"step", "epoch", "cs", "cs_row", "cs_matrix", "delta_norm", "stable_rank", "fluctuation"}
 MEASUREMENTS_PER_EPOCH = 5  # fewer, and the window of at least 5 measurements no longer is about one epoch
@@ -61,7 +63,8 @@ def _measure(checkpoint: Checkpoint, measurer: Measurer, layers: Optional[Set[Ke
 
 @dataclass
 class Spacing:
-    """How the checkpoints lie: every `interval` steps; a run measures every `planned` steps, over `window` measurements."""
+    """How the checkpoints lie: every `interval` steps; a run measures every `planned` steps, over
+    `window` measurements."""
 
     interval: int
     planned: int
@@ -72,7 +75,8 @@ class Spacing:
 
 
 def find_spacing(run: Run) -> Spacing:
-    """The measurements that the checkpoints stand for: the multiples of one interval, as near the run's own as can be."""
+    """The measurements that the checkpoints stand for: the multiples of one interval, as near the
+    run's own as can be."""
     header = run.history.header if run.history else {}
     per_epoch = run.steps_per_epoch
     planned = header.get("cs_interval") or max(1, round(per_epoch / 10))
@@ -100,7 +104,8 @@ def find_spacing(run: Run) -> Spacing:
 
 
 def build_history(run: Run, spacing: Spacing) -> History:
-    """The run as cs_replay reads it; columns that were recorded in training (loss, ...) stay beside the measured ones."""
+    """The run as cs_replay reads it; columns that were recorded in training (loss, ...) stay beside
+    the measured ones."""
     recorded = {record["step"]: record for record in run.history.records} if run.history else {}
     components = list(run.checkpoints[0].columns["cs_row"])
     header = {
@@ -132,7 +137,8 @@ def build_history(run: Run, spacing: Spacing) -> History:
 
 
 def choose_rule(history: History, rule: Optional[str]) -> str:
-    """The rule asked for; else the default where a history of the run recorded what it needs, else RULE_BY_WEIGHTS.
+    """The rule asked for; else the default where a history of the run recorded what it needs, else
+    RULE_BY_WEIGHTS.
 
     Raises ValueError where the rule asked for needs a column that weights alone do not give.
     """
@@ -156,7 +162,8 @@ def _nearby_windows(history: History, rule: str, window: int) -> List[Optional[i
 
 
 def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History, Optional[Decision]]:
-    """The verdict on a measured run (one JSON object), the history it was taken from, and the rule's Decision."""
+    """The verdict on a measured run (one JSON object), the history it was taken from, and the
+    rule's Decision."""
     spacing = find_spacing(run)
     history = build_history(run, spacing)
     chosen = choose_rule(history, rule)

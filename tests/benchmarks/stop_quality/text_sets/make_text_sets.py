@@ -1,8 +1,8 @@
 """Builds the eight text sets beside this file: six out of Debian packages, two by calculation.
 
     python make_text_sets.py                        # packages are fetched with apt-get; nothing is
-    installed python make_text_sets.py --packages FOLDER      # FOLDER holds package files (*.deb)
-    at hand
+        installed
+    python make_text_sets.py --packages FOLDER      # FOLDER holds package files (*.deb) at hand
 
 Deterministic: the same package versions give the same files, byte for byte. The packages are in the
 public domain or under a permissive licence (README.md), and the embedded base was not trained on
