@@ -110,7 +110,8 @@ def forgetting_sentence(losses: dict[str, float]) -> str:
     clauses = []
     for name, where in (("kept", "the turning point"), ("last", "the last step")):
         ratio = perplexity_ratio(losses, name)
-        if ratio is not None:
+        same = name == "last" and losses.get("kept") == losses.get("last")  # the turning point is the last step
+        if ratio is not None and not same:
             judged = "has forgotten" if ratio >= FORGOTTEN_FROM else "has not forgotten"
             clauses.append(f"the LoRA of {where} {judged}: perplexity {ratio:.2f} times that of the base")
     return f"General text: {'; '.join(clauses)}." if clauses else ""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from es_lora.command_line import command_line, without_flag
+from es_lora.command_line import command_line, shown_path, without_flag
 from es_lora.history import HISTORY_NAME
 from es_lora.outcome import REPORT_NAME, Outcome
 from es_lora.report import write_report
@@ -59,5 +59,5 @@ def next_commands(outcome: str, folder: Path, program: Path, argv: Sequence[str]
         return {"go on": command_line(sys.executable, program, [*without_flag(argv, RESUME), RESUME, "true"])}
     if not (folder / "adapter").exists():
         return {}
-    words = ["--adapter", folder / "adapter", "--prompt", "..."]
-    return {"try it": command_line(sys.executable, program.with_name("generate_text.py"), words)}
+    words = ["--adapter", shown_path(folder / "adapter"), "--prompt"]
+    return {"try it": f'{command_line(sys.executable, program.with_name("generate_text.py"), words)} "..."'}

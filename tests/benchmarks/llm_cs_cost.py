@@ -185,12 +185,12 @@ def literal_cosine(layers: list) -> float:
 def time_at_rank(base_model: Any, settings: Any, rank: int) -> tuple[list[float], float, float]:
     """(literal seconds / factorised seconds of every repeat, first measurement / later one,
     difference of the values)."""
-    from adapters.weights import attach_lora
     from cs_fluctuation import measure_layers
     from es_lora.peft_models import peft_lora_layers
+    from training.setup import with_lora
 
     settings.training.lora_r = rank
-    model = attach_lora(base_model, settings.training)
+    model = with_lora(settings, base_model)
     generator = torch.Generator().manual_seed(rank)
     layers = peft_lora_layers(model)
     for layer in layers:
@@ -223,6 +223,7 @@ def time_rows(base: Path) -> list[str]:
 
     from base.loading import load_base
     from settings.parsing import parse_arguments
+    from training.setup import base_spec
 
     lines = ["| frozen base | rank | literal / factorised, median | min | max | first / later | values differ by |"]
     lines += ["|---|---|---|---|---|---|---|"]
@@ -230,7 +231,7 @@ def time_rows(base: Path) -> list[str]:
         settings = parse_arguments(
             ["--model_name_or_path", str(base), "--bits", str(bits), "--output_dir", str(base / "none")]
         )
-        base_model = load_base(settings)
+        base_model = load_base(base_spec(settings))
         for rank in tqdm(RANKS, desc=f"time, {bits} bits"):
             ratios, first, difference = time_at_rank(base_model, settings, rank)
             values = [statistics.median(ratios), min(ratios), max(ratios), first]

@@ -60,14 +60,14 @@ def main() -> int:
         cells = [
             str(settings["rank"]),
             f"{settings['learning_rate']:g}",
-            f"{result['last_step']} of {result['budget_steps']}",
+            f"{result['last_step']} of {result['total_steps']}",
         ]
-        cells += [str(result["kept_step"]), loss["before"], loss.get("kept", ""), loss["last"]]
+        cells += [str(result["files"]["kept"]["step"]), loss["before"], loss.get("kept", ""), loss["last"]]
         lines.append("| " + " | ".join(cells) + " |")
     kept = {result["name"]: kept_loss(result) for result in results}
     losses = list(kept.values())
     by_verdict = choose([{**result, "heldout": {}} for result in results])
-    steps, budget = sum(r["last_step"] for r in results), sum(r["budget_steps"] for r in results)
+    steps, budget = sum(r["last_step"] for r in results), sum(r["total_steps"] for r in results)
     stopped = sum(result["outcome"] == "stopped_early" for result in results)
     chosen = overview["chosen"]["kitchen"]
     command = " ".join(["tests/benchmarks/multi_lora_grid.py", *sys.argv[1:]])

@@ -100,8 +100,9 @@ class Fused:
         """Processor seconds of a step of every job."""
         import torch
 
-        from jobs.data import collate, row_losses
+        from jobs.data import collate
         from jobs.scheduler import split_round
+        from training.losses import row_losses
 
         started = time.process_time()
         sizes = [(len(batch), max(len(example.ids) for example in batch)) for batch in batches]
@@ -129,14 +130,13 @@ def loaded(bits: int) -> tuple[Any, Any]:
     """(frozen embedded base, tokenizer)."""
     import quiet_libraries  # noqa: F401
     import torch
-    from multi_lora import base_settings
 
     from base.loading import load_base, load_tokenizer
+    from base.spec import BaseSpec
 
     torch.set_num_threads(1)
-    options = {"bf16": False, "cache_dir": None, "trust_remote_code": False, "gradient_checkpointing": False}
-    base = load_base(base_settings(str(TREE / "tiny_base"), bits, True, torch.device("cpu"), **options))
-    return base.requires_grad_(False), load_tokenizer(str(TREE / "tiny_base"))
+    spec = BaseSpec(str(TREE / "tiny_base"), bits)
+    return load_base(spec).requires_grad_(False), load_tokenizer(spec)
 
 
 def throughput_rows(repeats: int) -> list[str]:

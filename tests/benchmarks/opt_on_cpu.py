@@ -12,7 +12,6 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "lora-llm"))
@@ -34,7 +33,7 @@ SHAPE = {
     "num_hidden_layers": 24,
     "num_attention_heads": 32,
 }
-LORA = {"lora_modules": "all", "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_bias": "none"}
+LORA = {"rank": 16, "alpha": 32, "dropout": 0.05}
 STEPS = [(1, 128), (8, 256)]  # (samples, tokens of each); the larger last, because the peak is that of the process
 
 
@@ -58,7 +57,7 @@ def model_of_opt_shape() -> torch.nn.Module:
     small_parts_in_float32(base)
     base.enable_input_require_grads()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return attach_lora(base, SimpleNamespace(**LORA)).train()
+    return attach_lora(base, **LORA).train()
 
 
 def main() -> int:

@@ -53,7 +53,7 @@ def arguments_of(spec, output):
 
 
 def loss_over(run, rows):
-    return RowLoss(run.model, run.collator, rows, EVALUATION_BATCH, run.trainer.compute_loss_context_manager)
+    return RowLoss(run.model, run.collator, rows, EVALUATION_BATCH)
 
 
 class NotesGradients(TrainerCallback):
@@ -96,8 +96,7 @@ def add_columns(run, spec, heldout, probe, norm):
 def record(spec):
     output = CACHE / "outputs" / spec.name
     shutil.rmtree(output, ignore_errors=True)
-    words = arguments_of(spec, output)
-    run = es_lora_llm.set_up(parse_arguments(words), words)
+    run = es_lora_llm.set_up(parse_arguments(arguments_of(spec, output)))
     rows, _ = read_table_as_pairs(data_folder(spec) / "heldout.jsonl")
     heldout = loss_over(run, list(rows)[:HELDOUT_ROWS])
     probe = loss_over(run, [run.splits.train[index] for index in range(PROBE_ROWS)])
@@ -105,7 +104,7 @@ def record(spec):
     run.trainer.add_callback(NotesGradients(run, norm))
     add_columns(run, spec, heldout, probe, norm)
     at_start = heldout()
-    outcome = es_lora_llm.train(run)
+    outcome = es_lora_llm.train(run).name
     if outcome == "interrupted":
         raise KeyboardInterrupt
     run.early_stop.monitor.close()
