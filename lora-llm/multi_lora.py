@@ -73,11 +73,11 @@ def train_jobs(
 
     bits: 4, 8, 16 or 32, of the frozen base. max_rows: rows a pass; max_jobs: adapters that train
     at once; memory_gb: estimated memory of base, adapters and activations together. data_parallel:
-    with several processes, all train every job together;
-    None: where there are fewer jobs than processes. save_minutes: how often everything is saved for
-    --resume. A job that cannot be trained (its data, its name) is refused, told and listed, and the
-    others are trained. Raises ValueError, FileNotFoundError or FileExistsError where nothing can be
-    trained, Interrupted after Ctrl-C.
+    with several processes, all train every job together; None: where there are fewer jobs than
+    processes. save_minutes: how often everything is saved for --resume. A job that cannot be
+    trained (its data, its name) is refused, told and listed, and the others are trained. Raises
+    ValueError, FileNotFoundError or FileExistsError where nothing can be trained, Interrupted after
+    Ctrl-C.
     """
     started, output_dir = time.monotonic(), Path(output_dir)
     _check_run(jobs, output_dir, bits, max_rows, max_jobs, resume)
@@ -94,34 +94,14 @@ def train_jobs(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
     )
-    tokenizer, base = load_tokenizer(spec), load_base(spec)
-    fit_embeddings(base, tokenizer)
-    if bits in (16, 32):
-        base.to(processes.device)
-    base.requires_grad_(False)
+    tokenizer, base = _frozen_base(spec, processes.device)
     facts = {"model": str(base_model), "bits": bits}
     limits = _limits(base, max_rows, max_jobs, memory_gb, gradient_checkpointing)
-    ready, refused = _prepare(
-        jobs, base, tokenizer, limits, cache_dir, say if processes.is_first else lambda text: None
-    )
-    earlier = {data.job.name: finished_result(output_dir / data.job.name) if resume else None for data, _ in ready}
-    to_train = [(data, need) for data, need in ready if earlier[data.job.name] is None]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    own = processes.own_jobs([data.total_steps * data.job.batch_size * data.job.accumulation for data, _ in to_train])
-    training = FusedTraining(
-        base,
-        tokenizer,
-        output_dir,
-        processes,
-        limits,
-        facts=facts,
-        precision=torch.bfloat16 if bf16 else None,
-        save_minutes=save_minutes,
-        say=say,
-    )
-    whole = training.train([to_train[index] for index in own], resume)
-    if not whole:
-        raise Interrupted(f"interrupted; everything needed to go on is saved in {output_dir}")
+    say_once = say if processes.is_first else lambda text: None
+    ready, refused = _prepare(jobs, base, tokenizer, limits, cache_dir, say_once)
+    options = {"precision": torch.bfloat16 if bf16 else None, "save_minutes": save_minutes, "say": say}
+    training = FusedTraining(base, tokenizer, output_dir, processes, limits, facts=facts, **options)
+    _train_the_rest(training, ready, resume)
     processes.wait()
     results = [finished_result(output_dir / data.job.name) for data, _ in ready] + refused
     overview = {"jobs": results}
@@ -129,6 +109,28 @@ def train_jobs(
         overview = write_overview(output_dir, results, time.monotonic() - started, facts)
     processes.wait()
     return overview
+
+
+def _frozen_base(spec: BaseSpec, device: torch.device) -> tuple[Any, torch.nn.Module]:
+    """(tokenizer, base on its device, nothing of it trained)."""
+    tokenizer, base = load_tokenizer(spec), load_base(spec)
+    fit_embeddings(base, tokenizer)
+    if spec.bits in (16, 32):
+        base.to(device)
+    return tokenizer, base.requires_grad_(False)
+
+
+def _train_the_rest(training: FusedTraining, ready: Sequence[tuple[JobData, MemoryNeed]], resume: bool) -> None:
+    """Train this process's share of the jobs that no earlier run has finished. Raises
+    Interrupted."""
+    output_dir = training.output_dir
+    done = {data.job.name for data, _ in ready if resume and finished_result(output_dir / data.job.name)}
+    to_train = [(data, need) for data, need in ready if data.job.name not in done]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    costs = [data.total_steps * data.job.batch_size * data.job.accumulation for data, _ in to_train]
+    own = training.processes.own_jobs(costs)
+    if not training.train([to_train[index] for index in own], resume):
+        raise Interrupted(f"interrupted; everything needed to go on is saved in {output_dir}")
 
 
 def _processes_asked_for() -> int:
