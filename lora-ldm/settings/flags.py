@@ -324,7 +324,7 @@ def _samples(parser):
 
 
 def _validation(parser):
-    add = _adder(parser, "validation loss (logged, never used to stop)")
+    add = _adder(parser, "validation loss (logged; only the rule validation-patience stops by it)")
     add("--validation_split", float, 0.0, help="fraction of the images held out")
     add("--validation_seed", int)
     add("--validate_every_n_steps", int)
