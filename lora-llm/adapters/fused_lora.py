@@ -77,7 +77,14 @@ class _GroupedLowRank(torch.autograd.Function):
     no layer keeps its output."""
 
     @staticmethod
-    def forward(ctx, output, x, groups, dtype, *matrices):
+    def forward(
+        ctx: Any,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        groups: Sequence[_Group],
+        dtype: torch.dtype,
+        *matrices: torch.Tensor,
+    ) -> torch.Tensor:
         """output (..., out), x (..., in), matrices A0 (r0, in), B0 (out, r0), A1, B1, ...: computed
         in `dtype`."""
         rows_in, rows_out, inner = x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1]), []
@@ -94,7 +101,7 @@ class _GroupedLowRank(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         x, *saved = ctx.saved_tensors
         count = 2 * len(ctx.groups)
         matrices, inner, dtype = saved[:count], saved[count:], ctx.dtype

@@ -15,7 +15,10 @@ import re
 import struct
 import subprocess
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Optional
 
 from tqdm import tqdm
 
@@ -23,7 +26,7 @@ PIECE_CHARS = 6000  # a document is cut at paragraph ends into pieces of about t
 SHORTEST_PROSE_CHARS = 60  # of a paragraph of a web page: below are menus, captions and headings
 
 
-def sword_module(root):
+def sword_module(root: Path) -> Iterator[list[str]]:
     """Documents of a SWORD module (zText or zCom driver): one a compressed block, that is a book or
     a chapter.
 
@@ -46,7 +49,7 @@ def sword_module(root):
             yield osis_paragraphs(" ".join(entries[block]))
 
 
-def verse_places(verses, blocks):
+def verse_places(verses: bytes, blocks: Sequence[bytes]) -> list[tuple[int, int, int]]:
     """(block, offset, size) of each verse; the size is a uint16, or a uint32 in the newer drivers
     (zCom4, zText4).
 
@@ -64,7 +67,7 @@ def verse_places(verses, blocks):
     raise ValueError(f"a SWORD verse index of {len(verses)} bytes fits neither known layout: the package has changed")
 
 
-def osis_paragraphs(osis):
+def osis_paragraphs(osis: str) -> list[str]:
     """Paragraphs of a text in OSIS markup; footnotes are dropped, lines of verse stay lines."""
     osis = re.sub(r"<note\b.*?</note>", "", osis, flags=re.S)
     osis = re.sub(r"</?(?:div|title|chapter|p|item|list|lg)\b[^>]*>", "\n\n", osis)
@@ -72,7 +75,7 @@ def osis_paragraphs(osis):
     return split_paragraphs(html.unescape(re.sub(r"<[^>]+>", "", osis)))
 
 
-def r_data(root):
+def r_data(root: Path) -> Iterator[list[str]]:
     """Documents of an R package's data: every string vector of at least 1,000 characters, joined.
 
     `Rdata.rdb` is a row of (4 bytes big-endian length, zlib stream); within, a CHARSXP of R's XDR
@@ -90,7 +93,7 @@ def r_data(root):
                 yield split_paragraphs(text, join_lines=True)
 
 
-def charsxp_strings(serialised):
+def charsxp_strings(serialised: bytes) -> Iterator[str]:
     """The UTF-8 or ASCII strings inside one serialised R object, in order."""
     encoding_size = struct.unpack(">i", serialised[14:18])[0]  # the header: format, three versions, native encoding
     position = 18 + encoding_size + 8  # after the vector's flags and its number of strings
@@ -102,7 +105,7 @@ def charsxp_strings(serialised):
         position += 8 + size
 
 
-def wordnet_glosses(root):
+def wordnet_glosses(root: Path) -> Iterator[list[str]]:
     """Documents of twenty dictionary entries each: `word, word (noun): definition; "example"`."""
     kinds = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
     for kind, name in kinds.items():
@@ -120,7 +123,7 @@ def wordnet_glosses(root):
             yield entries[start : start + 20]
 
 
-def dictd_entries(root):
+def dictd_entries(root: Path) -> Iterator[list[str]]:
     """Documents of a dictd dictionary: one an entry."""
     text = gzip.decompress(next(root.rglob("*.dict.dz")).read_bytes()).decode("utf-8", "replace")
     for entry in re.split(r"\n(?=\S)", re.sub(r"\{\s*([^{}]*?)\s*\}", r"\1", text)):
@@ -155,42 +158,42 @@ class ProseParser(HTMLParser):
         "hr",
     }
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.skip_depth = 0
         self.parts, self.paragraphs = [], []
 
-    def close_paragraph(self):
+    def close_paragraph(self) -> None:
         text = " ".join("".join(self.parts).replace("¶", "").split())
         self.parts = []
         if is_prose(text):
             self.paragraphs.append(text)
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, Optional[str]]]) -> None:
         self.skip_depth += tag in self.SKIPPED
         if tag in self.BLOCKS or tag in self.SKIPPED:
             self.close_paragraph()
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         self.skip_depth = max(0, self.skip_depth - (tag in self.SKIPPED))
         if tag in self.BLOCKS:
             self.close_paragraph()
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         if not self.skip_depth:
             self.parts.append(data)
 
 
-def is_prose(text):
+def is_prose(text: str) -> bool:
     """Whether a paragraph of a page is running text rather than a menu, a signature or a table."""
     letters = sum(character.isalpha() or character == " " for character in text)
     return len(text) >= SHORTEST_PROSE_CHARS and letters >= 0.85 * len(text) and text[-1] in '.:!?)”"'
 
 
-def web_pages(*folders):
+def web_pages(*folders: str) -> Callable[[Path], Iterator[list[str]]]:
     """A reader of the HTML pages below the given folders of a package: one document a page."""
 
-    def read(root):
+    def read(root: Path) -> Iterator[list[str]]:
         for page in sorted(path for folder in folders for path in root.rglob(f"{folder}/**/*.html")):
             if page.is_file() and page.name not in ("print.html", "genindex-all.html"):
                 parser = ProseParser()
@@ -202,7 +205,7 @@ def web_pages(*folders):
     return read
 
 
-def split_paragraphs(text, join_lines=False):
+def split_paragraphs(text: str, join_lines: bool = False) -> list[str]:
     """Paragraphs between blank lines; the lines of one are joined, or kept as lines with blanks
     collapsed."""
     separator = " " if join_lines else "\n"
@@ -237,7 +240,7 @@ SOURCES = {  # package: (reader, licence)
 }
 
 
-def fetch_package(package, folder):
+def fetch_package(package: str, folder: Path) -> tuple[Path, Path]:
     """Downloads a Debian package through apt-get (which checks its hash), unpacks it; its archive
     and folder."""
     archives = sorted(folder.glob(f"{package}_*.deb"))
@@ -255,7 +258,7 @@ def fetch_package(package, folder):
     return archives[-1], root
 
 
-def pieces(paragraphs):
+def pieces(paragraphs: Iterable[str]) -> Iterator[str]:
     """Cuts a document at paragraph ends into texts of about PIECE_CHARS characters."""
     piece, size = [], 0
     for paragraph in paragraphs:
@@ -268,7 +271,7 @@ def pieces(paragraphs):
         yield "\n\n".join(piece)
 
 
-def collect(work_dir, heldout_percent, seed):
+def collect(work_dir: Path, heldout_percent: float, seed: int) -> None:
     """Writes `train.jsonl` and `heldout.jsonl` ({"source", "text"} a line) and `sources.json` into
     work_dir.
 
@@ -308,7 +311,7 @@ def collect(work_dir, heldout_percent, seed):
     write_text(work_dir / "sources.json", json.dumps(sources, indent=1) + "\n")
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     aside = path.with_name(path.name + ".part")
     with open(aside, "w", encoding="utf-8") as file:

@@ -18,7 +18,9 @@ import math
 import platform
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import collect_text
 import numpy as np
@@ -41,7 +43,7 @@ PROMPTS = (
 )
 
 
-def model_config():
+def model_config() -> LlamaConfig:
     """A Llama of 6.2 million parameters: small enough for a LoRA run in minutes on two CPU
     cores."""
     ids = {name + "_id": place for place, name in enumerate(SPECIAL_TOKENS) if name != "unk_token"}
@@ -58,19 +60,19 @@ def model_config():
     )
 
 
-def read_texts(path):
+def read_texts(path: Path) -> list[dict[str, str]]:
     """The records of a jsonl file that an earlier stage wrote."""
     return [json.loads(line) for line in require(path).read_text(encoding="utf-8").splitlines()]
 
 
-def require(path):
+def require(path: Path) -> Path:
     """The path, or a FileNotFoundError that names the stage order."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run the stages in order (collect, tokenizer, train, evaluate)")
     return path
 
 
-def collect(args):
+def collect(args: argparse.Namespace) -> None:
     """Stage 1: text, its split, the list of sources, and the passages that later measure
     forgetting."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def collect(args):
     )
 
 
-def choose_passages(records, seed):
+def choose_passages(records: Sequence[dict[str, str]], seed: int) -> list[dict[str, str]]:
     """PASSAGES held-out texts of 500 to 1,400 characters, as evenly over the sources as their
     number allows."""
     by_source = {}
@@ -100,7 +102,7 @@ def choose_passages(records, seed):
     return [passage for turn in turns for passage in turn if passage][:PASSAGES]
 
 
-def make_tokenizer(args):
+def make_tokenizer(args: argparse.Namespace) -> None:
     """Stage 2: train the tokenizer on the training split only; encode both splits; count
     unigrams."""
     splits = {side: read_texts(args.work_dir / f"{side}.jsonl") for side in ("train", "heldout")}
@@ -143,17 +145,17 @@ def make_tokenizer(args):
             collect_text.write_text(args.out_dir / "unigram_counts.json", json.dumps(counts.tolist()) + "\n")
 
 
-def load_tokens(path):
+def load_tokens(path: Path) -> torch.Tensor:
     """Token ids of a split, int64, (N,)."""
     return torch.from_numpy(np.load(require(path)).astype(np.int64))
 
 
-def whole_windows(tokens):
+def whole_windows(tokens: torch.Tensor) -> torch.Tensor:
     """Consecutive windows, (N // CONTEXT_TOKENS, CONTEXT_TOKENS); the rest is dropped."""
     return tokens[: len(tokens) // CONTEXT_TOKENS * CONTEXT_TOKENS].view(-1, CONTEXT_TOKENS)
 
 
-def shuffled_windows(tokens, batch_size, seed):
+def shuffled_windows(tokens: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
     """Endless batches (batch_size, CONTEXT_TOKENS); each epoch cuts the text at a new offset and
     shuffles."""
     random = np.random.default_rng(seed)
@@ -165,14 +167,14 @@ def shuffled_windows(tokens, batch_size, seed):
             yield windows[order[start : start + batch_size]]
 
 
-def learning_rate_factor(progress, warmup=0.02, floor=0.02):
+def learning_rate_factor(progress: float, warmup: float = 0.02, floor: float = 0.02) -> float:
     """Linear warm-up, then a cosine from 1 to floor; progress runs from 0 to 1."""
     if progress < warmup:
         return progress / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
 
 
-def train(args):
+def train(args: argparse.Namespace) -> None:
     """Stage 3: AdamW, cosine schedule; the schedule ends with the tokens or with the minutes,
     whichever is first."""
     torch.manual_seed(args.seed)
@@ -231,7 +233,7 @@ def train(args):
 SETTINGS = "tokens max_minutes batch_size learning_rate weight_decay seed precision compile".split()
 
 
-def circumstances(args):
+def circumstances(args: argparse.Namespace) -> dict[str, Any]:
     """What a training ran on and with: hardware, settings, versions."""
     on_cpu = f"CPU, {torch.get_num_threads()} threads"
     modules = {"torch": torch, "transformers": transformers}
@@ -245,7 +247,7 @@ def circumstances(args):
     }
 
 
-def decaying_matrices(model, args):
+def decaying_matrices(model: torch.nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and none on norms."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     norms = [parameter for parameter in model.parameters() if parameter.ndim < 2]
@@ -253,7 +255,7 @@ def decaying_matrices(model, args):
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def save_model(model, out_dir):
+def save_model(model: LlamaForCausalLM, out_dir: Path) -> None:
     """bf16 safetensors, config.json and generation_config.json."""
     model = model.to(torch.bfloat16)
     config = model.config
@@ -264,7 +266,7 @@ def save_model(model, out_dir):
 
 
 @torch.no_grad()
-def mean_loss(model, tokens, batch_size=16):
+def mean_loss(model: torch.nn.Module, tokens: torch.Tensor, batch_size: int = 16) -> float:
     """Mean next-token loss in nats over consecutive windows; the first token of each is not
     scored."""
     windows = whole_windows(tokens)
@@ -277,7 +279,7 @@ def mean_loss(model, tokens, batch_size=16):
     return total / (len(windows) * (CONTEXT_TOKENS - 1))
 
 
-def unigram_loss(counts, tokens):
+def unigram_loss(counts: Sequence[int], tokens: torch.Tensor) -> float:
     """Mean loss in nats of the training split's unigram, add-one smoothed, over the tokens that
     mean_loss scores."""
     log_probabilities = np.log((np.asarray(counts) + 1.0) / (np.sum(counts) + len(counts)))
@@ -285,7 +287,7 @@ def unigram_loss(counts, tokens):
     return -float(log_probabilities[windows[:, 1:].numpy()].mean())
 
 
-def evaluate(args):
+def evaluate(args: argparse.Namespace) -> None:
     """Stage 4: perplexities on the held-out split, a few samples, into figures.json."""
     heldout = load_tokens(args.work_dir / "heldout_tokens.npy")
     counts = json.loads(require(args.out_dir / "unigram_counts.json").read_text())
@@ -315,7 +317,7 @@ def evaluate(args):
     )
 
 
-def write_figures(out_dir, part, figures):
+def write_figures(out_dir: Path, part: str, figures: dict[str, Any]) -> None:
     """Puts one part of figures.json in place and prints it."""
     path = out_dir / "figures.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -324,7 +326,7 @@ def write_figures(out_dir, part, figures):
     print(json.dumps({name: value for name, value in figures.items() if name != "log"}, indent=1, ensure_ascii=False))
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -356,7 +358,7 @@ def parse_arguments():
 STAGES = {"collect": collect, "tokenizer": make_tokenizer, "train": train, "evaluate": evaluate}
 
 
-def main():
+def main() -> int:
     args = parse_arguments()
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
