@@ -1,9 +1,9 @@
 """Captions in plain sentences from a vision model, beside each picture.
 
-    python lora-ldm/prepare/caption_images.py data/10_statue --captioner claude --trigger_word "CUS
-        statue" --review look.html
-    python lora-ldm/prepare/caption_images.py data/10_statue --captioner openai --base_url
-        http://127.0.0.1:8000/v1 --model NAME
+    python lora-ldm/prepare/caption_images.py data/10_statue --captioner claude \\
+        --trigger_word "CUS statue" --review look.html
+    python lora-ldm/prepare/caption_images.py data/10_statue --captioner openai \\
+        --base_url http://127.0.0.1:8000/v1 --model NAME
     python lora-ldm/prepare/caption_images.py data/10_statue --captioner local --model models/blip
 
 Pictures are made smaller before they are sent. What will be sent where, and what it may cost, is

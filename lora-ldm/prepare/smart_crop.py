@@ -5,8 +5,9 @@ is chosen. Nothing is invented here: faces come from OpenCV's YuNet (where its m
 or from scikit-image's bundled cascade, edges, skin and colours from smartcrop.py, entropy from
 scikit-image.
 
-    python lora-ldm/prepare/smart_crop.py photos --size 512 --method faces     # prints the cut of
-    each picture
+    python lora-ldm/prepare/smart_crop.py photos --size 512 --method faces
+
+The command prints the cut of each picture.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""A plain transformers.Trainer with PEFT that stops at its turning point: one import and one line
-more than without.
+"""A plain Trainer with PEFT that stops at its turning point: one import and one line more.
 
-python lora-llm/examples/plain_trainer.py --base FOLDER_OR_HUB_NAME --data FILE.jsonl --output
-OUTPUT
+python lora-llm/examples/plain_trainer.py --base FOLDER_OR_HUB_NAME --data FILE.jsonl --output OUT
 """
 
 import argparse
@@ -10,6 +8,7 @@ import sys
 from pathlib import Path
 
 TREE = Path(__file__).resolve().parents[1]
+NOTES = TREE.parent / "dataset" / "kitchen_notes" / "train.jsonl"
 sys.path.insert(0, str(TREE))  # where early_stop_callback.py lies
 
 import quiet_libraries  # noqa: E402, F401  (only keeps warnings off the screen)
@@ -21,9 +20,7 @@ from transformers import DataCollatorForLanguageModeling as Collator  # noqa: E4
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--base", default=str(TREE / "tiny_base"))
-parser.add_argument(
-    "--data", default=str(TREE.parent / "dataset" / "kitchen_notes" / "train.jsonl"), help="input and output"
-)
+parser.add_argument("--data", default=str(NOTES), help="input and output")
 parser.add_argument("--output", default="output/example-plain")
 parser.add_argument("--epochs", type=float, default=10)
 parser.add_argument("--max_steps", type=int, default=-1)
@@ -32,10 +29,8 @@ given = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(given.base)
 base = AutoModelForCausalLM.from_pretrained(given.base, dtype="float32")
 model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
-data = load_dataset("json", data_files=given.data, split="train")
-data = data.map(
-    lambda row: tokenizer(f"{row['input']} {row['output']}{tokenizer.eos_token}"), remove_columns=data.column_names
-)
+rows = load_dataset("json", data_files=given.data, split="train")
+data = [tokenizer(f"{row['input']} {row['output']}{tokenizer.eos_token}") for row in rows]
 settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": False}
 args = TrainingArguments(given.output, num_train_epochs=given.epochs, max_steps=given.max_steps, **settings)
 collator = Collator(tokenizer, mlm=False)

@@ -46,7 +46,7 @@ def test_an_example_stops_and_saves_the_weights_it_says(example, random_base, te
     assert result["outcome"] == "stopped_early" and result["last_step"] < result["total_steps"] == 80
     saved, last = adapter_of(output), adapter_of(output / "adapter-last")
     same = all(torch.equal(saved[name], last[name]) for name in saved)
-    assert saved.keys() == last.keys() and same == (result["files"]["kept"]["step"] == result["last_step"])
+    assert saved.keys() == last.keys() and same == (result["held_step"] == result["last_step"])
     assert "<svg" in (output / "report.html").read_text()
 
 
