@@ -1,8 +1,8 @@
 """A page on which to start a training, watch it, and compare pictures of its turning point and its
 last weights.
 
-    streamlit run lora-ldm/demo_app.py --server.address 127.0.0.1 -- --root output --base
-    models/sd15 --images data
+    streamlit run lora-ldm/demo_app.py --server.address 127.0.0.1 -- \
+        --root output --base models/sd15 --images data
 
 It works on what it was started with and on nothing else: runs in the folders of --root (new ones go
 into the first), bases of --base beside the embedded one, pictures of --images beside those of the

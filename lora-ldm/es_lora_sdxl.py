@@ -1,8 +1,8 @@
 """Train a LoRA for Stable Diffusion XL and stop at its turning point.
 
-    python es_lora_sdxl.py --pretrained_model_name_or_path BASE --train_data_dir IMAGES --resolution
-    1024 --output_dir OUT \
-        --early_stop --max_train_epochs 15 --network_train_unet_only --cache_text_encoder_outputs
+    python es_lora_sdxl.py --pretrained_model_name_or_path BASE --train_data_dir IMAGES \
+        --resolution 1024 --output_dir OUT --early_stop --max_train_epochs 15 \
+        --network_train_unet_only --cache_text_encoder_outputs
 
 Flags, folders and files are those of sd-scripts' sdxl_train_network.py; `--help` lists them. All
 else is es_lora_ldm.py.

@@ -1,8 +1,8 @@
 """A LoRA out of the difference of two models: of the layers that changed most, each factorised by
 SVD.
 
-    python extract_lora.py --model_org BASE --model_tuned TUNED --save_to lora.safetensors --rank 16
-    --select energy:0.9
+    python extract_lora.py --model_org BASE --model_tuned TUNED --save_to lora.safetensors \
+        --rank 16 --select energy:0.9
 
 Stage two of DreamBooth trains exactly these layers: --network_weights lora.safetensors
 --dim_from_weights. A LoRA holds changes of linear and convolution weights; what else changed

@@ -1,7 +1,7 @@
 """Fold one or more weighted LoRAs into a checkpoint, so that it needs no LoRA any more.
 
-    python merge_lora.py --sd_model BASE --models a.safetensors b.safetensors --ratios 0.8 0.5
-    --save_to merged
+    python merge_lora.py --sd_model BASE --models a.safetensors b.safetensors \
+        --ratios 0.8 0.5 --save_to merged
 
 A diffusers folder becomes a folder; a single file becomes a .safetensors file in the same original
 layout (everything but the adapted weights is kept as it is) or, where --save_to has no ending, a

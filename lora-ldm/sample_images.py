@@ -1,7 +1,7 @@
 """Pictures from prompts: during training, at its end, and from the command line.
 
-    python sample_images.py --base MODEL --lora FILE[:WEIGHT] --prompt "a cat --w 512 --h 512 --d 7
-    --s 30"
+    python sample_images.py --base MODEL --lora FILE[:WEIGHT] \
+        --prompt "a cat --w 512 --h 512 --d 7 --s 30"
 
 Prompt lines are kohya's: TEXT --n NEGATIVE --w WIDTH --h HEIGHT --d SEED --l SCALE --s STEPS --ss
 SAMPLER.

@@ -2,12 +2,13 @@
 """Put early stopping into an existing sd-scripts or qlora checkout, or take it out again.
 
     python apply_patches.py CHECKOUT              apply (does nothing where it is already applied)
-    python apply_patches.py CHECKOUT --check      say what the checkout is and whether it is
-        patched; changes nothing
-    python apply_patches.py CHECKOUT --dry-run    show what would be done; changes nothing
+    python apply_patches.py CHECKOUT --check      say what it is and whether it is patched
+    python apply_patches.py CHECKOUT --dry-run    show what would be done
     python apply_patches.py CHECKOUT --reverse    give the checkout back byte for byte
     python apply_patches.py CHECKOUT --yes        apply to a revision that is not in the table, at
-        the places shown
+                                                  the places shown
+
+--check and --dry-run change nothing.
 
 Needs Python 3.8 and nothing else. Exit codes: 0 done, or nothing to do; 1 an unknown revision that
 waits for --yes; 2 refused, nothing changed.

@@ -1,7 +1,6 @@
 """Builds train.jsonl and heldout.jsonl of this folder from Debian's dict-devil package.
 
-    python prepare.py                                  # fetches the package with apt-get (nothing
-        is installed)
+    python prepare.py         # fetches the package with apt-get (nothing is installed)
     python prepare.py --deb dict-devil_1.0-13.1_all.deb
 
 Deterministic: the same package gives the same two files, byte for byte.

@@ -31,7 +31,8 @@ def build_datasets(args: Namespace, num_processes: int = 1) -> tuple[ImageBatche
         num_processes: only for the token warm-up, which counts optimizer steps.
     Raises:
         ValueError: bad settings, no images, damaged images (unless --skip_bad_images); all of a
-        kind in one message. FileNotFoundError: a missing folder or file.
+        kind in one message.
+        FileNotFoundError: a missing folder or file.
     """
     seed = getattr(args, "seed", None) or 0
     train, held_out = prepare_datasets(args, seed)

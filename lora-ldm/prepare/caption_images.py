@@ -1,8 +1,8 @@
 """Captions in plain sentences from a vision model, beside each picture.
 
-    python lora-ldm/prepare/caption_images.py data/10_statue --captioner claude \\
+    python lora-ldm/prepare/caption_images.py data/10_statue --captioner claude \
         --trigger_word "CUS statue" --review look.html
-    python lora-ldm/prepare/caption_images.py data/10_statue --captioner openai \\
+    python lora-ldm/prepare/caption_images.py data/10_statue --captioner openai \
         --base_url http://127.0.0.1:8000/v1 --model NAME
     python lora-ldm/prepare/caption_images.py data/10_statue --captioner local --model models/blip
 
@@ -15,11 +15,10 @@ What a fault does; every answer that came before is on disk by then, and the sam
 where it was:
 
     HTTP 429, 408, 409, 5xx   asked again up to --retries times, later each time (as late as the
-        server says); then left out
+                              server says); then left out
     no answer in --timeout    the same
     connection cut            the same
     answer is not JSON        left out, named; not asked again by itself, as it may have been paid
-        for
     JSON without a caption    the same
     the model declines        left out, named; remembered, so that the refusal is not paid for twice
     HTTP 400, 413, 422        left out, named: this picture is not accepted

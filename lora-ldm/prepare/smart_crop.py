@@ -5,9 +5,7 @@ is chosen. Nothing is invented here: faces come from OpenCV's YuNet (where its m
 or from scikit-image's bundled cascade, edges, skin and colours from smartcrop.py, entropy from
 scikit-image.
 
-    python lora-ldm/prepare/smart_crop.py photos --size 512 --method faces
-
-The command prints the cut of each picture.
+    python lora-ldm/prepare/smart_crop.py photos --size 512 --method faces  # prints every cut
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Makes the embedded base language model of this folder, stage by stage:
 
     python make_tiny_base.py collect      # Debian packages -> train.jsonl, heldout.jsonl
-        (network: apt-get download)
+                                          # (network: apt-get download)
     python make_tiny_base.py tokenizer    # byte-level BPE, token ids, unigram counts
     python make_tiny_base.py train        # --device cpu|cuda
-    python make_tiny_base.py evaluate     # held-out perplexity of the model and of the unigram;
-        samples
+    python make_tiny_base.py evaluate     # held-out perplexity of it and of the unigram; samples
 
 Each stage reads what the one before left in --work_dir; what belongs beside the model goes to
 --out_dir. README.md says which settings, machine and time made the committed weights.

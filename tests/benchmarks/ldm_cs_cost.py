@@ -1,7 +1,7 @@
 """What one CS measurement costs on a U-Net of Stable Diffusion 1.5's size, against the literal way.
 
-    python tests/benchmarks/ldm_cs_cost.py [--device cuda] [--dtype float32] [--ranks 4 32 128]
-    [--repeats 7]
+    python tests/benchmarks/ldm_cs_cost.py [--device cuda] [--dtype float32] \
+        [--ranks 4 32 128] [--repeats 7]
 
 Ours: cs_fluctuation.measure_layers, which never forms B A. Literal: copy the weights (a state
 dict), form B A, take the cosine of the flattened matrices. Each pair (rank, way) runs in a process

@@ -1,8 +1,8 @@
 """Steps per second of the diffusion trainer's loop, and the share of the time that is spent outside
 the model's parts.
 
-    python tests/benchmarks/ldm_loop_speed.py [--model embedded|sd15] [--resolution 512] [--batch 1]
-    [--precision no] [--steps 30]
+    python tests/benchmarks/ldm_loop_speed.py [--model embedded|sd15] [--resolution 512] \
+        [--batch 1] [--precision no] [--steps 30]
 
 "Parts": text encoder, U-Net, their backward pass, optimizer step, and CS measurements with their
 snapshots. The latents are cached, so the VAE does not run. Writes a line into ldm_loop_speed.md

@@ -4,12 +4,15 @@
         --python_new PY --python_old PY --python_qlora PY [--only NAME ...]
 
 CHECKOUT: a git repository that holds the revisions. PY: the Python of an environment with torch
-  2.13.0 and new    transformers 4.54.1, diffusers 0.32.1, accelerate 1.6.0, lycoris_lora,
-  schedulefree (sd-scripts v0.8.7 to v0.10.1) old    transformers 4.26.0, diffusers 0.10.2,
-  accelerate 0.15.0, numpy 1.26.4, setuptools 80.9.0 (sd-scripts 54500b86) qlora  qlora's own
-  requirements.txt, datasets 2.14.7, pyarrow 17.0.0, numpy 1.26.4, setuptools 80.9.0 each with what
-  the trainer imports besides (real_training.md beside this file). Needs torch, safetensors, numpy
-  and Pillow itself.
+2.13.0 and
+  new    transformers 4.54.1, diffusers 0.32.1, accelerate 1.6.0, lycoris_lora, schedulefree
+         (sd-scripts v0.8.7 to v0.10.1)
+  old    transformers 4.26.0, diffusers 0.10.2, accelerate 0.15.0, numpy 1.26.4, setuptools 80.9.0
+         (sd-scripts 54500b86)
+  qlora  qlora's own requirements.txt, datasets 2.14.7, pyarrow 17.0.0, numpy 1.26.4, setuptools
+         80.9.0
+each with what the trainer imports besides (real_training.md beside this file). Needs torch,
+safetensors, numpy and Pillow itself.
 
 Each scenario prints one line of figures; all go into FOLDER/results.json. Exit code 1 where one
 fails.

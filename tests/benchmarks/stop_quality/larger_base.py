@@ -1,8 +1,7 @@
 """Build the suite's larger base: the embedded one grown from 6 to 18 layers (16.4 million
 parameters) and trained on.
 
-    python larger_base.py      # in the language-model environment, on Debian; under 60 minutes on
-    two CPU cores
+    python larger_base.py      # language-model environment, Debian; under 60 minutes on two cores
 
 Every layer of the embedded base is followed by two copies of itself whose output projections are
 zero, so that the grown model starts as the same function; then all weights are trained on the

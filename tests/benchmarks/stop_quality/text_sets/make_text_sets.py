@@ -1,7 +1,6 @@
 """Builds the eight text sets beside this file: six out of Debian packages, two by calculation.
 
-    python make_text_sets.py                        # packages are fetched with apt-get; nothing is
-        installed
+    python make_text_sets.py                        # fetched with apt-get; nothing is installed
     python make_text_sets.py --packages FOLDER      # FOLDER holds package files (*.deb) at hand
 
 Deterministic: the same package versions give the same files, byte for byte. The packages are in the
