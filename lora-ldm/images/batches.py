@@ -27,7 +27,7 @@ def build_datasets(args: Namespace, num_processes: int = 1) -> tuple[ImageBatche
     Every image is decoded once, so that a damaged one stops the run before its first step.
 
     Args:
-        args: parsed arguments; see `image_folders.load_datasets` for those of the data.
+        args: parsed arguments; see `selection.load_datasets` for those of the data.
         num_processes: only for the token warm-up, which counts optimizer steps.
     Raises:
         ValueError: bad settings, no images, damaged images (unless --skip_bad_images); all of a

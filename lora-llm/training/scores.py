@@ -21,7 +21,7 @@ def letter_token_ids(tokenizer: Any) -> torch.Tensor:
     a letter.
 
     A pre-trained model goes on with the letter as in "Answer: A", which many tokenizers merge with
-    its blank; a model trained on targets that are the bare letter (`causal_collator`) goes on with
+    its blank; a model trained on targets that are the bare letter (`CausalCollator`) goes on with
     that. Both count; where the tokenizer writes them alike, V is 1. Raises ValueError where the
     letters have no distinguishing token.
     """
