@@ -259,11 +259,7 @@ def make_monitor(
 
 
 def file_facts(
-    objective: Objective,
-    network_args: dict[str, Any],
-    loader: StepLoader,
-    length: Length,
-    optimization: Optimization,
+    objective: Objective, network_args: dict[str, Any], loader: StepLoader, length: Length, optimization: Optimization
 ) -> FileFacts:
     """What every file of the run says of its training."""
     args, optimizer = objective.args, type(optimization.raw)
