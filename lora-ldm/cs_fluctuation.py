@@ -24,10 +24,8 @@ class NonFiniteWeightsError(RuntimeError):
 
 
 class DenseWeight:
-    """A frozen weight held as a tensor (out, in) or, for a convolution, (out, in, kh, kw).
-
-    A kind of weight that is stored otherwise (quantised, transposed) overrides `dense`.
-    """
+    """A frozen weight held as a tensor (out, in) or, for a convolution, (out, in, kh, kw). A kind
+    of weight that is stored otherwise (quantised, transposed) overrides `dense`."""
 
     def __init__(self, weight: Any):
         self.weight = weight
@@ -104,8 +102,7 @@ def layer_cosine(layer: LoraLayer, reduction: str = "matrix") -> float:
 
     "matrix": <W, BA> / (||W|| ||BA||). "row": the mean over rows i of cos(W[i], (BA)[i]).
 
-    Raises ValueError for another reduction.
-    """
+    Raises ValueError for another reduction."""
     if reduction not in ("matrix", "row"):
         raise ValueError(f"CS reduction {reduction!r} is unknown; use 'matrix' (diffusion) or 'row' (language models)")
     return _cosines(layer)[0 if reduction == "matrix" else 1].item()
@@ -113,10 +110,7 @@ def layer_cosine(layer: LoraLayer, reduction: str = "matrix") -> float:
 
 def measure_each(layers: Sequence[LoraLayer]) -> List[List[float]]:
     """[matrix cosine, row cosine, squared norm of B A] of every layer. One transfer from the
-    device.
-
-    Raises NonFiniteWeightsError where a LoRA matrix holds NaN or infinity.
-    """
+    device. Raises NonFiniteWeightsError where a LoRA matrix holds NaN or infinity."""
     values = [_cosines(layer) for layer in layers]
     table = torch.stack([value.to(values[0]) for value in values]).tolist()
     for layer, row in zip(layers, table):
@@ -133,8 +127,7 @@ def measure_layers(layers: Sequence[LoraLayer]) -> Dict[str, Dict[str, float]]:
 
     A component's cosine is the mean over its layers, "all" the mean over all layers; delta_norm is
     the root of the summed squares of ||BA||. Raises NonFiniteWeightsError where a LoRA matrix holds
-    NaN or infinity.
-    """
+    NaN or infinity."""
     table = measure_each(layers)
     result: Dict[str, Dict[str, float]] = {"cs_matrix": {}, "cs_row": {}, "delta_norm": {}}
     components = list(dict.fromkeys(layer.component for layer in layers))

@@ -86,8 +86,7 @@ def changed_layers(base: SDModel, tuned: SDModel) -> list[ChangedLayer]:
     """[ChangedLayer] of all layers that a LoRA file can name, by falling ||dW|| / ||W||.
 
     base, tuned: SDModels of one family. Raises ValueError where their layers differ or nothing has
-    changed.
-    """
+    changed."""
     originals, finals = (find_modules(model, with_convolutions=True) for model in (base, tuned))
     shapes = [{name: layer.weight.shape for _, _, name, layer in found} for found in (originals, finals)]
     if shapes[0] != shapes[1]:

@@ -1,8 +1,7 @@
 """Keep the libraries' warnings that say nothing about the run off the screen; import this before
 transformers.
 
-Warnings of this project's own, and errors of any library, are not touched.
-"""
+Warnings of this project's own, and errors of any library, are not touched."""
 
 import logging
 import os

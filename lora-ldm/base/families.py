@@ -2,8 +2,7 @@
 images, predict noise.
 
 A further kind is another class of this file; the trainer that is made for it passes the class to
-`es_lora_ldm.main`.
-"""
+`es_lora_ldm.main`."""
 
 from argparse import Namespace
 from collections.abc import Iterable

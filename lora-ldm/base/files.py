@@ -1,8 +1,7 @@
 """Where a base model lies and what is read of it: a path here or a hub name, folders in diffusers
 layout, the CLIP vocabulary.
 
-Nothing is fetched unless a hub name is given or a single file's tokenizer is found nowhere here.
-"""
+Nothing is fetched unless a hub name is given or a single file's tokenizer is found nowhere here."""
 
 import hashlib
 import json

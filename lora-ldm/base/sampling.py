@@ -167,10 +167,8 @@ class Sampler:
     def save_pictures(
         self, prompts: list[Prompt], folder: Union[str, Path], name: str, run_seed: int = 0
     ) -> list[tuple[Prompt, Path]]:
-        """Make and save a picture for each prompt; -> [(Prompt with its seed, PNG path)].
-
-        A prompt without a seed has `run_seed` plus its place: equal prompts, equal seeds.
-        """
+        """Make and save a picture for each prompt; -> [(Prompt with its seed, PNG path)]. A prompt
+        without a seed has `run_seed` plus its place: equal prompts, equal seeds."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         results = []
         for number, prompt in enumerate(tqdm(prompts, desc="previews", leave=False, disable=len(prompts) < 2)):

@@ -2,8 +2,7 @@
 
 A base model is a folder in diffusers layout, a single .safetensors or .ckpt file in the original
 layout, or a name on the Hugging Face hub. Nothing is fetched unless a hub name is given or a single
-file's tokenizer is found nowhere here.
-"""
+file's tokenizer is found nowhere here."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -2,8 +2,7 @@
 sizes and crops.
 
 A base is a folder in diffusers layout, a single file in the original SDXL layout, or a hub name, as
-for SD 1.x.
-"""
+for SD 1.x."""
 
 import re
 from dataclasses import dataclass

@@ -98,8 +98,7 @@ def unet_original_names(
     "text_time" for SDXL.
 
     The converter only renames, so that each tensor object leads from its new name back to the old
-    one.
-    """
+    one."""
     originals = {id(value): name for name, value in tensors.items()}
     config = {"layers_per_block": layers_per_block, "addition_embed_type": addition_embed_type}
     converted = convert_ldm_unet_checkpoint(dict(tensors), config)

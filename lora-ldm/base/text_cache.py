@@ -2,8 +2,7 @@
 can leave the device.
 
 On disk a file beside each image carries a key of everything it depends on, so that a changed
-caption is encoded anew.
-"""
+caption is encoded anew."""
 
 import contextlib
 import hashlib

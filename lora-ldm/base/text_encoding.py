@@ -3,8 +3,7 @@ trainers.
 
 A caption of up to 75 n tokens is encoded as n chunks of 77 positions (BOS, 75 tokens, EOS). The
 chunks' states are joined to BOS + 75 n + EOS, so that the U-Net sees (B, 77, D), (B, 152, D) or (B,
-227, D).
-"""
+227, D)."""
 
 import re
 
@@ -21,8 +20,7 @@ def parse_weighted_caption(caption: str) -> list[tuple[str, float]]:
 
     ``(word)`` is 1.1, ``(word:1.3)`` is 1.3, ``[word]`` is 1 / 1.1; nesting multiplies; ``\\(`` is
     a plain bracket. A bracket that is never closed counts up to the end of the caption. Source: the
-    AUTOMATIC1111 WebUI's syntax.
-    """
+    AUTOMATIC1111 WebUI's syntax."""
     pieces, opened = [], []
 
     def multiply_from(start, factor):
@@ -60,8 +58,7 @@ def tokenize_chunks(
     """Token ids of one caption, cut or padded to ``chunks`` chunks.
 
     Returns (ids, weights): ids (chunks, body_tokens + 2) int64; weights (chunks * body_tokens + 2,)
-    float32, 1 for BOS, EOS and padding.
-    """
+    float32, 1 for BOS, EOS and padding."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     pieces = parse_weighted_caption(caption) if weighted else [(caption, 1.0)]

@@ -1,8 +1,7 @@
 """Start a training from settings that a person filled in, follow it, and end it.
 
 The command is a list of words, made here of checked values and of names that were offered; no shell
-reads it.
-"""
+reads it."""
 
 import re
 import signal

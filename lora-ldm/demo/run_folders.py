@@ -2,8 +2,7 @@
 pictures named there.
 
 A browser chooses by the names that are offered here. A name that was not offered is refused,
-whatever it spells: no path that comes from a browser is ever opened.
-"""
+whatever it spells: no path that comes from a browser is ever opened."""
 
 import json
 import os

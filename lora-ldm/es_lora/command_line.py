@@ -65,10 +65,7 @@ def without_flag(words: Sequence[str], flag: str) -> List[str]:
 
 class NotedSignals:
     """Ctrl-C and SIGTERM set `interrupted`, which ends a run after the present step; a second one
-    ends it at once.
-
-    A context manager: the handlers of before are back after it.
-    """
+    ends it at once. A context manager: the handlers of before are back after it."""
 
     def __init__(self) -> None:
         self.interrupted = False

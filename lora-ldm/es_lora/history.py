@@ -36,8 +36,7 @@ def read_history(path: Union[str, Path]) -> History:
     over.
 
     Raises FileNotFoundError where there is none; ValueError, with the line number, where it is not
-    a history.
-    """
+    a history."""
     path = Path(path) / HISTORY_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(

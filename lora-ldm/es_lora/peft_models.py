@@ -19,8 +19,7 @@ def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> List[Lora
     """The LoRA layers of the model's active adapters, with live references to their matrices.
 
     Embeddings with a LoRA are left out: they have no matrix product with an input. For DoRA only B
-    A is measured.
-    """
+    A is measured."""
     layers = []
     module: Any
     for name, module in model.named_modules():
@@ -90,8 +89,7 @@ def save_adapter(model: Any, folder: Path, facts: Dict[str, Any]) -> None:
     metadata under `es_lora`.
 
     The layout is that of PEFT: an adapter that is not called "default" lies in a subfolder of its
-    name.
-    """
+    name."""
     from peft import PeftModel
 
     chosen = {"selected_adapters": list(model.active_adapters)} if isinstance(model, PeftModel) else {}

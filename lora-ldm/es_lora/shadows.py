@@ -10,8 +10,7 @@ trainers'. Python 3.8, torch 1.13, as the other files that both trees share.
 A shadow has the main adapter's alpha, whatever its rank: Adam moves each of the rank's entries by
 about the learning rate, and their sum is scaled by alpha / rank, so that the update grows at a pace
 set by alpha alone. At the main adapter's alpha / rank, a shadow of rank 8 beside an adapter of rank
-64 would overfit eight times later than the adapter that it stands for.
-"""
+64 would overfit eight times later than the adapter that it stands for."""
 
 import contextlib
 import hashlib

@@ -20,8 +20,7 @@ class SnapshotStore:
 
     A snapshot is safe under a kill (written aside, then renamed), and at most one is on its way at
     a time. Where `count` of them would exceed disk_bytes, only those of every n-th measurement are
-    kept (`every`). Raises ValueError where not even one fits.
-    """
+    kept (`every`). Raises ValueError where not even one fits."""
 
     def __init__(self, folder: Path, count: int, snapshot_bytes: int, disk_bytes: float):
         if 2 * snapshot_bytes > disk_bytes:

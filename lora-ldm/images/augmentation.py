@@ -116,8 +116,7 @@ def face_window(size_px: Size, face: tuple[int, int, int, int], factor: float, b
     the face.
 
     It never leaves the picture, and is never smaller than the bucket where the picture is large
-    enough for that.
-    """
+    enough for that."""
     width, height = size_px
     centre_x, centre_y, face_width, face_height = face
     largest = min(width / bucket_px[0], height / bucket_px[1])  # scale of the largest window that fits

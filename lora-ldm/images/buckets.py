@@ -3,8 +3,7 @@ there. Pure arithmetic.
 
 The bucket list and the choice of the bucket follow the published behaviour of kohya's sd-scripts,
 so that a data set falls into the same buckets there and here. All sizes are (width, height) in
-pixels.
-"""
+pixels."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 warm-up, trigger word.
 
 Order and meaning follow kohya's trainers. All chance comes from the generator that the caller
-seeds.
-"""
+seeds."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@ SubsetSettings.
 
 The names, levels and precedence are those of kohya's dataset configuration: a value of a subset
 goes before that of its dataset, that before [general], that before the command line. Each dataclass
-field carries its own check, so the dataclasses are the schema.
-"""
+field carries its own check, so the dataclasses are the schema."""
 
 from __future__ import annotations
 

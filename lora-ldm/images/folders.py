@@ -3,8 +3,7 @@ captions, how often.
 
 The conventions are those of kohya's trainers: `<repeats>_<name>` folders, regularisation folders,
 caption files beside the images, `--in_json` metadata and `--dataset_config`; and the
-`metadata.jsonl` of Hugging Face image folders.
-"""
+`metadata.jsonl` of Hugging Face image folders."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Latents of images that do not vary from epoch to epoch, kept in memory or as npz files.
 
 An entry carries a key of everything it depends on - image, mask, VAE, size, scaling -, so that a
-changed one is noticed and computed anew. Entries appear whole or not at all.
-"""
+changed one is noticed and computed anew. Entries appear whole or not at all."""
 
 from __future__ import annotations
 

@@ -236,8 +236,7 @@ def balance_regularisation(records: list[ImageRecord]) -> list[ImageRecord]:
     are dropped.
 
     The repeats of the folder's name are taken first, in turn, then one more of each until the
-    numbers are equal.
-    """
+    numbers are equal."""
     train = [record for record in records if not record.is_reg]
     reg = [record for record in records if record.is_reg]
     wanted = sum(record.repeats for record in train)

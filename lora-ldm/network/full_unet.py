@@ -2,8 +2,7 @@
 extract_lora.py.
 
 It has the methods of LoraNetwork that a run needs, so that the training loop is the same. There is
-no update to measure.
-"""
+no update to measure."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,7 @@ dropouts.
 Modules are found as kohya's ``networks.lora`` finds them: every linear layer and 1x1 convolution
 inside a Transformer2DModel of the U-Net, and of the attentions and MLPs of the text encoder; with a
 convolution rank also every layer of the residual, down- and upsampling blocks. Their forward pass
-is W x + (alpha / r) B A x.
-"""
+is W x + (alpha / r) B A x."""
 
 import warnings
 from collections.abc import Sequence
@@ -117,10 +116,7 @@ class LoraNetwork:
         self, learning_rate: float, unet_lr: float | None = None, text_encoder_lr: float | list[float] | None = None
     ) -> list[dict[str, Any]]:
         """Optimizer groups, one a component; ``text_encoder_lr`` may be a list, one rate an
-        encoder.
-
-        A component whose rate is 0 is left out, as kohya leaves it out.
-        """
+        encoder. A component whose rate is 0 is left out, as kohya leaves it out."""
         groups = []
         text_rates = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr] * 2
         for component in self.components:
@@ -162,8 +158,7 @@ class LoraNetwork:
         trained.
 
         Modules that the tensors do not name keep their weights. Raises ValueError for modules or
-        shapes that do not fit.
-        """
+        shapes that do not fit."""
         mine = {module.name: module for module in self.modules}
         given = group_modules(rename_text_encoder(tensors, mine))
         problems = []
@@ -273,8 +268,7 @@ def create_network_beside(model: SDModel, network: LoraNetwork, adapter: str, ra
     dropouts.
 
     A forward pass goes through ``network`` as before: the new one lies in the layers (PEFT's) for
-    whoever calls it there.
-    """
+    whoever calls it there."""
     places = {}
     for component, root in component_roots(model).items():
         places.update({id(layer): (component, path) for path, layer in root.named_modules()})
@@ -298,10 +292,7 @@ def create_network_beside(model: SDModel, network: LoraNetwork, adapter: str, ra
 
 def parse_network_args(arguments: Sequence[str] | None) -> dict[str, float]:
     """``["conv_dim=4", ...]`` of --network_args -> {"conv_rank": 4, ...}, arguments of
-    ``create_network``.
-
-    Raises ValueError for what networks.lora does not know.
-    """
+    ``create_network``. Raises ValueError for what networks.lora does not know."""
     parsed, problems = {}, []
     for argument in arguments or []:
         name, separator, text = argument.partition("=")
@@ -332,8 +323,7 @@ def find_modules(
     """[(component, path in its root, kohya name, frozen layer)] in the order of the file.
 
     ``everywhere`` finds all linear layers and convolutions: files of other trainers may have any of
-    them.
-    """
+    them."""
     found = []
     text_blocks = None if everywhere else TEXT_ENCODER_BLOCKS
     unet_blocks = UNET_ATTENTION_BLOCKS + (UNET_CONVOLUTION_BLOCKS if with_convolutions else ())

@@ -3,8 +3,7 @@
 One module is three tensors: ``NAME.lora_down.weight`` (r, in, ...), ``NAME.lora_up.weight`` (out,
 r, ...) and the scalar ``NAME.alpha``; the update is ``alpha / r * up @ down``. NAME is
 ``lora_unet_`` or ``lora_te_`` (``lora_te1_`` and ``lora_te2_`` where there are two text encoders)
-and the module's path with underscores.
-"""
+and the module's path with underscores."""
 
 import hashlib
 import json
@@ -126,10 +125,7 @@ def group_modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch
 
 def rename_text_encoder(tensors: dict[str, torch.Tensor], known_names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Swap ``lora_te_`` and ``lora_te1_`` where that is how the network names its first text
-    encoder.
-
-    Programs disagree on the prefix of the only text encoder of SD 1.x and 2.x.
-    """
+    encoder. Programs disagree on the prefix of the only text encoder of SD 1.x and 2.x."""
     known = set(known_names)
     renamed = {}
     for key, value in tensors.items():
@@ -147,8 +143,7 @@ def lora_hashes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> t
 
     The first is the SHA-256 of the safetensors file after its header, so that later edits of the
     metadata keep it; the second the first 8 digits of the SHA-256 of 64 KiB from 1 MiB on, of the
-    file with only its ``ss_`` metadata.
-    """
+    file with only its ``ss_`` metadata."""
     training_facts = {name: value for name, value in metadata.items() if name.startswith("ss_")}
     content = safetensors.torch.save(tensors, training_facts)
     header_bytes = int.from_bytes(content[:8], "little")

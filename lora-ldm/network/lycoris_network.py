@@ -2,8 +2,7 @@
 
 The layers, their options and the key names in the file are those of the lycoris-lora package. CS
 can be measured where the update is added to the weight and the weight is all there is: lora
-(locon), loha and lokr.
-"""
+(locon), loha and lokr."""
 
 import difflib
 from collections.abc import Sequence
@@ -156,10 +155,8 @@ class LycorisNetwork:
         return [{**group, "params": list(group["params"]), "name": name} for group, name in zip(groups, names)]
 
     def layers(self) -> list[LoraLayer]:
-        """What the CS metric looks at, live.
-
-        Raises ValueError for algorithms whose update is not a weight that is added to W.
-        """
+        """What the CS metric looks at, live. Raises ValueError for algorithms whose update is not a
+        weight that is added to W."""
         if self._layers is None:
             self._layers = [_layer(module) for module in self.modules if type(module).__name__ != "NormModule"]
         return self._layers

@@ -3,8 +3,7 @@ this machine.
 
 Every captioner has `destination` (where pictures go, for the person to read), `caption(picture) ->
 Answer`, and `tokens_of(width_px, height_px)`, the tokens that a picture costs; the SDKs repeat a
-request that failed, with back-off.
-"""
+request that failed, with back-off."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Every flag of the diffusion trainers with its type, default and choices, in groups.
 
 Source of names and defaults: the public interface of sd-scripts' train_network.py (v0.7 to
-v0.10.1), SD 1.x / 2.x, and of its sdxl_train_network.py.
-"""
+v0.10.1), SD 1.x / 2.x, and of its sdxl_train_network.py."""
 
 import argparse
 from pathlib import Path

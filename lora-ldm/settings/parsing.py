@@ -2,8 +2,7 @@
 stopping.
 
 A flag that exists there and is not supported here is declared too, and refused by name with the
-reason (see checks.REJECTED): nothing is accepted and then ignored.
-"""
+reason (see checks.REJECTED): nothing is accepted and then ignored."""
 
 import argparse
 from collections.abc import Sequence

@@ -3,8 +3,7 @@ keywords.
 
 The artwork of the base model is Noto (PNG, 64 px) and Fluent flat (SVG). The names and keywords
 come from emojibase. Nothing here needs a GPU; the packages are fetched once into a folder and read
-from there afterwards.
-"""
+from there afterwards."""
 
 import io
 import json

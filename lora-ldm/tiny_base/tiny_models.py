@@ -3,8 +3,7 @@ Diffusion 1.x.
 
 Same classes and module names as the big family (CLIP text encoder, AutoencoderKL with 8x reduction
 and 4 channels, cross-attention U-Net with epsilon prediction), so that whatever finds LoRA targets
-by name finds them here too.
-"""
+by name finds them here too."""
 
 import json
 from collections.abc import Iterable

@@ -165,10 +165,8 @@ def train_vae(
 
 @torch.no_grad()
 def normalise_latents(vae: torch.nn.Module, pictures: torch.Tensor, sample: int = 1024) -> None:
-    """Fold mean and spread of the latents into the two 1x1 convolutions around them.
-
-    Afterwards latents * 0.18215 have mean 0 and standard deviation 1 in every channel.
-    """
+    """Fold mean and spread of the latents into the two 1x1 convolutions around them. Afterwards
+    latents * 0.18215 have mean 0 and standard deviation 1 in every channel."""
     chosen = torch.randperm(len(pictures), device=pictures.device)[:sample]
     means = torch.cat([vae.encode(on_white(pictures[part])).latent_dist.mean for part in chosen.split(128)])
     mean = means.mean((0, 2, 3))  # (4,)

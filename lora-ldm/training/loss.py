@@ -3,8 +3,7 @@
 Everything is a pure function of tensors, a generator and a NoiseSchedule. Names and defaults of the
 settings are those of sd-scripts; formulas: Ho et al. 2020 (epsilon), Salimans & Ho 2022 (v), Hang
 et al. 2023 (min-SNR), Lin et al. 2024 (zero terminal SNR), Ning et al. 2023 (input perturbation),
-the published notes on noise offset and pyramid noise.
-"""
+the published notes on noise offset and pyramid noise."""
 
 import hashlib
 import math
@@ -58,8 +57,7 @@ def sample_generator(seed: int, step: int | str, key: str, occurrence: Any) -> t
 
     A stream of its own for each picture makes the noise independent of how a step is divided into
     micro-batches and processes, and lets a resumed run draw what the uninterrupted one would have
-    drawn.
-    """
+    drawn."""
     digest = hashlib.sha256(f"{seed}/{step}/{key}/{occurrence}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -209,10 +207,8 @@ def sample_losses(
     loss_weights: torch.Tensor,
     masks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weighted loss of each picture, (B,); the loss of the batch is its mean.
-
-    loss_weights (B,): prior-preservation weights. masks (B, 1, H, W) in [0, 1] or None.
-    """
+    """The weighted loss of each picture, (B,); the loss of the batch is its mean. loss_weights
+    (B,): prior-preservation weights. masks (B, 1, H, W) in [0, 1] or None."""
     loss = elementwise_loss(settings, schedule, prediction.float(), wanted.float(), timesteps)  # (B, C, h, w)
     if masks is not None:
         loss = loss * functional.interpolate(masks.to(loss), size=loss.shape[2:], mode="area")

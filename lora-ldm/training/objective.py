@@ -65,8 +65,7 @@ class Objective:
         counted on.
 
         Each picture has a random stream of its own: of seed, step, picture, how often it came, and
-        process.
-        """
+        process."""
         generators = []
         for key in map(picture_name, batch["image_keys"]):
             generators.append(sample_generator(self.args.seed, step, key, (seen[key], self.processes.rank)))
@@ -127,11 +126,8 @@ class HeldOut:
     most_batches: Optional[int] = None
 
     def loss(self) -> float:
-        """The mean loss with the same noise and timesteps every time.
-
-        Draws nothing from the random state of training, and switches the network's dropouts off
-        meanwhile.
-        """
+        """The mean loss with the same noise and timesteps every time. Draws nothing from the random
+        state of training, and switches the network's dropouts off meanwhile."""
         count = min(len(self.batches), self.most_batches or len(self.batches))
         self.network.eval()
         with self.optimization.weights_to_use():

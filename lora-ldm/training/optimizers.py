@@ -2,8 +2,7 @@
 all that goes with it.
 
 Names are matched without regard to case. Any other class can be named with its package:
-`torch.optim.Adamax`.
-"""
+`torch.optim.Adamax`."""
 
 import contextlib
 import difflib
@@ -97,8 +96,7 @@ def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim
     ...].
 
     Raises ValueError for an unknown name, a missing package, a setting the class does not take, or
-    rates it refuses.
-    """
+    rates it refuses."""
     name = args.optimizer_type.lower()
     if name in OPTIMIZERS:
         package, class_name, settings = OPTIMIZERS[name]

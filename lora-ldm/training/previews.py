@@ -82,8 +82,7 @@ def make_class_images(args: Namespace, family: type[StableDiffusion], processes:
     """Fill the class folder of --reg_data_dir up to --num_class_images pictures of --class_prompt.
 
     Every picture has a seed of its own, and those that are there are counted, so that an
-    interrupted run goes on. All processes call it; the first one generates.
-    """
+    interrupted run goes on. All processes call it; the first one generates."""
     folder = class_folder(args.reg_data_dir)
     missing = args.num_class_images - (len(list(image_files(folder))) if folder.is_dir() else 0)
     if missing > 0 and processes.is_main:

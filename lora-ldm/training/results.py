@@ -77,8 +77,7 @@ def save_results(run: Run, ending: Ending, outcome: Outcome) -> Pictures:
     report.
 
     With --early_stop the kept weights get the normal name and the last ones `-last`; without it the
-    last ones get the normal name and those of the turning point `-turning-point`.
-    """
+    last ones get the normal name and those of the turning point `-turning-point`."""
     if outcome.name == "interrupted":
         return []
     if outcome.name == "diverged":

@@ -139,9 +139,7 @@ def length_of(args: Namespace, steps_per_epoch: int) -> Length:
 
 def progress_of(args: Namespace, length: Length, resumed: Optional[Progress]) -> Progress:
     """Where the run begins: where it was saved, or as --initial_step and --initial_epoch say.
-
-    Raises ValueError where the state is one of other data, and where nothing is left to train.
-    """
+    Raises ValueError where the state is one of other data, and where nothing is left to train."""
     per_epoch = length.steps_per_epoch
     if resumed and resumed.steps_per_epoch != per_epoch:
         raise ValueError(
@@ -215,10 +213,8 @@ def cache_latents(objective: Objective, batches: list[ImageBatches]) -> None:
 def columns_of(
     plan: Optional[MeasurementPlan], shadows: Optional[ShadowNetworks], validation: Optional[HeldOut]
 ) -> dict[str, Callable[[], Optional[float]]]:
-    """{name: function} of what is recorded beyond the usual measurements.
-
-    Raises ValueError where the rule decides on held-out pictures and there are none.
-    """
+    """{name: function} of what is recorded beyond the usual measurements. Raises ValueError where
+    the rule decides on held-out pictures and there are none."""
     columns = {} if shadows is None else {"shadow_loss": shadows.score}
     if plan is not None and "heldout_loss" in plan.rule().needs:
         if validation is None:

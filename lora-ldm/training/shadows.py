@@ -3,8 +3,7 @@ es_lora/shadows.py.
 
 Every micro-batch goes through the model a second time, its rows repeated for the shadows that train
 on them, each row through its own shadow's layers: one pass for all shadows. The noise and the
-timesteps of a picture are those that the main network has just trained on.
-"""
+timesteps of a picture are those that the main network has just trained on."""
 
 import contextlib
 from typing import Any, Optional

@@ -2,8 +2,7 @@
 
 A state is a folder: lora.safetensors, optimizer.pt (tensors and numbers only), random-RANK.pt,
 progress.json, and the files of the early-stop monitor and of the shadows. It appears whole or not
-at all.
-"""
+at all."""
 
 import json
 import os
@@ -126,8 +125,7 @@ def load_state(
     Progress already.
 
     Raises ValueError where network, optimizer, shadows or the number of processes are not those of
-    the state.
-    """
+    the state."""
     folder, accelerator = Path(folder), processes.accelerator
     own = folder / f"random-{processes.rank}.pt"
     saved = json.loads((folder / "progress.json").read_text(encoding="utf-8"))["processes"]

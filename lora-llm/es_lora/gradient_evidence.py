@@ -6,8 +6,7 @@ backward passes. Were g noise around zero, the mean of m^2 would be v / n for n 
 gradients; evidence is m^2 / v, averaged over the parameters and divided by that value. Far above 1
 the examples still pull in one direction; near 1 what is left of the gradient is what chance alone
 would leave (Mahsereci, Balles, Lassner, Hennig: "Early Stopping without a Validation Set", 2017,
-section 3; here with running means, so that it needs no extra pass). Python 3.8, torch 1.13.
-"""
+section 3; here with running means, so that it needs no extra pass). Python 3.8, torch 1.13."""
 
 import math
 from typing import Dict, Iterable, List, Optional

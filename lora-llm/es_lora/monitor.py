@@ -207,8 +207,7 @@ class EarlyStopMonitor:
 
         Without that, every checkpoint would hold a window of snapshots on the disk. An older
         checkpoint can still be resumed; its run then keeps a later step if the turning point lies
-        before the resumption.
-        """
+        before the resumption."""
         if self._state_folder is not None and self._state_folder != Path(folder):
             shutil.rmtree(self._state_folder / SNAPSHOT_FOLDER, ignore_errors=True)
         self._state_folder = Path(folder)

@@ -24,8 +24,7 @@ def _broadcast(tensor: torch.Tensor) -> None:
 
     The finished work is held until the next one. Where gloo's thread were the last to hold it, that
     thread would need the interpreter to let go of the tensor, and wait for ever if the process is
-    ending just then.
-    """
+    ending just then."""
     global _last_broadcast
     work = torch.distributed.broadcast(tensor, 0, async_op=True)
     work.wait()

@@ -4,8 +4,7 @@ history.
 A rule reads the history line by line: `update(record)` returns a Decision once, None before. It
 names the columns it needs (`needs`), how many measurements back the kept weights may lie
 (`lookback`), and after how many measurements it can answer at the earliest (`first_answer`).
-Nothing here knows a model or a trainer. Python 3.8, as cs_fluctuation.py.
-"""
+Nothing here knows a model or a trainer. Python 3.8, as cs_fluctuation.py."""
 
 import math
 from collections import deque
@@ -164,8 +163,7 @@ class SecondValley(NthValley):
     That code scans the whole F series anew at every measurement and starts each scan with the
     derivative that the scan before ended with. A series whose first derivative is positive
     therefore shows one valley more at its start whenever the last derivative was negative, and
-    stops at its first real valley.
-    """
+    stops at its first real valley."""
 
     name = "second-valley"
     value_help = ""  # it counts to 2
@@ -203,10 +201,7 @@ class FixedEpochs(StopRule):
 
 class LowestLoss(StopRule):
     """Keeps the measurement with the lowest loss of a column, once enough later ones were not
-    lower.
-
-    A null is a measurement at which the loss was not taken, and counts for nothing.
-    """
+    lower. A null is a measurement at which the loss was not taken, and counts for nothing."""
 
     column = ""
 
@@ -299,8 +294,7 @@ class GradientAgreement(StopRule):
     has to exceed it. A diffusion model meets its pictures with new noise and timesteps each time,
     so there the bound stays at 1. Nothing in it was fitted to runs. Source: the evidence of
     Mahsereci et al. (gradient-evidence), with this bound in place of a threshold; measured in
-    tests/benchmarks/stop_quality.
-    """
+    tests/benchmarks/stop_quality."""
 
     name = "gradient-agreement"
     needs = ("cs", "grad_evidence")
@@ -357,10 +351,7 @@ def check_rule(name: str, value: Optional[float] = None) -> None:
 
 def value_of_valley(rule: str, valley: int) -> Optional[float]:
     """The number that `--valley N` gives a rule: that of nth-valley. N = 2 asks nothing of the
-    others.
-
-    Raises ValueError for N below 1, and for another N where the rule counts no valleys.
-    """
+    others. Raises ValueError for N below 1, and for another N where the rule counts no valleys."""
     if valley < 1:
         raise ValueError("must be at least 1")
     if rule == NthValley.name:

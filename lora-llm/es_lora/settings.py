@@ -2,8 +2,7 @@
 them.
 
 Both trainers, a job of multi_lora.py, the callback and the patches make their parsers and their
-checks of `StopSettings`. Python 3.8, as all of es_lora/.
-"""
+checks of `StopSettings`. Python 3.8, as all of es_lora/."""
 
 import argparse
 import math

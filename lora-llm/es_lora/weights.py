@@ -4,8 +4,7 @@ LoHa, LoKr.
 On a processor with AVX512-BF16, bitsandbytes (0.50) rewrites a 4-bit weight for a faster kernel in
 the first forward pass in evaluation mode. That rounds its scales to bf16, and the kernel has no
 backward pass: training that goes on after an evaluation would send no gradient through the layer,
-without an error. `keep_as_loaded` prevents that and undoes it.
-"""
+without an error. `keep_as_loaded` prevents that and undoes it."""
 
 import copy
 from typing import Any, Callable, Optional, Tuple

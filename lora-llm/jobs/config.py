@@ -53,8 +53,7 @@ class Job(StopKeys):
     epochs. Beside these, and by keyword, the flags of early stopping that STOP_KEYS lists.
     early_stop False: train to the budget and save the turning point beside. evaluate_epochs: score
     the held-out examples after every epoch too. priority: the highest waiting job gets a free slot
-    first. group: what it is compared with in the end.
-    """
+    first. group: what it is compared with in the end."""
 
     name: str
     dataset: str = ""
@@ -176,8 +175,7 @@ def read_jobs(path: Union[str, Path]) -> list[Job]:
 
     Raises FileNotFoundError where it is missing, ValueError, with every problem found, where it is
     not as it should be. Names that are given twice are left to the caller: they concern one job,
-    not the file.
-    """
+    not the file."""
     path = Path(path).expanduser()
     content = _read(path)
     problems = _unknown(content, ("defaults", "jobs", "grid"), "the file")

@@ -38,8 +38,7 @@ def choose(results: Sequence[dict[str, Any]]) -> Optional[tuple[dict[str, Any], 
     Otherwise by the early-stop verdicts: of those with a turning point, the one that had seen the
     most examples when it came, for it could learn longest before it only memorised. On the tuning
     half of tests/benchmarks/stop_quality that is better than the first to its turning point in four
-    of six data sets, and a weak judge all the same. Without any turning point none is chosen.
-    """
+    of six data sets, and a weak judge all the same. Without any turning point none is chosen."""
     kept = [
         result for result in results if result["outcome"] in ("stopped_early", "budget_reached", "no_turning_point")
     ]

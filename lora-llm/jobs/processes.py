@@ -2,8 +2,7 @@
 train every job together.
 
 Started by `torchrun --nproc_per_node 2 multi_lora.py ...` or `accelerate launch`; one process needs
-neither.
-"""
+neither."""
 
 from collections.abc import Sequence
 from datetime import timedelta

@@ -4,8 +4,7 @@ tested by hand.
 A round is one micro-batch of every active job: fair turns. Its micro-batches are sorted by length
 and cut into passes, so that rows of like length share one and padding stays low. A waiting job is
 admitted when a slot and its memory are free: highest priority first, then in the order of the file.
-The head of the queue is never overtaken, so no job starves.
-"""
+The head of the queue is never overtaken, so no job starves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,7 @@ training arguments, flag names that transformers has since renamed or dropped, a
 flags. One validation pass collects every problem.
 
 Source of the names: the published interface of qlora.py (golden list qlora_flags_7f4e95a.txt), the
-Hugging Face TrainingArguments, and section 6 of the design.
-"""
+Hugging Face TrainingArguments, and section 6 of the design."""
 
 import argparse
 import sys

@@ -3,8 +3,7 @@ held-out part.
 
 Every source is in the public domain or under a permissive licence; SOURCES is the list that
 README.md explains. The packages are only downloaded and unpacked, never installed. Used by
-`make_tiny_base.py collect`.
-"""
+`make_tiny_base.py collect`."""
 
 import gzip
 import hashlib
@@ -31,8 +30,7 @@ def sword_module(root: Path) -> Iterator[list[str]]:
     a chapter.
 
     Layout (CrossWire's z-drivers): `*.?zs` holds (offset, packed size, size) of each zlib block as
-    three uint32; `*.?zv` holds (block, offset, size) of each verse.
-    """
+    three uint32; `*.?zv` holds (block, offset, size) of each verse."""
     for packed in sorted(root.rglob("*.[bc]zz")):
         blob = packed.read_bytes()
         block_index = packed.with_name(packed.name[:-1] + "s").read_bytes()
@@ -54,8 +52,7 @@ def verse_places(verses: bytes, blocks: Sequence[bytes]) -> list[tuple[int, int,
     (zCom4, zText4).
 
     The module's configuration is not always right about which, so the one is taken whose places all
-    exist.
-    """
+    exist."""
     for layout in ("<IIH", "<III"):
         if len(verses) % struct.calcsize(layout) == 0:
             places = list(struct.iter_unpack(layout, verses))
@@ -276,8 +273,7 @@ def collect(work_dir: Path, heldout_percent: float, seed: int) -> None:
     work_dir.
 
     A paragraph that occurred before, anywhere, is dropped, so that repeated boilerplate is not on
-    both sides. Whether a piece is held out depends only on the seed and its text.
-    """
+    both sides. Whether a piece is held out depends only on the seed and its text."""
     packages_dir = work_dir / "packages"
     packages_dir.mkdir(parents=True, exist_ok=True)
     seen, sources, split = set(), [], {"train": [], "heldout": []}

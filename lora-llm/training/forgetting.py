@@ -2,8 +2,7 @@
 point and at the end.
 
 The text is one that nobody trains on (the tiny base ships `general_text.jsonl`, a held-out part of
-what it has read).
-"""
+what it has read)."""
 
 import json
 import math
@@ -25,8 +24,7 @@ def read_general_text(path: str, most: int) -> list[str]:
     """At most `most` passages of a file, evenly over it: jsonl with a `text` column, or plain text
     with blank lines between.
 
-    Raises FileNotFoundError where the file is missing, ValueError where it holds no text.
-    """
+    Raises FileNotFoundError where the file is missing, ValueError where it holds no text."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(
@@ -62,11 +60,8 @@ def _batch(passages: Sequence[Sequence[int]], pad_id: int) -> Batch:
 
 
 class GeneralText:
-    """Passages as token ids, and the loss (mean nats a token) of a model on them.
-
-    `losses` collects {"before" | "kept" | "last": loss} as the run goes on; `tokens` is how many
-    are predicted.
-    """
+    """Passages as token ids, and the loss (mean nats a token) of a model on them. `losses` collects
+    {"before" | "kept" | "last": loss} as the run goes on; `tokens` is how many are predicted."""
 
     def __init__(self, path: str, tokenizer: Any, most: int, batch_size: int):
         encoded = [encode_source(tokenizer, text)[:MAX_PASSAGE_TOKENS] for text in read_general_text(path, most)]

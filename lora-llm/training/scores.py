@@ -23,8 +23,7 @@ def letter_token_ids(tokenizer: Any) -> torch.Tensor:
     A pre-trained model goes on with the letter as in "Answer: A", which many tokenizers merge with
     its blank; a model trained on targets that are the bare letter (`CausalCollator`) goes on with
     that. Both count; where the tokenizer writes them alike, V is 1. Raises ValueError where the
-    letters have no distinguishing token.
-    """
+    letters have no distinguishing token."""
     ways = []
     for before in ("Answer: ", ""):
         encoded = [tokenizer(before + letter, add_special_tokens=False)["input_ids"] for letter in MMLU_LETTERS]
@@ -38,10 +37,7 @@ def letter_token_ids(tokenizer: Any) -> torch.Tensor:
 
 class MMLUScorer:
     """Scores rows {"subject", "input", "output"} by the logits of the four letters at the last
-    token of the prompt.
-
-    `source_max_len` in tokens. Prompts are tokenized once, here.
-    """
+    token of the prompt. `source_max_len` in tokens. Prompts are tokenized once, here."""
 
     def __init__(self, tokenizer: Any, rows: Sequence[Row], source_max_len: int, batch_size: int = 1) -> None:
         if not rows:
@@ -106,8 +102,7 @@ def _last_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], last: S
     """(B, vocabulary): the logits at position last[b] of row b.
 
     Where the architecture can, only the positions that are some row's last are turned into logits:
-    those of a whole batch of five-shot prompts would take gigabytes.
-    """
+    those of a whole batch of five-shot prompts would take gigabytes."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     positions = sorted(set(last))
     if "logits_to_keep" in inspect.signature(type(base).forward).parameters:

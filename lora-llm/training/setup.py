@@ -76,10 +76,8 @@ def data_spec(settings: Settings, tokenizer: Any) -> DataSpec:
 
 
 def read_splits(settings: Settings, tokenizer: Any) -> Splits:
-    """The rows of a run, each training row with its example's number where shadows need it.
-
-    Raises ValueError or FileNotFoundError, also where the rule decides on rows that there are not.
-    """
+    """The rows of a run, each training row with its example's number where shadows need it. Raises
+    ValueError or FileNotFoundError, also where the rule decides on rows that there are not."""
     spec, stop = data_spec(settings, tokenizer), settings.stop
     splits = load_streamed_splits(spec) if settings.data.streaming else load_splits(spec)
     if "heldout_loss" in _needed_columns(settings) and splits.evaluation is None:
@@ -122,10 +120,7 @@ def packs_for_varlen(settings: Settings) -> bool:
 
 def packed_splits(settings: Settings, splits: Splits, collator: CausalCollator, model: torch.nn.Module) -> Splits:
     """The splits with packed training samples, or with lengths to group by; evaluation keeps single
-    samples.
-
-    Raises ValueError where the base cannot be trained so.
-    """
+    samples. Raises ValueError where the base cannot be trained so."""
     data, training = settings.data, settings.training
     if training.group_by_length:
         return _with_lengths(splits, collator, training.length_column_name)

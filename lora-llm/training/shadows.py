@@ -2,8 +2,7 @@
 
 Every micro-batch goes through the frozen base a second time, its rows repeated for the shadows that
 train on them: one pass for all shadows, each row through its own (fused_lora). The main adapter is
-off meanwhile, and its training is untouched.
-"""
+off meanwhile, and its training is untouched."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +30,7 @@ def with_examples(rows: Dataset, shadows: int, seed: int) -> Dataset:
     """The same with a column that numbers the examples; rows of the same text are one example, so
     that none leaks.
 
-    Raises ValueError where there are too few for so many shadows: before a base has been loaded.
-    """
+    Raises ValueError where there are too few for so many shadows: before a base has been loaded."""
     first: dict[tuple[str, str], int] = {}
     numbers = [first.setdefault(pair, number) for number, pair in enumerate(zip(rows["input"], rows["output"]))]
     make_folds(numbers, shadows, seed)

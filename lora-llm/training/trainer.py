@@ -84,8 +84,7 @@ class LoraTrainer(Seq2SeqTrainer):
 
         The DDP wrapper goes first. Were it the last to hold the group, gloo's threads would be
         joined with the interpreter locked, and one may be waiting for it to let go of the last
-        collective's tensors.
-        """
+        collective's tensors."""
         if not torch.distributed.is_initialized():
             return
         self.model_wrapped = self.model

@@ -35,8 +35,7 @@ class Measurer:
         ({component: value}).
 
         update_norm is the root of the summed squares of ||scale BA||, what is added to the weights.
-        Raises BaseMismatchError where the base lacks a weight or has it in another shape.
-        """
+        Raises BaseMismatchError where the base lacks a weight or has it in another shape."""
         self._find_weights(adapter)
         layers, spectra = [], []
         for key, module in adapter.modules.items():

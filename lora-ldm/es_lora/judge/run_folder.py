@@ -63,8 +63,7 @@ def _step_of(place: Path, facts: Dict[str, Any]) -> Optional[int]:
 
     An adapter of an earlier version says only the kept and the last step. There, a run that stopped
     early has `adapter-last` beside the kept `adapter`; one that went on has `adapter-turning-point`
-    beside the last. None where it could be of either.
-    """
+    beside the last. None where it could be of either."""
     if "step" in facts:
         return facts["step"]
     kept, last = facts.get("kept_step"), facts.get("last_step")

@@ -149,10 +149,8 @@ def text_layer_name(name: str) -> str:
 
 
 class Base:
-    """The frozen model as an index of weights on disk; nothing of it is held.
-
-    Raises FileNotFoundError or ValueError where `path` is no base in a known layout.
-    """
+    """The frozen model as an index of weights on disk; nothing of it is held. Raises
+    FileNotFoundError or ValueError where `path` is no base in a known layout."""
 
     def __init__(self, path: Path):
         self.path, self.layers_per_block = path, 2

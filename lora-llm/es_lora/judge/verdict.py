@@ -29,10 +29,8 @@ MISSING_SHARE = 0.1  # of the measurements that a verdict bears
 
 
 def measure_run(run: Run, base: Base, progress: bool = False) -> None:
-    """Fill in every checkpoint's columns; one that cannot be read moves to run.problems.
-
-    Raises ValueError where none can be read, BaseMismatchError where the base does not fit.
-    """
+    """Fill in every checkpoint's columns; one that cannot be read moves to run.problems. Raises
+    ValueError where none can be read, BaseMismatchError where the base does not fit."""
     measurer, readable = Measurer(base), []
     layers: Optional[Set[Key]] = None
     for number, checkpoint in enumerate(run.checkpoints, start=1):
@@ -140,8 +138,7 @@ def choose_rule(history: History, rule: Optional[str]) -> str:
     """The rule asked for; else the default where a history of the run recorded what it needs, else
     RULE_BY_WEIGHTS.
 
-    Raises ValueError where the rule asked for needs a column that weights alone do not give.
-    """
+    Raises ValueError where the rule asked for needs a column that weights alone do not give."""
     columns = WEIGHT_COLUMNS | {
         name for record in history.records for name, value in record.items() if value is not None
     }
