@@ -1,13 +1,11 @@
-"""A page on which to start a training, watch it, and compare pictures of its turning point and its
-last weights.
+"""A page to start a training, watch it, and compare its turning point's pictures with its last.
 
     streamlit run lora-ldm/demo_app.py --server.address 127.0.0.1 -- \
         --root output --base models/sd15 --images data
 
-It works on what it was started with and on nothing else: runs in the folders of --root (new ones go
-into the first), bases of --base beside the embedded one, pictures of --images beside those of the
-project. Whoever reaches the page can start trainings: --server.address 127.0.0.1 keeps it to this
-machine.
+It works on what it was started with and nothing else: runs in the folders of --root (new ones go
+into the first), bases of --base beside the embedded one, pictures of --images beside the project's.
+Whoever reaches the page can start trainings: --server.address 127.0.0.1 keeps it here.
 """
 
 import argparse
@@ -45,8 +43,7 @@ STYLE = """
 
 
 def parse_places(argv: Sequence[str] = None) -> Places:
-    """Places from the words after `--`. Raises ValueError, in one message, for folders that are not
-    there."""
+    """Places from the words after `--`. Raises ValueError, once, for folders not there."""
     parser = argparse.ArgumentParser(prog="demo_app.py", allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument
     add("--root", action="append", type=Path, help="folder of runs; may be repeated (default: output of the project)")
@@ -153,8 +150,7 @@ def show_numbers(run: Run, history: History) -> None:
 
 @st.cache_data(show_spinner=False, max_entries=8)
 def curves(folder: Path, history_bytes: int) -> bytes:
-    """PNG bytes: losses, CS and CS-Fluctuation. Drawn anew only when the history, a file that only
-    grows, has grown."""
+    """PNG bytes: losses, CS and CS-Fluctuation. Drawn anew only when the history has grown."""
     history = Run("", folder).history()
     figure = draw(history, decision_of(history), history.header["window"], history.header["decided_on"])
     buffer = io.BytesIO()
@@ -227,8 +223,7 @@ def try_out(places: Places) -> None:
 
 
 def make_pictures(base: str, run: Run, picked: dict[str, Path | None], wanted: Any, strength: float) -> None:
-    """A picture for each of {label: LoRA file or None}, into the history of this session, newest
-    first."""
+    """A picture for each of {label: LoRA file or None}, into the session, newest first."""
     from base.sampling import Prompt
     from demo.pictures import png_with_settings
 

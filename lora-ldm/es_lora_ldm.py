@@ -3,9 +3,8 @@
     python es_lora_ldm.py --pretrained_model_name_or_path BASE --train_data_dir IMAGES \
         --resolution 512 --output_dir OUT --early_stop --max_train_epochs 15
 
-Flags, folders and files are those of sd-scripts' train_network.py; `--help` lists them. `step`
-always means a completed optimizer step. Exit codes: 0 trained or stopped early, 2 bad arguments or
-data, 3 diverged, 130 interrupted.
+Flags, folders and files are those of sd-scripts' train_network.py; see `--help`. `step`: completed
+optimizer steps. Exit codes: 0 trained or stopped early, 2 bad input, 3 diverged, 130 interrupted.
 """
 
 import sys
@@ -25,8 +24,7 @@ from training.setup import set_up
 
 
 def main(argv: Optional[Sequence[str]] = None, family: type[StableDiffusion] = StableDiffusion) -> int:
-    """Run the trainer for a kind of base; returns the exit code. argv: the words, None for those of
-    the process."""
+    """Run the trainer for a kind of base; -> exit code. argv: the words, None: the process's."""
 
     def failed(message):
         for line in message.splitlines():

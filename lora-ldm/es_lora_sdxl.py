@@ -4,8 +4,7 @@
         --resolution 1024 --output_dir OUT --early_stop --max_train_epochs 15 \
         --network_train_unet_only --cache_text_encoder_outputs
 
-Flags, folders and files are those of sd-scripts' sdxl_train_network.py; `--help` lists them. All
-else is es_lora_ldm.py.
+Flags, folders and files are those of sd-scripts' sdxl_train_network.py. The rest: es_lora_ldm.py.
 """
 
 import sys

@@ -1,5 +1,4 @@
-"""A LoRA out of the difference of two models: of the layers that changed most, each factorised by
-SVD.
+"""A LoRA out of the difference of two models: of the layers that changed most, by SVD.
 
     python extract_lora.py --model_org BASE --model_tuned TUNED --save_to lora.safetensors \
         --rank 16 --select energy:0.9
@@ -41,15 +40,13 @@ class ChangedLayer:
         self.importance = self.energy**0.5 / max(self.base.float().norm().item(), torch.finfo(torch.float32).tiny)
 
     def change(self) -> torch.Tensor:
-        """dW in float32. Formed anew each time: all layers together would take as much memory as a
-        model."""
+        """dW in float32. Formed anew each time: all together would take a model's memory."""
         return self.tuned.float() - self.base.float()
 
 
 @dataclass
 class Selection:
-    """What --select says: all layers, the first so many, or the first that hold a share of the
-    energy."""
+    """What --select says: all layers, the first few, or the first with a share of the energy."""
 
     count: Optional[int] = None
     energy: Optional[float] = None
@@ -85,8 +82,7 @@ class Selection:
 def changed_layers(base: SDModel, tuned: SDModel) -> list[ChangedLayer]:
     """[ChangedLayer] of all layers that a LoRA file can name, by falling ||dW|| / ||W||.
 
-    base, tuned: SDModels of one family. Raises ValueError where their layers differ or nothing has
-    changed."""
+    base, tuned: SDModels of one family. Raises ValueError for other layers or no change."""
     originals, finals = (find_modules(model, with_convolutions=True) for model in (base, tuned))
     shapes = [{name: layer.weight.shape for _, _, name, layer in found} for found in (originals, finals)]
     if shapes[0] != shapes[1]:
@@ -107,8 +103,7 @@ def changed_layers(base: SDModel, tuned: SDModel) -> list[ChangedLayer]:
 
 
 def factorise(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(down, up, share): the best rank-``rank`` approximation ``up @ down`` of a change, by SVD
-    (Eckart-Young).
+    """(down, up, share): a change's best ``up @ down`` of a rank, by SVD (Eckart-Young).
 
     change: (out, in) or (out, in, kh, kw); down (r, in, ...), up (out, r, ...) as kohya shapes
     them; r is at most the matrix's own rank. share: of ||dW||^2 that it holds.
@@ -124,8 +119,7 @@ def factorise(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def extract(layers: list[ChangedLayer], rank: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """({kohya key: tensor}, {layer name: share of its energy held}) of layers factorised at a rank;
-    alpha is the rank."""
+    """({kohya key: tensor}, {layer name: its energy held}) at a rank; alpha is the rank."""
     tensors, shares = {}, {}
     for layer in layers:
         down, up, shares[layer.name] = factorise(layer.change(), rank)
@@ -135,8 +129,7 @@ def extract(layers: list[ChangedLayer], rank: int) -> tuple[dict[str, torch.Tens
 
 
 def share_outside(base: SDModel, tuned: SDModel, layers: list[ChangedLayer]) -> float:
-    """Share of the whole change, in ||dW||^2, in weights that kohya's LoRAs leave alone: biases,
-    norms, embeddings."""
+    """Share of ||dW||^2 in weights that kohya's LoRAs leave alone: biases, norms, embeddings."""
     total = 0.0
     finals = component_roots(tuned)
     for component, root in component_roots(base).items():
@@ -148,8 +141,7 @@ def share_outside(base: SDModel, tuned: SDModel, layers: list[ChangedLayer]) -> 
 
 
 def table(layers: list[ChangedLayer], kept: list[ChangedLayer], shares: dict[str, float]) -> list[str]:
-    """The layers by importance as lines of text; * marks those that are kept. shares: what their
-    rank holds of them."""
+    """The layers by importance, as lines; * marks the kept. shares: what their rank holds."""
     total, summed = sum(layer.energy for layer in layers), 0.0
     names = {layer.name for layer in kept}
     lines = [f"{'':>7}  {'||dW||/||W||':>12}  {'energy':>6}  {'summed':>6}  {'in rank':>7}  layer"]

@@ -3,8 +3,7 @@
     python sample_images.py --base MODEL --lora FILE[:WEIGHT] \
         --prompt "a cat --w 512 --h 512 --d 7 --s 30"
 
-Prompt lines are kohya's: TEXT --n NEGATIVE --w WIDTH --h HEIGHT --d SEED --l SCALE --s STEPS --ss
-SAMPLER.
+Prompt lines: TEXT --n NEGATIVE --w WIDTH --h HEIGHT --d SEED --l SCALE --s STEPS --ss SAMPLER.
 """
 
 import argparse

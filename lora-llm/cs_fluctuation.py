@@ -122,12 +122,10 @@ def measure_each(layers: Sequence[LoraLayer]) -> List[List[float]]:
 
 
 def measure_layers(layers: Sequence[LoraLayer]) -> Dict[str, Dict[str, float]]:
-    """Both cosines and the update norm of all layers: {"cs_matrix", "cs_row", "delta_norm":
-    {component: value}}.
+    """Both cosines and the update norm of all layers: {"cs_matrix", "cs_row", "delta_norm"}.
 
-    A component's cosine is the mean over its layers, "all" the mean over all layers; delta_norm is
-    the root of the summed squares of ||BA||. Raises NonFiniteWeightsError where a LoRA matrix holds
-    NaN or infinity."""
+    A component's cosine is the mean over its layers, "all" over all layers; delta_norm is the root
+    of the summed ||BA||^2. Raises NonFiniteWeightsError where a LoRA matrix is not finite."""
     table = measure_each(layers)
     result: Dict[str, Dict[str, float]] = {"cs_matrix": {}, "cs_row": {}, "delta_norm": {}}
     components = list(dict.fromkeys(layer.component for layer in layers))
@@ -173,8 +171,7 @@ class FluctuationSeries:
         return math.fsum(values) / self.window if len(values) == self.window else None
 
     def update(self, cs: float) -> FluctuationPoint:
-        """Take the next CS value; means are computed afresh, so that a constant series gives
-        exactly 0."""
+        """Take the next CS value; means are computed afresh: a constant series gives exactly 0."""
         self._cs.append(cs)
         mean_cs = self._mean_if_full(self._cs)
         difference = None

@@ -3,8 +3,7 @@
     python cs_replay.py HISTORY [--rule R|recorded] [--window M|auto] [--valley N] [--value X]
                         [--component C] [--json] [--plot FILE.png] [--html FILE.html]
 
-HISTORY is a cs_history.jsonl or the run folder that holds one. Python 3.8; matplotlib is needed for
-pictures only.
+HISTORY is a cs_history.jsonl or the run folder that holds one. Pictures need matplotlib.
 """
 
 import argparse

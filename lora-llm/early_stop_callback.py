@@ -63,16 +63,14 @@ class TrainingLoss:
         self._sum, self._from_step = 0.0, step
 
     def mean(self, step: int) -> Optional[float]:
-        """The mean up to this completed step, and start anew there; None where nothing was
-        added."""
+        """The mean up to this completed step, and start anew; None where nothing was added."""
         mean = self._sum.item() / max(1, step - self._from_step) if isinstance(self._sum, torch.Tensor) else None
         self.start(step)
         return mean
 
 
 class EarlyStopCallback(TrainerCallback):
-    """Measures CS inside a Trainer, stops it at the turning point and restores the weights of that
-    step.
+    """Measures CS inside a Trainer, stops it at the turning point and restores that step's weights.
 
     settings: the stop settings; with early_stop off it only measures and reports. flags: single
     ones by name, such as stop_rule="fixed-epochs", rule_value=2, over `settings`.
@@ -116,8 +114,7 @@ class EarlyStopCallback(TrainerCallback):
 
     @property
     def decision(self) -> Optional[Decision]:
-        """The rule's decision: on rank 0 as soon as it is made, on every rank once training has
-        ended."""
+        """The rule's decision: on rank 0 once it is made, on every rank once training has ended."""
         return self.monitor.decision if self.monitor is not None else self._heard
 
     @property
@@ -246,8 +243,7 @@ class EarlyStopCallback(TrainerCallback):
             control.should_training_stop = True
 
     def _raise_on_all(self, answer: int, error: Optional[Exception], args: TrainingArguments) -> int:
-        """Rank 0's answer on every rank; where it failed, its error there and one that points to it
-        elsewhere."""
+        """Rank 0's answer on every rank; where it failed, its error there, a pointer elsewhere."""
         answer = heard_by_all(answer, args)
         if error is not None:
             raise error
@@ -282,14 +278,12 @@ class EarlyStopCallback(TrainerCallback):
             self.note_heldout(state.global_step, (metrics or {}).get("eval_loss"))
 
     def note_heldout(self, step: int, loss: Optional[float]) -> None:
-        """Write the held-out loss of a step's weights into the history, where there is a finite
-        one."""
+        """Write the held-out loss of a step's weights into the history, where it is finite."""
         if self.monitor is not None and loss is not None and math.isfinite(loss):
             self.monitor.note("evaluation", step, heldout_loss=loss)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The last thing written into a checkpoint: where the monitor's state is, the checkpoint is
-        whole."""
+        """The last thing written into a checkpoint: one that holds the monitor's state is whole."""
         if self.monitor is not None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.monitor.save_state(checkpoint)
@@ -328,8 +322,7 @@ class EarlyStopCallback(TrainerCallback):
 
     @contextmanager
     def turning_point_in(self, model: torch.nn.Module) -> Iterator[None]:
-        """The model with the weights of the turning point, and with its own again afterwards; on
-        rank 0 only."""
+        """The model with the turning point's weights, its own again afterwards; on rank 0 only."""
         if self.monitor is None:
             yield
             return
@@ -368,8 +361,7 @@ class EarlyStopCallback(TrainerCallback):
     def _leave_results(
         self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, held: Optional[int]
     ) -> None:
-        """Say who ended the training and what the model holds; result.json and report.html; no
-        snapshots any more."""
+        """Say who ended training and what the model holds; result, report; snapshots go."""
         folder, outcome = Path(args.output_dir), self.outcome(args, state)
         outcome.held_step = held
         if "turning_point" in outcome.files:
@@ -394,8 +386,7 @@ class EarlyStopCallback(TrainerCallback):
             self.say(f"Report: {page.resolve()}")
 
     def _held(self, outcome: Outcome, best: Optional[int]) -> str:
-        """Which weights the model holds now, and what has become of the others; the verdict tells
-        it of a divergence."""
+        """Which weights the model holds now, and where the others are; tells a divergence too."""
         if outcome.name == "diverged":
             return ""
         if outcome.name == "stopped_early":
@@ -427,6 +418,5 @@ def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Optiona
 
 
 def best_step_loaded(args: TrainingArguments, state: TrainerState) -> Optional[int]:
-    """The step whose weights load_best_model_at_end has put into the model at the end of training;
-    None without it."""
+    """The step that load_best_model_at_end has put into the model after training, or None."""
     return state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else None

@@ -1,5 +1,4 @@
-"""Say which of the LoRA adapters that some trainer saved is to be kept, from their weights and
-those of the base alone.
+"""Say which of a trainer's saved LoRA adapters is to be kept, from their weights and the base's.
 
     python judge_checkpoints.py FOLDER --base BASE [--rule R|recorded] [--steps_per_epoch N]
     [--json] [--html FILE.html]

@@ -1,5 +1,4 @@
-"""Many LoRA adapters at once over one frozen base, each with its own data and settings, each
-stopped at its own turning point.
+"""Many LoRA adapters at once over one frozen base, each with its own data and turning point.
 
     python multi_lora.py --base_model FOLDER --config jobs.toml --output_dir OUTPUT
 
@@ -10,9 +9,8 @@ In Python:
     overview = train_jobs([Job("a", dataset="a.jsonl"), Job("b", dataset="b.jsonl", rank=8)],
         "FOLDER", "OUTPUT", bits=4)
 
-Each job leaves in OUTPUT/NAME what a single run leaves; OUTPUT/overview.html has a row for each.
-Examples of jobs.toml lie in templates/. Several processes (torchrun, accelerate launch) share the
-jobs out among them.
+Each job leaves in OUTPUT/NAME what a single run leaves; OUTPUT/overview.html lists all. Examples of
+jobs.toml lie in templates/. Several processes (torchrun, accelerate launch) share the jobs.
 
 Exit codes: 0 every job trained to its budget or stopped early; 2 bad arguments or configuration, or
 a job that could not be trained (the others were); 3 a job diverged (the others went on); 130
@@ -68,8 +66,7 @@ def train_jobs(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train all jobs over one base and return the overview: {"summary", "chosen", "jobs": [result
-    of each job], ...}.
+    """Train all jobs over one base; -> overview {"summary", "chosen", "jobs": [result, ...]}.
 
     bits: 4, 8, 16 or 32, of the frozen base. max_rows: rows a pass; max_jobs: adapters that train
     at once; memory_gb: estimated memory of base, adapters and activations together. data_parallel:
@@ -121,8 +118,7 @@ def _frozen_base(spec: BaseSpec, device: torch.device) -> tuple[Any, torch.nn.Mo
 
 
 def _train_the_rest(training: FusedTraining, ready: Sequence[tuple[JobData, MemoryNeed]], resume: bool) -> None:
-    """Train this process's share of the jobs that no earlier run has finished. Raises
-    Interrupted."""
+    """Train this process's share of the jobs that no earlier run finished. Raises Interrupted."""
     output_dir = training.output_dir
     done = {data.job.name for data, _ in ready if resume and finished_result(output_dir / data.job.name)}
     to_train = [(data, need) for data, need in ready if data.job.name not in done]
@@ -180,8 +176,7 @@ def _limits(base: Any, max_rows: int, max_jobs: int, memory_gb: Optional[float],
 def _prepare(
     jobs: Sequence[Job], base: Any, tokenizer: Any, limits: Limits, cache_dir: Optional[str], say: Callable[[str], None]
 ) -> tuple[list[tuple[JobData, MemoryNeed]], list[dict[str, Any]]]:
-    """(jobs that can be trained, results of those that cannot). Raises ValueError where none
-    can."""
+    """(jobs to train, results of those that cannot be). Raises ValueError where none can."""
     ready: list[tuple[JobData, MemoryNeed]] = []
     refused: list[dict[str, Any]] = []
     for job in jobs:
@@ -251,8 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse; bits resolved. Raises ValueError for an unknown flag, naming the nearest, and for
-    contradicting bits."""
+    """Parse; bits resolved. Raises ValueError for an unknown flag and for contradicting bits."""
     parser = build_parser()
     known = [option for action in parser._actions for option in action.option_strings]
     problems = []

@@ -1,5 +1,4 @@
-"""Keep the libraries' warnings that say nothing about the run off the screen; import this before
-transformers.
+"""Keep library warnings that say nothing about the run off the screen; import before transformers.
 
 Warnings of this project's own, and errors of any library, are not touched."""
 
@@ -11,8 +10,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Paging moves optimizer states between GPU and CPU memory; on a CPU they are in the right place
-# already.
+# Paging moves optimizer states between GPU and CPU memory; on a CPU they are there already.
 warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator.*")
 warnings.filterwarnings("ignore", message=".*torch.cpu.amp.*", category=FutureWarning)

@@ -7,8 +7,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 
 def choose_attention(args: Namespace, device: torch.device) -> str:
-    """kohya's switches; without one, the fastest of the device: PyTorch's fused attention, or the
-    plain one on a CPU."""
+    """kohya's switches; else the device's fastest: PyTorch's fused attention; plain on a CPU."""
     if args.xformers:
         return "xformers"
     if args.mem_eff_attn:
@@ -17,8 +16,7 @@ def choose_attention(args: Namespace, device: torch.device) -> str:
 
 
 def set_attention(model: torch.nn.Module, kind: str) -> None:
-    """Choose the attention of a U-Net or VAE: "sdpa", "xformers", "sliced" (least memory) or
-    "plain".
+    """Choose the attention of a U-Net or VAE: "sdpa", "xformers", "sliced" (small) or "plain".
 
     "plain" writes the products out; on a CPU and at small sizes its backward pass is the fastest.
     """

@@ -1,8 +1,6 @@
-"""The kinds of base that can be trained on, with one interface: load, check, encode text and
-images, predict noise.
+"""The kinds of base to train on, with one interface: load, check, encode text and images, predict.
 
-A further kind is another class of this file; the trainer that is made for it passes the class to
-`es_lora_ldm.main`."""
+A further kind is another class here; the trainer made for it passes it to `es_lora_ldm.main`."""
 
 from argparse import Namespace
 from collections.abc import Iterable
@@ -45,16 +43,14 @@ class StableDiffusion:
         }
 
     def check(self, batches: ImageBatches) -> None:
-        """Refuse settings and pictures that fit this kind of base but not this one. Raises
-        ValueError."""
+        """Refuse settings and pictures that do not fit this kind of base. Raises ValueError."""
         if self.args.zero_terminal_snr and self.model.prediction_type != "v_prediction":
             raise ValueError(
                 "--zero_terminal_snr needs a base that predicts v: at the last timestep epsilon is the input"
             )
 
     def cache_text(self, batches: Iterable[ImageBatches], prompts: Iterable[str], accelerator: Accelerator) -> None:
-        """Encode once what is not trained, as far as that is asked for: nothing here, every caption
-        with SDXL."""
+        """Encode once what is not trained, where asked for: here nothing, with SDXL captions."""
 
     def encode_text(self, captions: list[str]) -> Any:
         """What `predict_noise` takes of B captions."""
@@ -72,14 +68,12 @@ class StableDiffusion:
         return self.model.encode_images(pixels, generator).float()
 
     def predict_noise(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: Any, batch: dict) -> torch.Tensor:
-        """The U-Net's prediction (B, 4, h, w). batch: what else a kind conditions on (sizes,
-        crops)."""
+        """The U-Net's prediction (B, 4, h, w). batch: further conditions (sizes, crops)."""
         return self.model.predict_noise(noisy.to(self.weight_dtype), timesteps, text)
 
 
 class StableDiffusionXL(StableDiffusion):
-    """SDXL as a base to train on: both text encoders' conditions, cached where asked for, and sizes
-    and crops."""
+    """SDXL as a base: both text encoders' conditions, cached where asked for; sizes and crops."""
 
     program = "es_lora_sdxl"
     is_sdxl = True
@@ -93,8 +87,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def check(self, batches: ImageBatches) -> None:
         super().check(batches)
-        # Every level of the U-Net halves the latents; what does not divide evenly would be padded
-        # in the middle of it.
+        # Every U-Net level halves the latents; an uneven size would be padded in the middle.
         step_px = self.model.vae_scale * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
         for settings in (dataset.settings for dataset in batches.datasets):
             flag, sides = "--resolution", settings.resolution

@@ -1,5 +1,4 @@
-"""Where a base model lies and what is read of it: a path here or a hub name, folders in diffusers
-layout, the CLIP vocabulary.
+"""Base models: a path here or a hub name, folders in diffusers layout, the CLIP vocabulary.
 
 Nothing is fetched unless a hub name is given or a single file's tokenizer is found nowhere here."""
 
@@ -28,8 +27,7 @@ for _library_logging in (diffusers_logging, transformers_logging):
 
 
 def local_path(path: str | Path) -> Path:
-    """The Path of a file or folder here, or of the local copy of a hub name. Raises
-    FileNotFoundError."""
+    """The Path of a file or folder, or of a hub name's local copy. Raises FileNotFoundError."""
     location = Path(path).expanduser()
     if location.exists():
         return location
@@ -39,8 +37,7 @@ def local_path(path: str | Path) -> Path:
 
 
 def load_from_folder(model_class: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """from_pretrained without the network; reads the ``fp16`` files where a folder has no
-    others."""
+    """from_pretrained without the network; reads ``fp16`` files where a folder has no others."""
     weights = [file.name for file in folder.glob("*.safetensors")] + [file.name for file in folder.glob("*.bin")]
     if not weights:
         raise FileNotFoundError(f"{folder} holds no weights (*.safetensors or *.bin)")
@@ -57,8 +54,7 @@ def load_from_folder(model_class: type, folder: Path, dtype: torch.dtype) -> tor
 def load_clip_tokenizer(
     folder: str | Path | None = None, tokenizer_cache_dir: str | Path | None = None
 ) -> CLIPTokenizer:
-    """The CLIP tokenizer from a folder, from --tokenizer_cache_dir, from the transformers cache, or
-    from the hub.
+    """The CLIP tokenizer from a folder, --tokenizer_cache_dir, transformers' cache or the hub.
 
     Raises:
         FileNotFoundError: found nowhere; says which files to put where.
@@ -84,8 +80,7 @@ def load_clip_tokenizer(
 
 
 def write_clip_vocabulary(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
-    """Write vocab.json and merges.txt beside tokenizer.json: transformers 4 and other programs read
-    only those."""
+    """Write vocab.json and merges.txt beside tokenizer.json: some programs read only those."""
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     (Path(folder) / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
@@ -93,8 +88,7 @@ def write_clip_vocabulary(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
 
 
 def hash_metadata(kind: str, name: str | Path, location: Path) -> dict[str, str]:
-    """ss_sd_model_* or ss_vae_*: the name, and for a file the two hashes by which WebUIs know
-    it."""
+    """ss_sd_model_* or ss_vae_*: the name, and a file's two hashes by which WebUIs know it."""
     metadata = {f"ss_{kind}_name": Path(name).name if location.exists() else str(name)}
     if location.is_file():
         legacy, full = file_hashes(location)
@@ -122,8 +116,7 @@ def _hub_folder(name):
 
 
 def _hub_answers():
-    """Whether the hub can be reached: without it, its client would retry for minutes before it says
-    so."""
+    """Whether the hub can be reached: else its client would retry for minutes first."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -139,8 +132,7 @@ def _hub_answers():
 
 
 def weights_key(*networks) -> str:
-    """Names a VAE or text encoders by their weights, so that what was cached with others is
-    noticed."""
+    """Names a VAE or text encoders by their weights, so that a cache of others is noticed."""
     digest = hashlib.sha256()
     weights = [item for network in networks for item in network.state_dict().items()]
     for name, value in sorted(weights, key=lambda item: item[0]):

@@ -10,8 +10,7 @@ from base.tensor_files import tensor_names
 
 
 def load_base_model(path: str | Path, *, v2: bool = False, **settings) -> SDModel:
-    """An SDModel or an SDXLModel, whichever the path holds; arguments and errors as
-    load_sd_model."""
+    """An SDModel or SDXLModel, whichever the path holds; arguments, errors as load_sd_model."""
     location = local_path(path)
     if not is_sdxl(location):
         return load_sd_model(path, v2=v2, **settings)

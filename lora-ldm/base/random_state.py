@@ -33,8 +33,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def untouched_random_state() -> Iterator[None]:
-    """Whatever is drawn inside, the random numbers after it are those that would have come without
-    it."""
+    """Whatever is drawn inside, the random numbers after it are those that come without it."""
     python, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):

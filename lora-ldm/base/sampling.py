@@ -38,8 +38,7 @@ SCHEDULERS = {
 
 @dataclass
 class Prompt:
-    """One picture to make. Sizes in pixels, None: what the base was made for. seed None: given by
-    the caller."""
+    """One picture to make. Sizes in pixels, None: the base's. seed None: given by the caller."""
 
     prompt: str
     negative_prompt: str = ""
@@ -67,8 +66,7 @@ class Prompt:
 
 
 def parse_prompt_line(line: str) -> Prompt:
-    """A Prompt from one line of a prompt file. Raises ValueError for an option that does not
-    exist."""
+    """A Prompt from one line of a prompt file. Raises ValueError for an unknown option."""
     text, *options = re.split(r"\s--(?=[A-Za-z])", " " + line.strip())
     settings = {}
     for option in options:

@@ -84,8 +84,7 @@ class SDModel:
         )
 
     def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), sampled from the VAE's
-        posterior."""
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), drawn from the VAE."""
         pixels = pixels.to(device=self.vae.device, dtype=self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.sample(generator) * self.latent_scaling
         if not torch.isfinite(latents).all():
@@ -103,18 +102,15 @@ class SDModel:
     def predict_noise(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text_states: torch.Tensor
     ) -> torch.Tensor:
-        """U-Net output (B, 4, h, w): noise or velocity, as ``prediction_type`` says. timesteps (B,)
-        int64."""
+        """U-Net output (B, 4, h, w), noise or velocity (prediction_type). timesteps (B,) int64."""
         return self.unet(noisy_latents, timesteps, encoder_hidden_states=text_states).sample
 
     def lora_unet_name(self, module_name: str) -> str:
-        """The name of a U-Net module in kohya's files, dots still in it. SD 1.x and 2.x use
-        diffusers' names."""
+        """The name of a U-Net module in kohya's files, dots still in it; here diffusers' names."""
         return module_name
 
     def pipeline_prompts(self, positive: torch.Tensor, negative: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Arguments of the pipeline for conditions that ``encode_text`` gave; negative None:
-        without guidance."""
+        """Arguments of the pipeline for ``encode_text``'s result; negative None: no guidance."""
         dtype = self.unet.dtype
         prompts = {"prompt_embeds": positive.to(dtype)}
         return prompts if negative is None else {**prompts, "negative_prompt_embeds": negative.to(dtype)}
@@ -133,8 +129,7 @@ class SDModel:
         )
 
     def save_pipeline(self, folder: str | Path) -> None:
-        """Write a folder in diffusers layout. Not while LoRA layers are attached: detach or merge
-        them first."""
+        """Write a folder in diffusers layout. Detach or merge LoRA layers first."""
         self.to_pipeline().save_pretrained(folder)
         for index, tokenizer in enumerate(self.tokenizers):
             write_clip_vocabulary(tokenizer, Path(folder) / ("tokenizer" if index == 0 else f"tokenizer_{index + 1}"))
@@ -177,8 +172,7 @@ def load_sd_model(
 
 
 def load_folder(folder: Path, dtype: torch.dtype, encoder_classes: dict[str, type]) -> tuple:
-    """(unet, vae, [text encoders], [tokenizers], scheduler configuration) of a folder in diffusers
-    layout.
+    """(unet, vae, [text encoders], [tokenizers], scheduler configuration) of a diffusers folder.
 
     encoder_classes: {"text_encoder": its class, ...}; the tokenizer of ``text_encoder_2`` is
     ``tokenizer_2``.
@@ -209,8 +203,7 @@ def make_model(
     dtype: torch.dtype,
     **facts,
 ) -> SDModel:
-    """A frozen model of the parts that ``load_folder`` gives, with another VAE and velocity
-    prediction where asked for.
+    """A frozen model of ``load_folder``'s parts; another VAE, velocity prediction where asked.
 
     path: as the person gave it; location: where it lies. facts: further fields of the model class.
     """
@@ -237,8 +230,7 @@ def make_model(
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, family: str = "sd1") -> AutoencoderKL:
-    """A VAE from a file in the original layout (of this family) or a diffusers folder (the VAE's
-    own or a pipeline's)."""
+    """A VAE from a file in the original layout or a diffusers folder (VAE's or pipeline's)."""
     location = local_path(path)
     if location.is_file():
         return load_single_file_vae(location, dtype, family)

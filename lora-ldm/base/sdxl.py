@@ -1,8 +1,6 @@
-"""Stable Diffusion XL as one object: the parts of SDModel, two text encoders, and conditions on
-sizes and crops.
+"""Stable Diffusion XL as one object: SDModel's parts, two text encoders, sizes and crops.
 
-A base is a folder in diffusers layout, a single file in the original SDXL layout, or a hub name, as
-for SD 1.x."""
+A base is a folder in diffusers layout, a single file in the original one, or a hub name."""
 
 import re
 from dataclasses import dataclass
@@ -22,8 +20,7 @@ from base.text_encoding import encode_captions
 
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 SECOND_PADDING = "!"  # the second tokenizer is the first one with another padding
-# The original U-Net's names of what stands outside its blocks, and of the parts of a residual
-# block.
+# The original U-Net's names outside its blocks, and of the parts of a residual block.
 _OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -47,8 +44,7 @@ _BLOCK_PATH = re.compile(
 
 
 class TextConditions(NamedTuple):
-    """What SDXL takes of B captions. states: of both encoders, (B, 75 n + 2, D1 + D2); pooled: of
-    the second, (B, P)."""
+    """What SDXL takes of B captions. states: of both (B, 75 n + 2, D1 + D2); pooled: (B, P)."""
 
     states: torch.Tensor
     pooled: torch.Tensor
@@ -69,8 +65,7 @@ class SDXLModel(SDModel):
         clip_skip: int | None = None,
         weighted: bool = False,
     ) -> TextConditions:
-        """B captions -> TextConditions: both encoders' penultimate states side by side, the second
-        one's pooled output."""
+        """B captions -> TextConditions: both encoders' penultimate states; the second's pooled."""
         if clip_skip is not None:
             raise ValueError(
                 f"clip_skip is {clip_skip}: SDXL always takes the penultimate layer; leave --clip_skip out"
@@ -141,8 +136,7 @@ def load_sdxl_model(
     dtype: torch.dtype = torch.float32,
     tokenizer_cache_dir: str | Path | None = None,
 ) -> SDXLModel:
-    """Load an SDXL base in evaluation mode, without gradients; arguments and errors as
-    load_sd_model."""
+    """Load an SDXL base in evaluation mode, frozen; arguments and errors as load_sd_model."""
     location = local_path(path)
     if location.is_dir():
         if not (location / "text_encoder_2").is_dir():
@@ -159,8 +153,7 @@ def load_sdxl_model(
 
 
 def original_unet_name(path: str, layers_per_block: int, up_block_types: list[str]) -> str:
-    """The name of a U-Net module in the original layout, which counts every residual block and
-    every downsampler.
+    """The name of a U-Net module in the original layout: it counts resnets and downsamplers.
 
     >>> original_unet_name("down_blocks.1.attentions.0.proj_in", 2, ["UpBlock2D"] * 3)
     'input_blocks.4.1.proj_in'

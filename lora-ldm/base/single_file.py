@@ -1,5 +1,4 @@
-"""Checkpoints in one file: the original layouts of SD 1.x, 2.x and SDXL, converted with diffusers'
-loaders.
+"""Checkpoints in one file: original layouts of SD 1.x, 2.x and SDXL, by diffusers' loaders.
 
 The model configurations ship in sd_configs/. A checkpoint of another shape (a fine-tune of a small
 model) brings its
@@ -79,8 +78,7 @@ def load_components(
 
 
 def load_single_file_vae(path: str | Path, dtype: torch.dtype, family: str = "sd1") -> AutoencoderKL:
-    """A VAE in the original layout, with or without the ``first_stage_model.`` prefix. family:
-    whose configuration."""
+    """A VAE in the original layout, ``first_stage_model.`` or not. family: its configuration."""
     tensors = read_tensors(path)
     if not any(name.endswith("decoder.conv_in.weight") for name in tensors):
         raise ValueError(f"{path} holds no VAE (no decoder.conv_in.weight); give a VAE file or a diffusers VAE folder")
@@ -94,11 +92,9 @@ def load_single_file_vae(path: str | Path, dtype: torch.dtype, family: str = "sd
 def unet_original_names(
     tensors: dict[str, torch.Tensor], layers_per_block: int = 2, addition_embed_type: str | None = None
 ) -> dict[str, str]:
-    """{diffusers name: original name} of a checkpoint's U-Net tensors. addition_embed_type:
-    "text_time" for SDXL.
+    """{diffusers name: original name} of a U-Net. addition_embed_type: "text_time" for SDXL.
 
-    The converter only renames, so that each tensor object leads from its new name back to the old
-    one."""
+    The converter only renames: each tensor object leads from its new name to the old one."""
     originals = {id(value): name for name, value in tensors.items()}
     config = {"layers_per_block": layers_per_block, "addition_embed_type": addition_embed_type}
     converted = convert_ldm_unet_checkpoint(dict(tensors), config)

@@ -14,8 +14,7 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file or of a pickle, the latter with weights only. {name:
-    tensor} on the CPU.
+    """The tensors of a .safetensors file, or a pickle's by weights only. {name: tensor}, on CPU.
 
     Raises:
         FileNotFoundError: no such file. ValueError: damaged, or a pickle that holds more than
@@ -46,8 +45,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def tensor_names(path: str | Path) -> Iterable[str]:
-    """The names in a file of tensors; of .safetensors only the header is read. Raises as
-    read_tensors."""
+    """The names in a file of tensors; .safetensors by its header. Raises as read_tensors."""
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return read_tensors(path).keys()
     try:

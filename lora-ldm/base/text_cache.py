@@ -1,8 +1,6 @@
-"""Text conditions encoded once a caption (--cache_text_encoder_outputs), so that the text encoders
-can leave the device.
+"""Text conditions encoded once a caption (--cache_text_encoder_outputs); encoders can be freed.
 
-On disk a file beside each image carries a key of everything it depends on, so that a changed
-caption is encoded anew."""
+A file beside each image carries a key of all it depends on: a changed caption is encoded anew."""
 
 import contextlib
 import hashlib
@@ -34,8 +32,7 @@ VARYING = """
 
 @dataclass
 class TextFiles:
-    """The conditions of each image's caption as safetensors. key: names the text encoders and how
-    they are used."""
+    """The conditions of each image's caption as safetensors. key: text encoders and their use."""
 
     key: str
 
@@ -77,8 +74,7 @@ def conditions_of_all(
     files: Optional[TextFiles],
     accelerator: Accelerator,
 ) -> dict[str, TextConditions]:
-    """{caption: its conditions}. Several processes share the files, if any: the first one writes
-    them.
+    """{caption: its conditions}. Processes share the files, if any: the first one writes.
 
     captions: (image path, caption), as captions_of gives them.
     """
@@ -96,8 +92,7 @@ def conditions_of_all(
 
 
 def captions_of(batches: ImageBatches) -> set[tuple[Path, str]]:
-    """{(image path, caption as it is trained on)}. Raises ValueError where captions vary from time
-    to time."""
+    """{(image path, caption as it is trained on)}. Raises ValueError for captions that vary."""
     captions = set()
     for image in (image for dataset in batches.datasets for image in dataset.images):
         record = image.record

@@ -1,9 +1,7 @@
-"""Captions to text states: 75-token chunks, clip skip and weighted words, in the layout of kohya's
-trainers.
+"""Captions to text states: 75-token chunks, clip skip and weighted words, laid out as kohya's.
 
 A caption of up to 75 n tokens is encoded as n chunks of 77 positions (BOS, 75 tokens, EOS). The
-chunks' states are joined to BOS + 75 n + EOS, so that the U-Net sees (B, 77, D), (B, 152, D) or (B,
-227, D)."""
+states are joined to BOS + 75 n + EOS: the U-Net sees (B, 77, D), (B, 152, D) or (B, 227, D)."""
 
 import re
 
@@ -19,8 +17,7 @@ def parse_weighted_caption(caption: str) -> list[tuple[str, float]]:
     """Split a caption into [(text, weight)], neighbours of equal weight joined.
 
     ``(word)`` is 1.1, ``(word:1.3)`` is 1.3, ``[word]`` is 1 / 1.1; nesting multiplies; ``\\(`` is
-    a plain bracket. A bracket that is never closed counts up to the end of the caption. Source: the
-    AUTOMATIC1111 WebUI's syntax."""
+    plain. An unclosed bracket counts to the end of the caption. Source: AUTOMATIC1111's WebUI."""
     pieces, opened = [], []
 
     def multiply_from(start, factor):
@@ -148,8 +145,7 @@ def _layer_states(text_encoder, output, clip_skip):
 
 
 def _empty_as_padding(states, ids, tokenizer):
-    """A later chunk without text starts with an EOS that the joined caption already has: show it as
-    padding."""
+    """A later chunk without text starts with an EOS that is there already: show it as padding."""
     pad = tokenizer.pad_token_id
     if states.shape[1] == 1 or pad is None or pad == tokenizer.eos_token_id:
         return states
@@ -165,13 +161,11 @@ def _join_chunks(states):
 
 
 def _weight_states(states, weights):
-    """Multiply each position by its weight and keep each caption's mean. states (B, T, D), weights
-    (B, T)."""
+    """Multiply positions by their weights, keep each mean. states (B, T, D), weights (B, T)."""
     mean_before = states.float().mean(dim=(1, 2), keepdim=True)
     states = states * weights.to(states.dtype)[..., None]
     mean_after = states.float().mean(dim=(1, 2), keepdim=True)
-    # A text encoder whose states average to nothing has no mean to keep; the quotient would be
-    # noise.
+    # A text encoder whose states average to nothing has no mean; the quotient would be noise.
     has_mean = mean_after.abs() > 1e-3 * states.float().std(dim=(1, 2), keepdim=True)
     factor = torch.where(has_mean, mean_before / torch.where(has_mean, mean_after, 1.0), 1.0)
     return states * factor.to(states.dtype)

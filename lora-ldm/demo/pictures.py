@@ -1,5 +1,4 @@
-"""Pictures of a base with a LoRA laid on for one picture at a time, so that several can be compared
-at the same seed."""
+"""Pictures of a base with a LoRA laid on for one picture at a time: several compare at one seed."""
 
 import contextlib
 import io
@@ -22,8 +21,7 @@ from network.lora_file import group_modules, load_lora, rename_text_encoder
 
 @contextlib.contextmanager
 def lora_applied(model: SDModel, path: str | Path | None, strength: float = 1.0) -> Iterator[None]:
-    """A LoRA file folded into a model's weights inside the block; after it they are what they were,
-    bit for bit.
+    """A LoRA file folded into a model's weights inside the block; undone after it, bit for bit.
 
     Args:
         path: LoRA, LoCon, LoHa or LoKr; None or strength 0 leaves the model as it is.

@@ -1,7 +1,6 @@
 """Start a training from settings that a person filled in, follow it, and end it.
 
-The command is a list of words, made here of checked values and of names that were offered; no shell
-reads it."""
+The command is a list of words, of checked values and offered names; no shell reads it."""
 
 import re
 import signal
@@ -40,8 +39,7 @@ OFFERED_RULES = tuple(
 
 @dataclass
 class TrainingSettings:
-    """The settings that matter. 0 means automatic for cs_interval and window, never for
-    pictures_every_epochs."""
+    """The settings that matter. 0 is automatic for cs_interval and window only."""
 
     name: str
     base: str  # as Places offers it
@@ -88,8 +86,7 @@ class TrainingSettings:
 
 
 def command(settings: TrainingSettings, places: Places, folder: str | Path) -> list[str]:
-    """The words of the training command. Raises ValueError for settings that are not allowed or not
-    offered."""
+    """The words of the training command. Raises ValueError for settings not allowed or offered."""
     settings.validate()
     base, images = places.base(settings.base), places.image_folder(settings.images)
     sdxl = is_sdxl_base(base)
@@ -132,8 +129,7 @@ def is_sdxl_base(base: str | Path) -> bool:
 
 
 class TrainingProcess:
-    """A training of this page. Its output goes to train.log in its folder, which must not exist
-    yet."""
+    """A training of this page. Its output goes to train.log in its folder, which must be new."""
 
     def __init__(self, settings: TrainingSettings, places: Places, folder: str | Path):
         self.words, self.folder = command(settings, places, folder), Path(folder)

@@ -1,5 +1,4 @@
-"""What the page may show and use: the runs in the folders it was started with, and the bases and
-pictures named there.
+"""What the page may use: runs in the folders it was started with, named bases and pictures.
 
 A browser chooses by the names that are offered here. A name that was not offered is refused,
 whatever it spells: no path that comes from a browser is ever opened."""
@@ -25,8 +24,7 @@ _FIRST, _BETWEEN, _TURNING_POINT, _LAST = range(4)
 
 @dataclass(frozen=True)
 class Preview:
-    """A picture that the run made of prompt `number`; `moment` says when, in words, and `order`
-    sorts moments by time."""
+    """A picture that the run made of prompt `number`; `moment`: when, in words; `order` sorts."""
 
     path: Path
     moment: str
@@ -86,8 +84,7 @@ class Run:
         return sorted(found, key=lambda preview: (preview.order, preview.number))
 
     def log_lines(self, count: int = 12) -> list[str]:
-        """The last lines that the trainer printed; of a progress bar, which writes over itself, its
-        last state."""
+        """The last lines that the trainer printed; of a progress bar its last state."""
         try:
             text = (self.folder / LOG_NAME).read_bytes().decode(errors="replace")
         except OSError:
@@ -156,8 +153,7 @@ class Places:
     images: dict = field(default_factory=dict)
 
     def runs(self) -> dict[str, Run]:
-        """{name: Run}, the ones written to last first. Links that lead out of the roots are not
-        followed."""
+        """{name: Run}, the latest written first. Links that lead out of the roots are skipped."""
         found = []
         for root in self.roots:
             for folder in _folders_below(root):

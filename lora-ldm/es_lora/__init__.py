@@ -1,2 +1,1 @@
-"""Early stopping itself: settings, rules, the monitor, the history, the outcome. It knows no
-trainer."""
+"""Early stopping itself: settings, rules, monitor, history, outcome. It knows no trainer."""

@@ -1,5 +1,4 @@
-"""What the command lines share: how values are read, the nearest word, Ctrl-C noted, a command to
-go on with."""
+"""What command lines share: reading values, the nearest word, Ctrl-C, a command to go on with."""
 
 import difflib
 import os

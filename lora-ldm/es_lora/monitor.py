@@ -167,8 +167,7 @@ class EarlyStopMonitor:
         return self.snapshots.kept[-1][1] if self.snapshots is not None and self.snapshots.kept else None
 
     def load_snapshot(self, step: int) -> Dict[str, torch.Tensor]:
-        """{name: tensor} as at that step, on the CPU. Raises FileNotFoundError where it is not
-        kept."""
+        """{name: tensor} of that step, on the CPU. Raises FileNotFoundError if it is not kept."""
         if self.snapshots is None:
             raise FileNotFoundError("this run keeps no snapshots")
         return self.snapshots.load(step)
@@ -178,8 +177,7 @@ class EarlyStopMonitor:
         return {"lines": list(self._lines), "snapshots": list(self.snapshots.kept) if self.snapshots else []}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Go on from a saved state: series and rule see the recorded measurements again, the
-        history is rewritten."""
+        """Go on from a saved state: series and rule see the records again; history is rewritten."""
         self._lines = list(state["lines"])
         for line in self._lines:
             if line.get("event") == "turning_point":
@@ -202,12 +200,10 @@ class EarlyStopMonitor:
         write_text_whole(Path(folder) / STATE_NAME, json.dumps(self.state_dict()))
 
     def state_saved(self, folder: Union[str, Path]) -> None:
-        """Say that the checkpoint in `folder` is whole: the one before it no longer needs its
-        snapshots, and loses them.
+        """Say that the checkpoint in `folder` is whole: the one before it loses its snapshots.
 
-        Without that, every checkpoint would hold a window of snapshots on the disk. An older
-        checkpoint can still be resumed; its run then keeps a later step if the turning point lies
-        before the resumption."""
+        Else every checkpoint would hold a window of snapshots. An older checkpoint can still be
+        resumed; its run then keeps a later step if the turning point lies before the resumption."""
         if self._state_folder is not None and self._state_folder != Path(folder):
             shutil.rmtree(self._state_folder / SNAPSHOT_FOLDER, ignore_errors=True)
         self._state_folder = Path(folder)

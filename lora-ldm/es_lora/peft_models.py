@@ -18,8 +18,7 @@ from es_lora.weights import frozen_weight
 def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> List[LoraLayer]:
     """The LoRA layers of the model's active adapters, with live references to their matrices.
 
-    Embeddings with a LoRA are left out: they have no matrix product with an input. For DoRA only B
-    A is measured."""
+    Embeddings with a LoRA are left out: they are no matrix product. Of DoRA, B A is measured."""
     layers = []
     module: Any
     for name, module in model.named_modules():
@@ -52,8 +51,7 @@ def trainable_tensors(model: torch.nn.Module) -> Dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_tensors(model: torch.nn.Module, tensors: Dict[str, torch.Tensor]) -> None:
-    """Copy the tensors of a snapshot into the model, in place. Raises KeyError where the model has
-    no such parameter."""
+    """Copy a snapshot's tensors into the model, in place. Raises KeyError for an unknown name."""
     live = dict(model.named_parameters())
     for name, tensor in tensors.items():
         live[name].copy_(tensor)
@@ -71,8 +69,7 @@ def weights_swapped_in(model: torch.nn.Module, tensors: Dict[str, torch.Tensor])
 
 
 def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlyStopMonitor]) -> Optional[int]:
-    """After a divergence at `step`: leave finite weights in the model, its own or else the newest
-    ones measured.
+    """After a divergence at `step`: leave finite weights, the model's or the newest measured.
 
     Returns the step of the weights that the model then holds, None where no finite ones are known.
     """
@@ -85,11 +82,9 @@ def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlySto
 
 
 def save_adapter(model: Any, folder: Path, facts: Dict[str, Any]) -> None:
-    """Save a model's active adapter as a folder that appears whole, with facts (JSON) in its
-    metadata under `es_lora`.
+    """Save the active adapter as a folder, whole or not at all, with JSON facts in its metadata.
 
-    The layout is that of PEFT: an adapter that is not called "default" lies in a subfolder of its
-    name."""
+    The layout is PEFT's: an adapter not called "default" lies in a subfolder of its name."""
     from peft import PeftModel
 
     chosen = {"selected_adapters": list(model.active_adapters)} if isinstance(model, PeftModel) else {}

@@ -1,5 +1,4 @@
-"""Several processes: what the first one says is heard by all, and no rank waits for one that has
-stopped."""
+"""Several processes: all hear what the first one says, and none waits for one that has stopped."""
 
 from typing import Any, Optional
 
@@ -22,9 +21,8 @@ _last_broadcast: Any = None
 def _broadcast(tensor: torch.Tensor) -> None:
     """Rank 0's values on every rank, in place.
 
-    The finished work is held until the next one. Where gloo's thread were the last to hold it, that
-    thread would need the interpreter to let go of the tensor, and wait for ever if the process is
-    ending just then."""
+    The finished work is held until the next one. Were gloo's thread the last to hold it, that
+    thread would need the interpreter to free the tensor, and wait for ever in an ending process."""
     global _last_broadcast
     work = torch.distributed.broadcast(tensor, 0, async_op=True)
     work.wait()

@@ -71,8 +71,7 @@ def seed_of(*parts: Any) -> int:
 
 
 def rate_is_adams(optimizer_name: str) -> bool:
-    """Whether a learning rate given to this optimizer, by its flag's or its class's name, means
-    what it means to AdamW."""
+    """Whether this optimizer, by flag or class name, reads a learning rate as AdamW does."""
     name = optimizer_name.lower()
     return "adam" in name and not any(other in name.replace("_", "") for other in NOT_ADAM)
 
@@ -111,20 +110,17 @@ class ShadowTraining:
         return len(self.optimizers)
 
     def trained_rows(self, examples: Sequence[Any]) -> List[List[int]]:
-        """For each shadow, the positions of a micro-batch that it trains on: all but those of its
-        fold."""
+        """For each shadow, the positions of a micro-batch it trains on: not those of its fold."""
         fold_of = [self.folds.get(example) for example in examples]
         return [[row for row, fold in enumerate(fold_of) if fold != shadow] for shadow in range(self.count)]
 
     def pass_seed(self) -> int:
-        """What the dropouts of the next training pass depend on: no other pass, resumed run or
-        score has or changes it."""
+        """What the next pass's dropouts depend on: no other pass, resume or score changes it."""
         return seed_of(self.seed, "shadow pass", self._steps, *self._counts)
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """For a pass of the shadows: its time is noted, and its random numbers are its own and
-        leave the main run's alone."""
+        """For a pass of the shadows: its time is noted; the main run's random numbers stay."""
         started = time.perf_counter()
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
@@ -173,19 +169,16 @@ class ShadowTraining:
 
     @property
     def steps_a_measurement(self) -> int:
-        """Optimizer steps between two measurements, as they have been so far; ask at one, before
-        score_is_due."""
+        """Optimizer steps between two measurements, so far; ask at one, before score_is_due."""
         return self._steps // (self._measurements + 1)
 
     def score_is_due(self) -> bool:
-        """Whether the present measurement, the next in turn, is one to score at: the first, and
-        every interval-th from it."""
+        """Whether the next measurement is one to score at: the first, and every interval-th."""
         self._measurements += 1
         return (self._measurements - 1) % (self.interval or 1) == 0
 
     def cost(self, whole_seconds: float) -> Dict[str, Any]:
-        """What the shadows have cost of a run of so many seconds, for result.json and the last
-        words."""
+        """What the shadows have cost of a run of so many seconds, for result.json and screen."""
         factor = whole_seconds / max(1e-9, whole_seconds - self.seconds)
         sentence = (
             f"Shadows took {self.seconds:.1f} of {whole_seconds:.1f} seconds: {factor:.2f} times the run without them."
@@ -196,8 +189,7 @@ class ShadowTraining:
     # ---------------------------------------------------------------------------------- checkpoints
 
     def state_tensors(self) -> Dict[str, torch.Tensor]:
-        """Weights, Adam's moments and counters of all shadows, and a fingerprint of the folds: all
-        that a resumed run needs."""
+        """All that a resumed run needs: weights, Adam's state, a fingerprint of the folds."""
         state = {"steps": torch.tensor(self._steps), "measurements": torch.tensor(self._measurements)}
         state["folds"] = self._fingerprint()
         for name, parameter, moments in self._named():
@@ -207,8 +199,7 @@ class ShadowTraining:
 
     @torch.no_grad()
     def load_state_tensors(self, state: Dict[str, torch.Tensor]) -> None:
-        """Go on from state_tensors(). Raises ValueError where they belong to other shadows or other
-        data."""
+        """Go on from state_tensors(). Raises ValueError where shadows or data are others."""
         names = [name for name, _, _ in self._named()]
         fits = {key.rpartition(".")[0] for key in state if "." in key} == set(names)
         fits = fits and all(state[f"{name}.weight"].shape == parameter.shape for name, parameter, _ in self._named())

@@ -1,5 +1,4 @@
-"""Frozen weights and updates in other forms than dense matrices and B A: 4-bit, 8-bit, float8,
-LoHa, LoKr.
+"""Frozen weights and updates that are not dense matrices and B A: 4-bit, 8-bit, float8, LoHa, LoKr.
 
 On a processor with AVX512-BF16, bitsandbytes (0.50) rewrites a 4-bit weight for a faster kernel in
 the first forward pass in evaluation mode. That rounds its scales to bf16, and the kernel has no
@@ -19,8 +18,7 @@ def _is_repacked(weight: Any) -> bool:
 
 
 def _unpacked(weight: Any) -> Tuple[torch.Tensor, Any]:
-    """(data, quant state) of a 4-bit weight in the layout it was loaded in; the scales in float32,
-    not quantised again."""
+    """(data, quant state) of a 4-bit weight in the layout it was loaded in; scales in float32."""
     if not _is_repacked(weight):
         return weight.data, weight.quant_state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -33,8 +31,7 @@ def _unpacked(weight: Any) -> Tuple[torch.Tensor, Any]:
 
 
 def keep_as_loaded(model: torch.nn.Module) -> None:
-    """Make every 4-bit layer stay in the layout it was loaded in, or return to it: one that can be
-    trained through."""
+    """Make every 4-bit layer stay in, or return to, its loaded layout: gradients need it."""
     layer: Any
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
@@ -52,8 +49,7 @@ def dequantised(layer: Any) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(*_unpacked(weight))
-    # Rows of integers and their scales (out,): in the layer's state once it has been used, in the
-    # weight before.
+    # Rows of integers and scales (out,): in the layer's state once used, before in the weight.
     holders = (getattr(layer, "state", None), weight)
     held: Any = next(holder for holder in holders if getattr(holder, "SCB", None) is not None)
     integers = held.CB if getattr(held, "CB", None) is not None else weight.data
@@ -61,8 +57,7 @@ def dequantised(layer: Any) -> torch.Tensor:
 
 
 class QuantisedWeight(DenseWeight):
-    """The weight of a quantised layer: dequantised for one use and dropped, so that one layer at a
-    time is dense."""
+    """The weight of a quantised layer: dequantised for one use, one layer at a time."""
 
     def dense(self) -> torch.Tensor:
         return dequantised(self.weight)  # here `weight` is the whole layer
@@ -88,8 +83,7 @@ def dense_weight(weight: torch.Tensor) -> DenseWeight:
 
 
 class DenseUpdateLayer:
-    """A layer whose update D has no down and up (LoHa, LoKr, ...), in the shape of
-    cs_fluctuation.LoraLayer.
+    """A layer whose update D has no down and up (LoHa, LoKr, ...), as a cs_fluctuation.LoraLayer.
 
     update: makes D (out, in) in float32. Seen as rank 1 it is A = (1) and B[i] = ||D[i]||, and
     `project` gives <W[i], D[i]> / ||D[i]||: all products are those of D itself. D is made for one

@@ -1,5 +1,4 @@
-"""From an image file to the array that is trained on: crop, scale, colour. All chance comes from
-the given generator."""
+"""From an image file to the array to train on: crop, scale, colour. Chance is the generator's."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ from images.dataset_settings import SubsetSettings
 from images.folders import ImageRecord
 from images.loading import load_mask, load_rgb, resize, resize_mask
 
-# Strengths of upstream's colour augmentation: a third of the images gets either a hue shift or a
-# gamma change.
+# Strengths of upstream's colour augmentation: a third of the images get a hue or gamma change.
 COLOR_AUG_RATE = 0.33
 HUE_SHIFT_LIMIT = 8  # of 180 in OpenCV's hue
 GAMMA_LIMITS = (0.95, 1.05)
@@ -41,8 +39,7 @@ class Sample:
 
 
 def load_sample(record: ImageRecord, placement: Placement, rng: Optional[random.Random] = None) -> Sample:
-    """Loads, cuts and scales one picture; `rng` None leaves all augmentation out (as for cached
-    latents)."""
+    """Loads, cuts and scales one picture; `rng` None: no augmentation (cached latents)."""
     subset = record.subset
     pixels, alpha = load_rgb(record.path)
     mask = mask_of(record, pixels, alpha)
@@ -63,8 +60,7 @@ def load_sample(record: ImageRecord, placement: Placement, rng: Optional[random.
 
 
 def mask_of(record: ImageRecord, pixels: np.ndarray, alpha: Optional[np.ndarray]) -> Optional[np.ndarray]:
-    """Loss weights (H, W) uint8 of a picture whose subset has masks: a mask picture, its alpha
-    channel, or all 255."""
+    """Loss weights (H, W) uint8 of a picture with masks: a mask picture, its alpha, or all 255."""
     height, width = pixels.shape[:2]
     if record.mask_path is not None:
         return load_mask(record.mask_path, (width, height))
@@ -88,8 +84,7 @@ def crop_corner(placement: Placement, subset: SubsetSettings, rng: Optional[rand
 
 
 def color_augmented(pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-    """With upstream's rate, a small hue shift or a small gamma change; (H, W, 3) uint8 in and
-    out."""
+    """With upstream's rate, a small hue shift or a small gamma change; (H, W, 3) uint8."""
     if rng.random() >= COLOR_AUG_RATE:
         return pixels
     if rng.random() < 0.5:
@@ -112,11 +107,9 @@ def face_in_name(path: Path) -> Optional[tuple[int, int, int, int]]:
 
 
 def face_window(size_px: Size, face: tuple[int, int, int, int], factor: float, bucket_px: Size) -> Box:
-    """Part of the picture with the bucket's shape around a face, its shorter side `factor` times
-    the face.
+    """Part around a face in the bucket's shape; its shorter side is `factor` times the face.
 
-    It never leaves the picture, and is never smaller than the bucket where the picture is large
-    enough for that."""
+    It never leaves the picture, nor is smaller than the bucket where there is room."""
     width, height = size_px
     centre_x, centre_y, face_width, face_height = face
     largest = min(width / bucket_px[0], height / bucket_px[1])  # scale of the largest window that fits

@@ -1,5 +1,4 @@
-"""Batches of images or cached latents with captions, in an order that depends on nothing but (seed,
-epoch)."""
+"""Batches of images or cached latents with captions, in an order of nothing but (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ def total_steps(args: Namespace, training: ImageBatches) -> Optional[int]:
 
 
 class ImageBatches(torch.utils.data.Dataset):
-    """One batch per index. Order, buckets, augmentation and captions are a pure function of (seed,
-    epoch, index).
+    """One batch an index: order, buckets, augmentation, captions depend on (seed, epoch, index).
 
     Use as `DataLoader(dataset, batch_size=None, shuffle=False)` and call `set_epoch` before each
     epoch; the epoch lives in shared memory, so workers that persist see it as well.
@@ -106,8 +104,7 @@ class ImageBatches(torch.utils.data.Dataset):
         self._epoch[0] = epoch
 
     def plan(self, epoch: int) -> list[tuple[int, list[int]]]:
-        """Batches of an epoch: (dataset, its image indices). Images of one batch share their
-        bucket."""
+        """Batches of an epoch: (dataset, its image indices). One batch has one bucket."""
         epoch = epoch if self.training else 0
         if self._plan[0] == epoch:
             return self._plan[1]
@@ -216,8 +213,7 @@ class ImageBatches(torch.utils.data.Dataset):
         self._on_disk, self._in_memory = files, None if files else in_memory
 
     def _entries_to_encode(self, files: Optional[LatentFiles]) -> dict[tuple[int, int], Size]:
-        """{(dataset, image): bucket} of the images whose latents are not there yet, each file
-        once."""
+        """{(dataset, image): bucket} of images whose latents are still to make, each file once."""
         todo, paths = {}, set()
         for number, dataset in enumerate(self.datasets):
             for index, image in enumerate(dataset.images):
@@ -240,8 +236,7 @@ class ImageBatches(torch.utils.data.Dataset):
         return [CachedLatents(*parts) for parts in zip(latents, flipped, [sample.mask for sample in samples])]
 
     def held_out(self, wanted: Callable[[PlacedImage], bool]) -> ImageBatches:
-        """The training images that are wanted, each once and as validation images are; caches are
-        shared, not made anew."""
+        """The training images wanted, each once, as validation images are; caches are shared."""
         datasets = []
         for dataset in self.datasets:
             images = [
@@ -268,8 +263,7 @@ class ImageBatches(torch.utils.data.Dataset):
 def encoded(
     encode: Callable[[torch.Tensor], torch.Tensor], pixels: torch.Tensor, images: list[PlacedImage]
 ) -> list[np.ndarray]:
-    """Latents of a batch as float32 arrays. Raises ValueError that names an image whose latents are
-    not finite."""
+    """Latents of a batch as float32 arrays. Raises ValueError, naming one that is not finite."""
     with torch.no_grad():
         latents = encode(pixels).detach().float().cpu()  # (B, 4, H/8, W/8)
     for image, one in zip(images, latents):

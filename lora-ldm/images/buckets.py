@@ -1,9 +1,7 @@
-"""Aspect-ratio buckets: which size a picture is trained at, and how it is scaled and cut to get
-there. Pure arithmetic.
+"""Aspect-ratio buckets: the size a picture is trained at, how it is scaled and cut. Arithmetic.
 
-The bucket list and the choice of the bucket follow the published behaviour of kohya's sd-scripts,
-so that a data set falls into the same buckets there and here. All sizes are (width, height) in
-pixels."""
+The bucket list and the choice of the bucket follow the published behaviour of kohya's sd-scripts: a
+data set falls into the same buckets there and here. All sizes are (width, height) in pixels."""
 
 from __future__ import annotations
 
@@ -36,8 +34,7 @@ def bucket_sizes(resolution_px: Size, min_px: int, max_px: int, step_px: int) ->
     """All bucket sizes whose area does not exceed that of `resolution_px`, sorted.
 
     For each width from `min_px` to `max_px` in steps, the tallest height (a multiple of `step_px`,
-    at most `max_px`) that keeps the area; each also turned by 90 degrees; and the square of that
-    area.
+    at most `max_px`) that keeps the area; each also turned by 90 degrees; the square of that area.
 
     >>> bucket_sizes((64, 64), 32, 128, 32)
     [(32, 128), (64, 64), (128, 32)]
@@ -103,8 +100,7 @@ class BucketSelector:
         return min(self.sizes, key=lambda size: abs(size[0] / size[1] - ratio))
 
     def _place_without_upscaling(self, size_px: Size) -> Optional[Placement]:
-        """None for a picture with a side below one step, which cannot be trained on without
-        upscaling."""
+        """None for a picture with a side below one step, which would have to be upscaled."""
         width, height = size_px
         max_area = self.resolution_px[0] * self.resolution_px[1]
         if width * height > max_area:
@@ -144,8 +140,7 @@ def covering_size(size_px: Size, target_px: Size) -> Size:
 
 
 def aspect_ratio_error(size_px: Size, bucket_px: Size) -> float:
-    """Distance of the two aspect ratios (the `mean_img_ar_error` of the saved metadata is its
-    mean)."""
+    """Distance of two aspect ratios (`mean_img_ar_error` of the metadata is its mean)."""
     return abs(size_px[0] / size_px[1] - bucket_px[0] / bucket_px[1])
 
 

@@ -1,8 +1,6 @@
-"""What training does to a caption each time it is drawn: prefix, dropout, wildcards, shuffling,
-warm-up, trigger word.
+"""What training does to a caption: prefix, dropout, wildcards, shuffling, warm-up, trigger word.
 
-Order and meaning follow kohya's trainers. All chance comes from the generator that the caller
-seeds."""
+Order and meaning follow kohya's trainers. All chance comes from the caller's generator."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ from typing import Optional
 from images.dataset_settings import SubsetSettings
 
 WILDCARD = re.compile(r"\{([^{}]+)\}")
-# Stand-ins for doubled braces, which mean a literal brace: private-use characters that no caption
-# contains.
+# Stand-ins for doubled braces, literal ones: private-use characters that no caption contains.
 OPEN_BRACE, CLOSE_BRACE = "\ue000", "\ue001"
 
 
@@ -66,8 +63,7 @@ def is_dropped(subset: SubsetSettings, rng: random.Random, epoch: int) -> bool:
 
 
 def resolve_wildcards(text: str, rng: random.Random) -> str:
-    """One line of several; one choice of each `{a|b|c}`, innermost first; `{{` and `}}` stay as
-    single braces."""
+    """One line of several; one choice of each `{a|b|c}`, innermost first; `{{`, `}}` are braces."""
     text = rng.choice(text.split("\n"))
     text = text.replace("{{", OPEN_BRACE).replace("}}", CLOSE_BRACE)
     replaced = 1
@@ -85,8 +81,7 @@ def needs_tags(text: str, subset: SubsetSettings) -> bool:
 def process_tags(
     text: str, subset: SubsetSettings, rng: random.Random, step: int, total_steps: Optional[int]
 ) -> list[str]:
-    """Tags in the order of training: fixed ones, then those that warm-up and dropout leave, then
-    the fixed suffix."""
+    """Tags in the order of training: fixed, those that warm-up and dropout leave, fixed suffix."""
     fixed, flexible, suffix = split_tags(text, subset)
     flexible = flexible[: warm_tag_count(len(flexible), subset, step, total_steps)]
     if subset.shuffle_caption:
@@ -97,8 +92,7 @@ def process_tags(
 
 
 def split_tags(text: str, subset: SubsetSettings) -> tuple[list[str], list[str], list[str]]:
-    """(fixed, flexible, fixed suffix) tags: parted by `keep_tokens_separator` where the text has
-    it, else by number."""
+    """(fixed, flexible, fixed suffix) tags: by `keep_tokens_separator` if present, or by number."""
 
     def tags(part: str) -> list[str]:
         return [tag.strip() for tag in part.split(subset.caption_separator) if tag.strip()]
@@ -112,8 +106,7 @@ def split_tags(text: str, subset: SubsetSettings) -> tuple[list[str], list[str],
 
 
 def warm_tag_count(count: int, subset: SubsetSettings, step: int, total_steps: Optional[int]) -> int:
-    """How many flexible tags are used: from `token_warmup_min` at the start to all at
-    `token_warmup_step`."""
+    """How many flexible tags are used: `token_warmup_min` to all at `token_warmup_step`."""
     warmup_steps = subset.token_warmup_step
     if 0 < warmup_steps < 1:
         warmup_steps = math.floor(warmup_steps * (total_steps or 0))

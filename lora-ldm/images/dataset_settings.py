@@ -1,5 +1,4 @@
-"""Settings of the image data: command line and --dataset_config TOML -> DatasetSettings with their
-SubsetSettings.
+"""Settings of the image data: command line and --dataset_config -> DatasetSettings, SubsetSettings.
 
 The names, levels and precedence are those of kohya's dataset configuration: a value of a subset
 goes before that of its dataset, that before [general], that before the command line. Each dataclass
@@ -46,8 +45,7 @@ def setting(
 
 @dataclass
 class SubsetSettings:
-    """One folder (or one metadata file) of images and everything that is done to its images and
-    captions."""
+    """One folder (or metadata file) of images, and all that is done to images and captions."""
 
     image_dir: Optional[str] = setting(None, "str", distinct=True)
     metadata_file: Optional[str] = setting(None, "str", distinct=True)
@@ -85,16 +83,14 @@ class SubsetSettings:
 
     @property
     def varying_images(self) -> list[str]:
-        """Settings that change the picture from one epoch to the next, so that its latents cannot
-        be cached."""
+        """Settings that change the picture from epoch to epoch: no latents can be cached."""
         names = ("color_aug", "random_crop", "face_crop_aug_range")
         return [name for name in names if getattr(self, name)]
 
 
 @dataclass
 class DatasetSettings:
-    """Subsets that share resolution, buckets and batch size. Sizes are (width, height) in
-    pixels."""
+    """Subsets that share resolution, buckets and batch size. Sizes: (width, height) in pixels."""
 
     resolution: tuple[int, int] = setting(None, "resolution")
     batch_size: int = setting(1, "int", minimum=1)
@@ -140,8 +136,7 @@ def checked_value(name: str, value: Any, checks: Mapping[str, Any]) -> Any:
 
 
 def numbers_in(value: Any, convert: Callable[[Any], Any]) -> list[Any]:
-    """Numbers of a scalar, a list or a comma-separated text. Raises TypeError or ValueError where
-    one is no number."""
+    """Numbers of a scalar, list or comma-separated text; else TypeError or ValueError."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     if any(isinstance(part, bool) for part in parts):
         raise TypeError("a truth value is no number")
@@ -172,8 +167,7 @@ def checked_range(name: str, value: Any) -> tuple[float, float]:
 
 
 def command_line_values(args: Namespace, problems: list[str]) -> dict[str, Any]:
-    """Dataset and subset settings that the command line gives, as they are named in the TOML
-    file."""
+    """Dataset and subset settings of the command line, as they are named in TOML."""
     values = {}
     for name, checks in {**schema(DatasetSettings), **schema(SubsetSettings, distinct=False)}.items():
         flag = FLAG_NAMES.get(name, name)
@@ -219,8 +213,7 @@ def unknown_key(key: str, allowed: dict[str, Any]) -> str:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Content of a TOML file. Raises FileNotFoundError, or ValueError with the line of a syntax
-    error."""
+    """Content of a TOML file. Raises FileNotFoundError, or ValueError with the line at fault."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"--dataset_config {path}: there is no such file")
     try:

@@ -1,5 +1,4 @@
-"""From folders, metadata files or a dataset configuration to image records: which images, which
-captions, how often.
+"""From folders, metadata files or a configuration to image records: images, captions, repeats.
 
 The conventions are those of kohya's trainers: `<repeats>_<name>` folders, regularisation folders,
 caption files beside the images, `--in_json` metadata and `--dataset_config`; and the
@@ -60,8 +59,7 @@ def existing_folder(folder: str | Path, flag: str) -> Path:
 def subsets_of_folder(
     data_dir: str | Path, flag: str, common: SubsetSettings, masks_dir: Optional[str]
 ) -> list[SubsetSettings]:
-    """A subset for each `<repeats>_<name>` folder in `data_dir`; the name is the caption of images
-    without one."""
+    """A subset for each `<repeats>_<name>` folder in `data_dir`; the name: default caption."""
     root = existing_folder(data_dir, flag)
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     subsets, others = [], []
@@ -132,8 +130,7 @@ def read_records(subset: SubsetSettings) -> list[ImageRecord]:
 
 
 def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
-    """Captions of the images of a folder: caption file, else metadata.jsonl, else the folder's
-    name."""
+    """Captions of a folder's images: caption file, else metadata.jsonl, else folder name."""
     folder = existing_folder(subset.image_dir, "image folder")
     listed = folder / "metadata.jsonl"
     metadata = read_image_list(listed, subset) if listed.is_file() else {}
@@ -162,8 +159,7 @@ def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
 
 
 def find_caption_file(path: Path, extension: str) -> Optional[Path]:
-    """`cat.txt` or `cat.png.txt` for cat.png; the other usual extension where the one asked for is
-    missing."""
+    """`cat.txt` or `cat.png.txt` for cat.png; else the other usual extension."""
     for suffix in dict.fromkeys((extension,) + CAPTION_EXTENSIONS):
         for candidate in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
             if candidate.is_file():
@@ -183,8 +179,7 @@ def read_caption(path: Path, all_lines: bool, problems: list[str]) -> str:
 
 
 def report_caption_sources(folder: Path, subset: SubsetSettings, sources: Counter, captions: dict[Path, str]) -> None:
-    """Says what a person may not expect: captions from another extension, from the folder's name,
-    or none."""
+    """Says what may surprise: captions of another extension, of the folder's name, or none."""
     for suffix in CAPTION_EXTENSIONS:
         if sources[suffix] and suffix != subset.caption_extension:
             message = "%s: %d captions come from %s files, as there is no %s file for those images"
@@ -199,8 +194,7 @@ def report_caption_sources(folder: Path, subset: SubsetSettings, sources: Counte
 
 
 def read_metadata(subset: SubsetSettings) -> dict[Path, str]:
-    """Captions of the images that an --in_json file names: `{image: {"caption": ..., "tags":
-    ...}}`, or JSON lines."""
+    """Captions of the images in an --in_json file, `{image: {"caption", "tags"}}` or JSON lines."""
     path = Path(subset.metadata_file)
     if not path.is_file():
         raise FileNotFoundError(f"metadata file {path} does not exist")
@@ -274,8 +268,7 @@ def joined_caption(entry: dict, separator: str) -> str:
 
 
 def find_masks(paths: list[Path], subset: SubsetSettings, problems: list[str]) -> dict[Path, Path]:
-    """The mask of each image: the file of the same name, whatever its extension, in
-    `conditioning_data_dir`."""
+    """The mask of each image: the file of its name, any extension, in `conditioning_data_dir`."""
     if subset.conditioning_data_dir is None:
         return {}
     folder = existing_folder(subset.conditioning_data_dir, "conditioning_data_dir")

@@ -68,8 +68,7 @@ class LatentFiles:
         return self.folder / f"{place}_{name}"
 
     def read(self, record: ImageRecord, placement: Placement) -> Optional[CachedLatents]:
-        """The entry, or None where it is missing, stale, lacks flipped latents that are needed, or
-        is damaged (which is said)."""
+        """The entry; None if missing, stale, without the flipped latents, or damaged (said)."""
         path = self.path(record, placement)
         if not path.is_file():
             return None

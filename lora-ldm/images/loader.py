@@ -1,5 +1,4 @@
-"""In which order batches reach the optimizer steps of each process, and the loader that brings
-them."""
+"""In which order batches reach each process's optimizer steps, and the loader of them."""
 
 import os
 from argparse import Namespace
@@ -12,8 +11,7 @@ from images.batches import ImageBatches
 
 
 class Order(Sampler):
-    """Indices that are set anew before each epoch; the loader, and workers that persist, stay the
-    same."""
+    """Indices set anew before each epoch; the loader, and workers that persist, stay."""
 
     def __init__(self):
         self.indices: list[int] = []

@@ -12,8 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from images.buckets import Size
 
-# Pillow raises these for a damaged file, depending on the format; a decompression bomb is refused,
-# too.
+# Pillow raises these for a damaged file; a decompression bomb is refused, too.
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
 CV2_INTERPOLATIONS = {
     "nearest": cv2.INTER_NEAREST,
@@ -51,8 +50,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def to_eight_bit(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 or 32 bits, which Pillow would clip, scaled to 8 bits; other modes
-    unchanged."""
+    """Grey levels of 16 or 32 bits, which Pillow would clip, scaled to 8; others unchanged."""
     if not (image.mode == "F" or image.mode.startswith("I")):
         return image
     levels = np.asarray(image, dtype=np.float64)
@@ -76,8 +74,7 @@ def to_rgb_and_alpha(image: Image.Image) -> tuple[Image.Image, Optional[Image.Im
 
 
 def load_rgb(path: Path) -> tuple[np.ndarray, Optional[np.ndarray]]:
-    """(RGB (H, W, 3) uint8, alpha (H, W) uint8 or None) of an image file. Raises ValueError that
-    names the file."""
+    """(RGB (H, W, 3) uint8, alpha (H, W) uint8 or None) of a file. ValueError with its name."""
     rgb, alpha = to_rgb_and_alpha(open_image(path))
     return np.array(rgb), None if alpha is None else np.array(alpha)
 
@@ -97,8 +94,7 @@ def resize(array: np.ndarray, size_px: Size, interpolation: Optional[str]) -> np
     if interpolation is None:
         interpolation = "area" if size_px[0] <= width and size_px[1] <= height else "lanczos"
     if interpolation == "lanczos":
-        # Pillow's filter widens with the reduction and so does not alias; OpenCV's has a fixed
-        # width.
+        # Pillow's filter widens with the reduction: no aliasing; OpenCV's has a fixed width.
         return np.array(Image.fromarray(array).resize(size_px, Image.Resampling.LANCZOS))
     return cv2.resize(array, size_px, interpolation=CV2_INTERPOLATIONS[interpolation])
 

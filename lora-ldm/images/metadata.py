@@ -125,8 +125,7 @@ def tag_frequency(datasets: list) -> dict[str, dict[str, int]]:
 
 
 def bucket_info(dataset: BucketedDataset) -> dict:
-    """Resolution and image count of each bucket, and how far the shapes are from their buckets on
-    average."""
+    """Resolution and image count of each bucket, and the mean distance of shapes from theirs."""
     if not dataset.settings.enable_bucket:
         return {}
     buckets = {

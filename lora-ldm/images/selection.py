@@ -46,8 +46,7 @@ class BucketedDataset:
 
 
 def prepare_datasets(args: Namespace, seed: int) -> tuple[list[BucketedDataset], list[BucketedDataset]]:
-    """(training, validation) datasets of the command line, in the same order; see
-    images.batches.build_datasets."""
+    """(training, validation) datasets of the command line; see images.batches.build_datasets."""
     datasets = load_datasets(args)
     records = read_all_records(datasets)
     for settings, group in zip(datasets, records):
@@ -99,8 +98,7 @@ def report_unused_settings(settings: DatasetSettings, records: list[ImageRecord]
 def split_records(
     settings: DatasetSettings, records: list[ImageRecord], seed: int
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """(training, validation) records of one dataset; each subset is split by itself, regularisation
-    images never."""
+    """(training, validation) records of a dataset; each subset apart, regularisation never."""
     train, held_out = [], []
     for subset in settings.subsets:
         own = [record for record in records if record.subset is subset]
@@ -217,8 +215,7 @@ def load_datasets(args: Namespace) -> list[DatasetSettings]:
 def split_validation(
     records: list[ImageRecord], split: float, seed: int
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """(training, validation) records of one subset; the training part is rounded up, the order
-    follows the seed."""
+    """(training, validation) records of a subset; training is rounded up, order by the seed."""
     if split <= 0 or not records:
         return records, []
     shuffled = list(records)
@@ -232,11 +229,9 @@ def split_validation(
 
 
 def balance_regularisation(records: list[ImageRecord]) -> list[ImageRecord]:
-    """Repeats the regularisation images until they are as many as the training images; surplus ones
-    are dropped.
+    """Repeats the regularisation images until they equal the training ones; drops a surplus.
 
-    The repeats of the folder's name are taken first, in turn, then one more of each until the
-    numbers are equal."""
+    The repeats of the folder's name come first, in turn, then one more of each until equal."""
     train = [record for record in records if not record.is_reg]
     reg = [record for record in records if record.is_reg]
     wanted = sum(record.repeats for record in train)

@@ -10,8 +10,7 @@ from settings.key_values import key_values
 
 
 def make_network(args: Namespace, model: SDModel) -> tuple[Any, dict]:
-    """(what is trained, put into the model; the parsed --network_args). Raises ValueError where
-    nothing would be."""
+    """(what is trained, in the model; parsed --network_args). Raises ValueError if nothing is."""
     if args.train_full_unet:
         return FullUnet(model.unet), {}
     train_unet = not args.network_train_text_encoder_only and _rate(args.unet_lr, args.learning_rate) != 0

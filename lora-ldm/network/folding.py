@@ -1,5 +1,4 @@
-"""LoRA, LoCon, LoHa and LoKr files folded into frozen weights, of a model in memory or of a
-checkpoint's tensors."""
+"""LoRA, LoCon, LoHa, LoKr files folded into the frozen weights of a model or of a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ OPEN_CLIP_PREFIXES = {
 
 @torch.no_grad()
 def fold_lora(model: SDModel, tensors: dict[str, torch.Tensor], weight: float = 1.0) -> None:
-    """Add ``weight`` times a LoRA to the weights of a model, in place. Before LoRA layers are put
-    into it.
+    """Add ``weight`` times a LoRA to a model's weights, in place. Before LoRA layers go in.
 
     Args:
         model: SDModel. tensors: {kohya key: tensor}, as load_lora gives them.
@@ -77,8 +75,7 @@ def original_weights(checkpoint: dict[str, torch.Tensor], layers_per_block: int 
 
 
 def update_of(parts: dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
-    """The dense update alpha / r * B A of one module in float32, or None for a kind that is not
-    known.
+    """The dense update alpha / r * B A of a module in float32, or None for an unknown kind.
 
     Args:
         parts: {"lora_down.weight": ..., "alpha": ...} or LyCORIS' ``hada_*`` / ``lokr_*``.
@@ -141,8 +138,7 @@ def _lokr_factor(parts, name):
 
 
 def _open_clip_weights(component, name, value):
-    """The kohya names of one tensor of an OpenCLIP block; query, key and value stand in one tensor
-    there."""
+    """The kohya names of a tensor of an OpenCLIP block; query, key and value share one."""
     number, _, part = name.partition(".")
     stem = f"lora_{component}_text_model_encoder_layers_{number}_"
     single = {

@@ -1,8 +1,6 @@
-"""The whole U-Net as what is trained (--train_full_unet): stage one of DreamBooth, before
-extract_lora.py.
+"""The whole U-Net as what is trained (--train_full_unet): DreamBooth, before extract_lora.py.
 
-It has the methods of LoraNetwork that a run needs, so that the training loop is the same. There is
-no update to measure."""
+It has the methods of LoraNetwork that a run needs: one training loop. No update is measured."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -53,8 +51,7 @@ class FullUnet:
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set the weights from {diffusers name: tensor}. Raises ValueError where they are not this
-        U-Net's."""
+        """Set the weights from {diffusers name: tensor}. Raises ValueError for another U-Net."""
         live = self.tensors()
         if live.keys() != tensors.keys() or any(live[name].shape != value.shape for name, value in tensors.items()):
             raise ValueError("the saved U-Net is not the one of this base model: use the base that the run began with")
@@ -65,8 +62,7 @@ class FullUnet:
 def save_full_model(
     folder: str | Path, model: SDModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Write the base model with these U-Net weights as a folder in diffusers layout, whole or not
-    at all.
+    """Write the base with these U-Net weights as a diffusers folder, whole or not at all.
 
     tensors: {diffusers name: tensor on the CPU}. dtype: of the saved U-Net, None keeps theirs. A
     folder of that name is replaced.

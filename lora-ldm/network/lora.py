@@ -1,10 +1,8 @@
-"""LoRA layers in a Stable Diffusion model: PEFT's layers, kohya's choice of modules, names and
-dropouts.
+"""LoRA layers in a Stable Diffusion model: PEFT's layers, kohya's modules, names, dropouts.
 
-Modules are found as kohya's ``networks.lora`` finds them: every linear layer and 1x1 convolution
-inside a Transformer2DModel of the U-Net, and of the attentions and MLPs of the text encoder; with a
-convolution rank also every layer of the residual, down- and upsampling blocks. Their forward pass
-is W x + (alpha / r) B A x."""
+Modules are found as kohya's ``networks.lora`` does: every linear layer and 1x1 convolution in a
+Transformer2DModel of the U-Net, and in the text encoder's attentions and MLPs; with a convolution
+rank also all layers of residual, down- and upsampling blocks. They give W x + (alpha / r) B A x."""
 
 import warnings
 from collections.abc import Sequence
@@ -95,8 +93,7 @@ class LoraNetwork:
             module.layer.scaling[module.adapter] = self._multiplier * module.alpha / module.rank
 
     def train(self, mode: bool = True) -> "LoraNetwork":
-        """Switch the dropouts on (the state after creation) or off. Independent of unet.train() and
-        .eval()."""
+        """Switch the dropouts on (as created) or off. Independent of unet.train() and .eval()."""
         self.training = mode
         return self
 
@@ -129,8 +126,7 @@ class LoraNetwork:
         return groups
 
     def layers(self) -> list[LoraLayer]:
-        """What the CS metric looks at: live tensors, no copies; the same objects every time (they
-        keep ||W||)."""
+        """What the CS metric looks at: live tensors, the same objects each time (||W|| is kept)."""
         if self._layers is None:
             self._layers = [LoraLayer(m.name, m.component, m.weight, m.down, m.up) for m in self.modules]
         return self._layers
@@ -146,19 +142,16 @@ class LoraNetwork:
     def state_for_file(
         self, dtype: torch.dtype | None = None, tensors: dict[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """{kohya key: copy on the CPU}, the alphas included; of the live weights or of a snapshot
-        of ``tensors()``."""
+        """{kohya key: CPU copy}, alphas included; of live weights or a snapshot's ``tensors``."""
         alphas = {f"{module.name}.alpha": torch.tensor(float(module.alpha)) for module in self.modules}
         state = {**alphas, **self.tensors(), **(tensors or {})}
         return {name: value.detach().to("cpu", dtype, copy=True) for name, value in state.items()}
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set the weights from {kohya key: tensor}; an ``alpha`` among them is folded in, not
-        trained.
+        """Set the weights from {kohya key: tensor}; an ``alpha`` is folded in, not trained.
 
-        Modules that the tensors do not name keep their weights. Raises ValueError for modules or
-        shapes that do not fit."""
+        Unnamed modules keep their weights. Raises ValueError for modules or shapes that differ."""
         mine = {module.name: module for module in self.modules}
         given = group_modules(rename_text_encoder(tensors, mine))
         problems = []
@@ -170,8 +163,7 @@ class LoraNetwork:
 
     @torch.no_grad()
     def scale_weight_norms(self, max_norm: float) -> tuple[int, float, float]:
-        """Shrink updates whose norm ||alpha/r B A|| exceeds ``max_norm``. -> (scaled count, mean
-        norm, largest norm)."""
+        """Shrink updates of norm ||alpha/r B A|| > ``max_norm``. -> (scaled, mean and top norm)."""
         scaled, norms = 0, []
         for module in self.modules:
             down, up = module.down.flatten(1).float(), module.up.flatten(1).float()
@@ -186,8 +178,7 @@ class LoraNetwork:
         return scaled, sum(norms) / len(norms), max(norms)
 
     def _drop_ranks(self, _layer, _inputs, hidden):
-        """kohya's dropouts act on the r values between down and up: single ones, or whole ranks of
-        a sample."""
+        """kohya's dropouts act on the r values between down and up: single ones or whole ranks."""
         if not self.training:
             return hidden
         hidden = functional.dropout(hidden, self.dropout)
@@ -264,11 +255,9 @@ def create_network(
 
 
 def create_network_beside(model: SDModel, network: LoraNetwork, adapter: str, rank: int) -> LoraNetwork:
-    """A fresh network called ``adapter`` in the layers of ``network``, with its alphas and its
-    dropouts.
+    """A fresh network ``adapter`` in the layers of ``network``, with its alphas and dropouts.
 
-    A forward pass goes through ``network`` as before: the new one lies in the layers (PEFT's) for
-    whoever calls it there."""
+    A forward pass goes through ``network``; the new one lies in the layers for who calls it."""
     places = {}
     for component, root in component_roots(model).items():
         places.update({id(layer): (component, path) for path, layer in root.named_modules()})
@@ -322,8 +311,7 @@ def find_modules(
 ) -> list[tuple[str, str, str, torch.nn.Module]]:
     """[(component, path in its root, kohya name, frozen layer)] in the order of the file.
 
-    ``everywhere`` finds all linear layers and convolutions: files of other trainers may have any of
-    them."""
+    ``everywhere`` finds all linear and convolution layers: other trainers may have any."""
     found = []
     text_blocks = None if everywhere else TEXT_ENCODER_BLOCKS
     unet_blocks = UNET_ATTENTION_BLOCKS + (UNET_CONVOLUTION_BLOCKS if with_convolutions else ())
@@ -332,8 +320,7 @@ def find_modules(
         for index, text_encoder in enumerate(model.text_encoders):
             component = f"te{index + 1}" if several else "te"
             for path, layer in _layers_inside(text_encoder, text_blocks):
-                # transformers 5 has no text_model level in CLIPTextModel; the names in the file
-                # keep it.
+                # transformers 5 has no text_model level in CLIPTextModel; the files' names keep it.
                 inner = path.startswith(("text_model.", "text_projection"))
                 full_path = path if inner else f"text_model.{path}"
                 found.append((component, path, f"lora_{component}_{full_path}".replace(".", "_"), layer))

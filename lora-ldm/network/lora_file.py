@@ -58,8 +58,7 @@ def save_lora(
 
 
 def load_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a LoRA as ({kohya key: tensor}, metadata); diffusers' and PEFT's key names are
-    translated.
+    """Read a LoRA as ({kohya key: tensor}, metadata); diffusers' and PEFT's keys are renamed.
 
     Raises:
         FileNotFoundError: no such file. ValueError: damaged, empty, or no LoRA.
@@ -114,8 +113,7 @@ def from_diffusers_names(
 
 
 def group_modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """{kohya key: tensor} -> {module name: {"lora_down.weight": ..., "lora_up.weight": ...,
-    "alpha": ...}}."""
+    """{kohya key: tensor} -> {module name: {"lora_down.weight", "lora_up.weight", "alpha"}}."""
     modules = {}
     for key, value in tensors.items():
         name, _, part = key.partition(".")

@@ -1,8 +1,7 @@
 """LyCORIS networks (``--network_module lycoris.kohya``) with the methods of LoraNetwork.
 
-The layers, their options and the key names in the file are those of the lycoris-lora package. CS
-can be measured where the update is added to the weight and the weight is all there is: lora
-(locon), loha and lokr."""
+The layers, options and key names are those of the lycoris-lora package. CS can be measured where
+the update is added to the weight and the weight is all: lora (locon), loha, lokr."""
 
 import difflib
 from collections.abc import Sequence
@@ -144,8 +143,7 @@ class LycorisNetwork:
     def parameter_groups(
         self, learning_rate: float, unet_lr: float | None = None, text_encoder_lr: float | list[float] | None = None
     ) -> list[dict[str, Any]]:
-        """Optimizer groups, one a component (two with LoRA+ ratios); a rate of 0 leaves a component
-        out."""
+        """Optimizer groups, one a component (two with LoRA+ ratios); rate 0 leaves it out."""
         if isinstance(text_encoder_lr, (list, tuple)):
             if len(set(text_encoder_lr)) > 1:
                 raise ValueError("LyCORIS trains both text encoders at one rate: give --text_encoder_lr one value")
@@ -155,8 +153,7 @@ class LycorisNetwork:
         return [{**group, "params": list(group["params"]), "name": name} for group, name in zip(groups, names)]
 
     def layers(self) -> list[LoraLayer]:
-        """What the CS metric looks at, live. Raises ValueError for algorithms whose update is not a
-        weight that is added to W."""
+        """What the CS metric looks at, live. Raises ValueError for updates not added to W."""
         if self._layers is None:
             self._layers = [_layer(module) for module in self.modules if type(module).__name__ != "NormModule"]
         return self._layers
@@ -168,8 +165,7 @@ class LycorisNetwork:
     def state_for_file(
         self, dtype: torch.dtype | None = None, tensors: dict[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """{LyCORIS key: copy on the CPU}, the alphas included; of the live weights or of a snapshot
-        of ``tensors()``."""
+        """{LyCORIS key: copy on the CPU}, alphas too; live weights or a snapshot's ``tensors``."""
         if tensors is not None:  # a trained scalar is multiplied into other tensors, so that the layers must do it
             live = {name: value.detach().clone() for name, value in self.tensors().items()}
             self.load_tensors(tensors)
@@ -181,8 +177,7 @@ class LycorisNetwork:
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set the weights from ``tensors()`` or from a file's tensors. Raises ValueError where they
-        do not fit."""
+        """Set the weights from ``tensors()`` or a file. Raises ValueError where they do not fit."""
         mine = self.tensors()
         tensors = rename_text_encoder(tensors, [module.lora_name for module in self.modules])
         alphas = {
@@ -207,8 +202,7 @@ class LycorisNetwork:
                 target.fill_(1.0)  # files have it multiplied in
 
     def scale_weight_norms(self, max_norm: float) -> tuple[int, float, float]:
-        """Shrink updates whose norm exceeds ``max_norm``. -> (scaled count, mean norm, largest
-        norm)."""
+        """Shrink updates with a norm above ``max_norm``. -> (scaled count, mean norm, largest)."""
         device = self.parameters()[0].device
         count, mean, largest = self.network.apply_max_norm_regularization(max_norm, device)
         return int(count), float(mean), float(largest)
@@ -280,8 +274,7 @@ def parse_lycoris_args(arguments: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _network_like(weights, model, text_encoders):
-    """Layers with the algorithm, rank and alpha that the tensors of a file have, and their
-    values."""
+    """Layers with the algorithm, rank and alpha of a file's tensors, and their values."""
     if weights is None:
         raise ValueError("--dim_from_weights needs --network_weights, the file whose layers are to be taken")
     own_names, flat = {name: own for own, name in _unet_names(model).items()}, ("lora_te_", "lora_te1_")

@@ -1,5 +1,4 @@
-"""What a LoRA file says about its training: kohya's ``ss_*`` keys and the ``modelspec.*`` keys of
-the SAI model spec."""
+"""What a LoRA file says of its training: kohya's ``ss_*`` and the SAI spec's ``modelspec.*``."""
 
 import datetime
 import json

@@ -1,5 +1,4 @@
-"""Answers that were had once: a file of JSON lines, to which each answer is added the moment it
-comes."""
+"""Answers that were had once: a file of JSON lines, to which each is added as it comes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Where captions go: a text file beside each picture, or one metadata.jsonl for the folder. Written
-whole or not at all."""
+"""Where captions go: a text file a picture, or one metadata.jsonl. Written whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ def find_pictures(folder: Path, recursive: bool) -> list[Path]:
 
 
 def existing_caption(path: Path) -> Optional[str]:
-    """The text of a caption file, None where there is none. Raises ValueError where it is not
-    UTF-8."""
+    """The text of a caption file, None if there is none. ValueError where it is not UTF-8."""
     if not path.exists():
         return None
     try:
@@ -74,8 +72,7 @@ class CaptionFiles:
 
 
 class MetadataFile:
-    """Captions as lines {"file_name", "text"} of FOLDER/metadata.jsonl; other lines and fields stay
-    as they are.
+    """Captions as lines {"file_name", "text"} of FOLDER/metadata.jsonl; all else stays.
 
     Raises:
         ValueError: the file that is there is not such a list.

@@ -7,9 +7,8 @@
     python lora-ldm/prepare/caption_images.py data/10_statue --captioner local --model models/blip
 
 Pictures are made smaller before they are sent. What will be sent where, and what it may cost, is
-shown and asked about before the first request. Captions that exist are kept unless --overwrite says
-otherwise. Keys come from ANTHROPIC_API_KEY, OPENAI_API_KEY or --key_file, and go nowhere but to
-their own service.
+shown and asked about before the first request. Captions that exist are kept without --overwrite.
+Keys come from ANTHROPIC_API_KEY, OPENAI_API_KEY or --key_file, and go to their own service only.
 
 What a fault does; every answer that came before is on disk by then, and the same command goes on
 where it was:
@@ -102,8 +101,7 @@ def parse_arguments(argv: Optional[list[str]]) -> argparse.Namespace:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Fills model, instruction and address in, on which answers depend. Raises ValueError with all
-    problems."""
+    """Fills in model, instruction and address: answers depend on them. Raises ValueError."""
     if args.captioner != "local":
         args.own_address = not args.base_url
         args.model = args.model or DEFAULTS[args.captioner][0]
@@ -178,8 +176,7 @@ def money(tokens_in: float, tokens_out: float, args: argparse.Namespace) -> str:
 
 
 def confirm(plan: Plan, service: Service, args: argparse.Namespace) -> bool:
-    """Shows how many pictures go where and what that may cost, and asks. Raises ValueError where
-    nobody can answer."""
+    """Shows how many pictures go where at what cost, and asks. ValueError if nobody answers."""
     sizes = [smaller_size(path, args.max_side) for path in plan.ask]
     words = len(args.instruction) / 4 + 20  # about 4 letters a token
     tokens_in = sum(service.tokens_of(*size) + words for size in sizes)
@@ -195,8 +192,7 @@ def confirm(plan: Plan, service: Service, args: argparse.Namespace) -> bool:
 
 
 def caption_text(answer: str, args: argparse.Namespace) -> str:
-    """The trigger word, the prefix, the model's words; a trigger word that they begin with comes
-    once."""
+    """The trigger word, the prefix, the model's words; a trigger word comes once."""
     text = one_line(f"{args.prefix}{answer}")
     if args.trigger_word and not text.lower().startswith(args.trigger_word.lower()):
         text = f"{args.trigger_word}{args.caption_separator}{text}"
@@ -223,8 +219,7 @@ def ask_about(path: Path, plan: Plan, service: Service, args: argparse.Namespace
 
 
 def ask_about_all(plan: Plan, service: Service, args: argparse.Namespace, failures: dict[Path, str]) -> tuple[int, int]:
-    """Requests a few at a time; fills `failures` and returns (tokens in, tokens out). Raises
-    ServiceFault."""
+    """Requests a few at a time; fills `failures`; -> (tokens in, out). Raises ServiceFault."""
     tokens, in_a_row = (0, 0), 0
     with ThreadPoolExecutor(1 if args.captioner == "local" else args.parallel) as pool:
         futures = {pool.submit(ask_about, path, plan, service, args): path for path in plan.ask}

@@ -1,5 +1,4 @@
-"""Who writes the captions: Claude, OpenAI or a compatible server through their SDKs, or a model on
-this machine.
+"""Who writes the captions: Claude, OpenAI or a compatible server by SDK, or a local model.
 
 Every captioner has `destination` (where pictures go, for the person to read), `caption(picture) ->
 Answer`, and `tokens_of(width_px, height_px)`, the tokens that a picture costs; the SDKs repeat a
@@ -23,8 +22,7 @@ INSTRUCTION = (
     "subject, its look and pose, the surroundings, the light and the style. Name only what can be seen. Answer with "
     "the caption alone."
 )
-# (model, US dollars per million tokens in, and out): list prices of 2025; --price_in and
-# --price_out override them.
+# (model, US dollars per million tokens in, and out): 2025 list prices; --price_in, --price_out win.
 DEFAULTS = {"claude": ("claude-haiku-4-5", 1.00, 5.00), "openai": ("gpt-4.1-mini", 0.40, 1.60)}
 ADDRESSES = {"claude": "https://api.anthropic.com", "openai": "https://api.openai.com/v1"}
 KEY_VARIABLES = {"claude": "ANTHROPIC_API_KEY", "openai": "OPENAI_API_KEY"}
@@ -166,8 +164,7 @@ class OpenAI(Service):
     def ask(self, jpeg: str) -> Answer:
         address = {"url": f"data:image/jpeg;base64,{jpeg}"}
         content = [{"type": "text", "text": self.args.instruction}, {"type": "image_url", "image_url": address}]
-        # Compatible servers know the older name of the limit, OpenAI's newer models only the new
-        # one.
+        # Compatible servers know the older name of the limit, OpenAI's newer models the new one.
         limit = {"max_completion_tokens" if self.args.own_address else "max_tokens": self.args.max_tokens}
         completion = self.client.chat.completions.create(
             model=self.args.model, messages=[{"role": "user", "content": content}], **limit
@@ -183,8 +180,7 @@ class OpenAI(Service):
 
 
 class LocalModel:
-    """A captioning model of transformers (BLIP, Florence-2) from a folder, on the GPU where there
-    is one.
+    """A captioning model of transformers (BLIP, Florence-2) from a folder, on a GPU if any.
 
     Raises:
         ValueError: the folder does not hold such a model.

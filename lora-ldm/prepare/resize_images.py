@@ -1,11 +1,9 @@
-"""From photographs to training images: upright, 8-bit RGB, scaled and cut to one resolution or to
-buckets.
+"""From photographs to training images: upright, 8-bit RGB, scaled and cut to size or buckets.
 
     python lora-ldm/prepare/resize_images.py photos data/10_mycat --size 512 --crop smart
     python lora-ldm/prepare/resize_images.py photos data/10_mycat --size 512 --buckets --dry_run
 
-Originals are never touched and nothing is overwritten without --overwrite. Captions (.txt,
-.caption) come along.
+Originals are never touched, nothing is overwritten without --overwrite; captions come along.
 """
 
 from __future__ import annotations
@@ -143,8 +141,7 @@ def register_heif() -> None:
 
 
 def output_paths(pictures: list[Path], args: argparse.Namespace) -> dict[Path, Path]:
-    """Where each picture goes; a name that two pictures would share gets the old extension
-    added."""
+    """Where each picture goes; a name that two would share gets the old extension added."""
     taken, targets = set(), {}
     for path in pictures:
         target = args.output / path.relative_to(args.input).with_suffix(f".{args.format}")

@@ -1,9 +1,8 @@
 """Where to cut a picture: in the middle, around faces, or where its edges or its entropy are.
 
-The cut always has the shape asked for and is as large as the picture allows, so only its position
-is chosen. Nothing is invented here: faces come from OpenCV's YuNet (where its model file is given)
-or from scikit-image's bundled cascade, edges, skin and colours from smartcrop.py, entropy from
-scikit-image.
+The cut has the shape asked for and is as large as the picture allows: only its position is chosen.
+Nothing is invented here: faces come from OpenCV's YuNet (where its model file is given) or
+scikit-image's cascade, edges, skin and colours from smartcrop.py, entropy from scikit-image.
 
     python lora-ldm/prepare/smart_crop.py photos --size 512 --method faces  # prints every cut
 """
@@ -90,8 +89,7 @@ def reduced(rgb: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def edges_centre(rgb: np.ndarray, box_px: Size) -> tuple[float, float]:
-    """Centre of smartcrop.py's best cut: edges, skin and saturated colours, few of them at its
-    border."""
+    """Centre of smartcrop.py's best cut: edges, skin, saturated colours, few at its border."""
     try:
         import smartcrop
     except ImportError:
@@ -148,8 +146,7 @@ def face_finder(model_path: Optional[str] = None) -> Callable[[np.ndarray], list
         sizes = {"min_size": (smallest, smallest), "max_size": (shorter, shorter)}
         found = cascade.detect_multi_scale(small, scale_factor=1.1, step_ratio=1, **sizes)
         boxes = [(face["c"], face["r"], face["width"], face["height"]) for face in found]
-        # The cascade takes small patterns for faces; what is much smaller than the largest find is
-        # left out.
+        # The cascade takes small patterns for faces: what is much smaller than the largest goes.
         largest = max((box[2] for box in boxes), default=0)
         return [tuple(round(value / factor) for value in box) for box in boxes if box[2] >= 0.75 * largest]
 
@@ -175,9 +172,8 @@ def yunet_finder(model_path: str) -> Callable[[np.ndarray], list[Box]]:
 
 
 def copy_with_face(path: Path, faces: list[Box], folder: Path) -> None:
-    """Copies a picture and its captions; the position of the largest face goes to the end of the
-    name, where --face_crop_aug_range reads it (centre x, centre y, width, height). What is there
-    already is kept."""
+    """Copies a picture and its captions; the largest face's position goes to the end of the name,
+    for --face_crop_aug_range (centre x, centre y, width, height). What is there already is kept."""
     stem = path.stem
     if faces:
         left, top, width, height = max(faces, key=lambda face: face[2] * face[3])

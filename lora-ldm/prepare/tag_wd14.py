@@ -101,8 +101,7 @@ def prepared(rgb: np.ndarray, side_px: int) -> np.ndarray:
 
 
 def read_tags(path: Path) -> list[Tag]:
-    """Rows of selected_tags.csv (columns `name` and `category`). Raises ValueError or
-    FileNotFoundError."""
+    """Rows of selected_tags.csv (`name`, `category`). Raises ValueError or FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(
             f"tag list {path} does not exist (it is the selected_tags.csv that belongs to the model)"
@@ -146,8 +145,7 @@ def spelled(name: str, args: argparse.Namespace) -> str:
 
 
 def caption_text(names: list[str], existing: Optional[str], args: argparse.Namespace) -> str:
-    """The caption: trigger words, then what was there (when appending), then new tags; each
-    once."""
+    """The caption: trigger words, what was there (when appending), new tags; each once."""
     old = []
     if existing is not None and args.append_tags:
         old = [tag.strip() for tag in existing.strip().split(args.caption_separator.strip() or None) if tag.strip()]
@@ -232,8 +230,7 @@ def validate(args: argparse.Namespace) -> None:
 
 
 def tag_pictures(captions: dict[Path, Path], tagger: Tagger, args: argparse.Namespace) -> tuple[list[str], Counter]:
-    """Writes the caption of each picture; returns the messages of damaged pictures and the count of
-    each tag."""
+    """Writes the caption of each picture; -> messages of damaged ones, count of each tag."""
     damaged, frequency = [], Counter()
 
     def load(path: Path) -> Optional[np.ndarray]:

@@ -1,5 +1,4 @@
-"""What is wrong with a set of settings, all of it at once, and what follows from the settings that
-were given."""
+"""What is wrong with a set of settings, all at once, and what follows from those given."""
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
@@ -107,8 +106,7 @@ FOLDERS = "train_data_dir reg_data_dir conditioning_data_dir resume".split()
 
 
 def collect_problems(args: Namespace, stop: StopSettings, parser: ArgumentParser) -> list[str]:
-    """Every problem of the settings as a list of lines, beyond those of `stop` alone; empty when
-    there is none."""
+    """Every problem of the settings as a line, beyond those of `stop`; empty without any."""
     args = Namespace(**{**vars(args), "stop": stop})
     checks = _missing, _ranges, _contradictions, _components, _shadows, _full_unet, _sdxl, _paths
     return _refused(args, parser) + [line for check in checks for line in check(args)]
@@ -288,8 +286,7 @@ def _given(args, name):
 
 
 def complete(args: Namespace, stop: StopSettings) -> Namespace:
-    """Fill in what follows from other flags; returns the same namespace, with `stop` in place of
-    its flags."""
+    """Fill in what follows from other flags; -> the namespace, `stop` in place of its flags."""
     for name in (*stop.as_flags(), "valley"):
         delattr(args, name)
     args.stop = replace(stop, shadows=stop.shadow_count)

@@ -22,16 +22,14 @@ DYNAMO_BACKENDS = """
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ValueErrors, so that the entry point reports every kind
-    in one way."""
+    """An argument parser whose errors are ValueErrors: the entry point reports all in one way."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def int_or_float(text: str) -> Union[int, float]:
-    """A whole number as int, anything else as float (kohya: steps, or a fraction of all steps below
-    1)."""
+    """A whole number as int, else float (kohya: steps, or a share of all steps below 1)."""
     try:
         return int(text)
     except ValueError:
@@ -46,8 +44,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser(sdxl: bool = False) -> Parser:
-    """The parser of es_lora_ldm.py, or with ``sdxl`` that of es_lora_sdxl.py, which has a few flags
-    more."""
+    """The parser of es_lora_ldm.py, or with ``sdxl`` of es_lora_sdxl.py, with a few more."""
     family = "Stable Diffusion XL" if sdxl else "Stable Diffusion 1.x / 2.x"
     parser = Parser(
         prog="es_lora_sdxl.py" if sdxl else "es_lora_ldm.py",

@@ -6,8 +6,7 @@ from typing import Any
 
 
 def key_values(words: Sequence[str] | None) -> dict[str, Any]:
-    """{"key": value} of words such as `weight_decay=0.01`, `betas=0.9,0.999`, `decouple=True`,
-    `decay_type=linear`."""
+    """{"key": value} of words: `weight_decay=0.01`, `betas=0.9,0.999`, `decay_type=linear`."""
     result = {}
     for word in words or []:
         key, equals, text = word.partition("=")

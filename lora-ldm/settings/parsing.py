@@ -1,5 +1,4 @@
-"""The command line of the diffusion trainers: kohya's flag names, defaults and meanings, plus early
-stopping.
+"""The command line of the diffusion trainers: kohya's flags and meanings, plus early stopping.
 
 A flag that exists there and is not supported here is declared too, and refused by name with the
 reason (see checks.REJECTED): nothing is accepted and then ignored."""
@@ -20,8 +19,7 @@ NOT_IN_CONFIG_FILE = ("config_file", "output_config", "wandb_api_key", "huggingf
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None, sdxl: bool = False) -> argparse.Namespace:
-    """The checked settings of a run as an argparse.Namespace; those of early stopping are its
-    `stop`.
+    """The checked settings of a run, an argparse.Namespace; `stop`: those of early stopping.
 
     argv: list of words, or None for sys.argv. A --config_file supplies values that the command line
     overrides.
@@ -51,8 +49,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None, sdxl: bool = False) ->
 
 
 def read_config(parser: Parser, path: Union[str, Path]) -> dict[str, Any]:
-    """{flag: value} of a TOML file; sections only group flags, as in sd-scripts. Every problem is
-    collected first."""
+    """{flag: value} of a TOML file; sections only group flags. Every problem is collected first."""
     path = Path(path if str(path).endswith(".toml") else f"{path}.toml")
     if not path.is_file():
         raise FileNotFoundError(f"--config_file {path} does not exist")
@@ -77,8 +74,7 @@ def read_config(parser: Parser, path: Union[str, Path]) -> dict[str, Any]:
 
 
 def write_config(parser: Parser, args: argparse.Namespace) -> None:
-    """Write the settings that differ from the defaults to args.config_file, which must not exist
-    yet."""
+    """Write the settings that differ from defaults to args.config_file, which must be new."""
     path = Path(args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml")
     if path.exists():
         raise ValueError(f"--output_config would overwrite {path}; name a file that does not exist")
@@ -92,8 +88,7 @@ def write_config(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def _value_from_config(action, value):
-    """`value` as the command line would have given it; raises ValueError where the flag would not
-    take it."""
+    """`value` as the command line would have given it; ValueError where it would refuse it."""
     many = action.nargs in ("*", "+")
     values = value if isinstance(value, list) else [value]
     if isinstance(action, argparse._StoreTrueAction):

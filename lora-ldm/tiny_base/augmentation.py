@@ -1,5 +1,4 @@
-"""Random variations of RGBA pictures, as batched tensor operations that run on CPU and GPU
-alike."""
+"""Random variations of RGBA pictures, as batched tensor operations on CPU and GPU."""
 
 import math
 
@@ -13,8 +12,7 @@ def _uniform(count, low, high, device):
 
 
 def _warp(rgba, scale, angle, shift_x, shift_y, flip):
-    """Resample premultiplied pictures. scale > 1 zooms in; shifts are in halves of the picture;
-    flip is +1 or -1."""
+    """Resample premultiplied pictures. scale > 1 zooms in; shifts in half pictures; flip +1, -1."""
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     rows = [torch.cat([cos * flip, -sin, shift_x], -1), torch.cat([sin * flip, cos, shift_y], -1)]
     theta = torch.cat(rows, -2).squeeze(1)  # (B, 2, 3)
@@ -58,8 +56,7 @@ def placed_on_white(pictures_uint8: np.ndarray, can_flip: np.ndarray) -> torch.T
 def strongly_varied(pictures_uint8: np.ndarray) -> torch.Tensor:
     """Zoomed, turned, recoloured and shaded pictures on any background, for the autoencoder.
 
-    The autoencoder has to carry styles that it never sees, so it is not shown the narrow range of
-    two styles only.
+    The autoencoder has to carry styles that it never sees: two styles alone are too narrow.
 
     Args:
         pictures_uint8: uint8 (B, H, W, 4) RGBA.
@@ -91,8 +88,7 @@ def strongly_varied(pictures_uint8: np.ndarray) -> torch.Tensor:
 
 
 def _soft_fields(count, channels, size, device):
-    """Smooth random fields in about [-0.5, 0.5]: a few random values, enlarged. (B, channels, size,
-    size)"""
+    """Smooth random fields in about [-0.5, 0.5]: few values, enlarged. (B, channels, size, size)"""
     coarse = torch.rand(count, channels, 4, 4, device=device) - 0.5
     return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
 

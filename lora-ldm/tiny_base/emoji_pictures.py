@@ -1,9 +1,7 @@
-"""Openly licensed captioned pictures out of npm packages: emoji artwork with Unicode's names and
-keywords.
+"""Openly licensed captioned pictures of npm packages: emoji artwork, Unicode's names, keywords.
 
-The artwork of the base model is Noto (PNG, 64 px) and Fluent flat (SVG). The names and keywords
-come from emojibase. Nothing here needs a GPU; the packages are fetched once into a folder and read
-from there afterwards."""
+The artwork of the base model is Noto (PNG, 64 px) and Fluent flat (SVG); names and keywords are
+emojibase's. Nothing here needs a GPU; the packages are fetched once and read from there."""
 
 import io
 import json
@@ -65,8 +63,7 @@ class EmojiEntry:
 
 
 def fetch_package(name: str, cache_folder: Path) -> Path:
-    """Unpack the pinned version of an npm package under `cache_folder` (once) and return its
-    `package` folder."""
+    """Unpack an npm package's pinned version under `cache_folder` (once); -> `package` folder."""
     version = PACKAGE_VERSIONS[name]
     target = Path(cache_folder) / f"{name.replace('@', '').replace('/', '-')}-{version}"
     if not target.is_dir():
@@ -86,21 +83,18 @@ def fetch_package(name: str, cache_folder: Path) -> Path:
 
 
 def emoji_key(hexcode: str) -> str:
-    """Spell a code point sequence in the one way used as key here: upper case, no FE0F, no ZWJ
-    differences."""
+    """Spell a code point sequence in one way, as key: upper case, no FE0F, no ZWJ variants."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
 def concept_of(key: str) -> str:
-    """Drop skin tone and gender, so that near-copies of one picture fall on the same side of a
-    split."""
+    """Drop skin tone and gender, so that near-copies fall on the same side of a split."""
     parts = [_GENDERS.get(part, part) for part in key.split("-")]
     return "-".join(part for part in parts if part and part != "200D" and not "1F3FB" <= part <= "1F3FF")
 
 
 def read_catalogue(cache_folder: Path) -> list[EmojiEntry]:
-    """Read every emoji that has a group, flags and bare components excluded, as a list of
-    EmojiEntry."""
+    """Read every emoji that has a group, but flags and components, as EmojiEntry."""
     folder = fetch_package("emojibase-data", cache_folder) / "en"
     groups = {g["order"]: g["key"] for g in json.loads((folder / "messages.json").read_text("utf8"))["groups"]}
     entries = []
@@ -160,8 +154,7 @@ def read_twemoji(cache_folder: Path, keys: Iterable[str], size_px: int = SIZE_PX
 
 
 def read_fluent_3d(cache_folder: Path, keys: Iterable[str], size_px: int = SIZE_PX) -> dict[str, Image.Image]:
-    """Return {emoji key: RGBA image} of the Fluent 3D artwork (256 px originals) for the given keys
-    that it has."""
+    """{emoji key: RGBA image} of the Fluent 3D artwork (256 px) for the keys that it has."""
     folder = fetch_package("@lobehub/fluent-emoji-3d", cache_folder) / "assets"
     paths = {emoji_key(path.stem): path for path in folder.glob("*.webp")}
     resized = {}
@@ -184,8 +177,7 @@ def heldout_caption(entry: EmojiEntry, style: str) -> str:
 
 
 def training_captions(entry: EmojiEntry, style: str, count: int, rng: random.Random) -> list[str]:
-    """Draw `count` captions of one picture: the name, keywords in random order, and mostly the
-    style's name."""
+    """Draw `count` captions of a picture: name, keywords in random order, mostly the style."""
     captions = []
     for _ in range(count):
         tags = list(entry.tags)
@@ -239,8 +231,7 @@ def collect_pictures(cache_folder: Path, seed: int = 0, captions_a_picture: int 
             if entry.key not in artwork:
                 continue
             role = roles[entry.concept]
-            # Which of the two styles of a "new_picture" concept is held out alternates by the
-            # concept's spelling.
+            # Which of a "new_picture" concept's two styles is held out goes by its spelling.
             if role == "new_picture" and style != ("noto", "flat")[sum(map(ord, entry.concept)) % 2]:
                 role = "train"
             records.append(
@@ -257,8 +248,7 @@ def collect_pictures(cache_folder: Path, seed: int = 0, captions_a_picture: int 
                 }
             )
             pictures.append(np.asarray(artwork[entry.key]))
-    # A person in four skin tones and three genders is not twelve times as worth learning as a
-    # pumpkin.
+    # A person in four skin tones and three genders is not worth twelve times a pumpkin.
     sizes = Counter((record["style"], record["concept"]) for record in records)
     for record in records:
         record["weight"] = sizes[record["style"], record["concept"]] ** -0.5

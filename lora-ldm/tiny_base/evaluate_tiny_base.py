@@ -30,8 +30,7 @@ def load_pipeline(model_dir: Path) -> Any:
 
 
 def save_heldout(model_dir: Path, records: list[dict], pictures_uint8: np.ndarray) -> None:
-    """Write the pictures that were never trained on, skin tone copies left out: heldout.png and
-    heldout.json."""
+    """Write the pictures never trained on, skin tone copies left out: heldout.png, heldout.json."""
     from emoji_pictures import on_white
 
     chosen = [i for i, r in enumerate(records) if r["role"] in HELDOUT_ROLES and not r["is_tone_variant"]]
@@ -128,8 +127,7 @@ def measure(model_dir: Path, dataset_folder: Path) -> dict:
 
 
 def generate_batch(pipeline: Any, prompts: Iterable[str], seed: int) -> list[Image.Image]:
-    """One 64 px picture a prompt, all from the same seed, with the settings used for all
-    figures."""
+    """One 64 px picture a prompt, all of the same seed, with the settings of all figures."""
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     return pipeline(
         list(prompts),
@@ -147,8 +145,7 @@ def generate(pipeline: Any, prompt: str, seed: int) -> Image.Image:
 
 
 def seconds_a_picture(pipeline: Any, repeats: int = 5) -> dict:
-    """Median wall time and processor time of one picture at the settings above, and the number of
-    threads."""
+    """Median wall and processor time of one picture at these settings, number of threads."""
     generate(pipeline, "red heart", 0)
     wall, processor = [], []
     for seed in range(repeats):
@@ -167,8 +164,7 @@ def seconds_a_picture(pipeline: Any, repeats: int = 5) -> dict:
 def save_grid(
     model_dir: Path, prompts: Sequence[str], columns: int = 8, zoom: int = 2, name: str = "grid.png"
 ) -> float:
-    """One picture a prompt, first seed, no choosing. Writes the labelled grid and returns the
-    seconds it took."""
+    """One picture a prompt, first seed, no choosing. Writes the labelled grid; -> seconds."""
     pipeline = load_pipeline(model_dir)
     side, text_px = 64 * zoom, 16
     rows = math.ceil(len(prompts) / columns)

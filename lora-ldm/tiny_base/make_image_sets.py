@@ -2,10 +2,9 @@
 
     python make_image_sets.py
 
-Two artwork styles that the embedded base is never trained on: Fluent 3D for portraits and stills,
-Twemoji for landscape and architecture. Every set gets `train/10_<set>/`, `heldout/` at 64 px and
-the same training pictures at 512 px under `512px/10_<set>/`, each picture with its caption beside
-it as .txt.
+Two artwork styles that the embedded base never sees: Fluent 3D for portraits and stills, Twemoji
+for landscape and architecture. Every set gets `train/10_<set>/`, `heldout/` at 64 px and the same
+training pictures at 512 px under `512px/10_<set>/`, a .txt caption beside each picture.
 """
 
 import argparse
@@ -21,8 +20,7 @@ REPEATS = 10
 HELDOUT_COUNT = 10
 LARGE_PX = 512
 
-# Set -> (artwork, first word of the captions, the emoji). Chosen by name before any picture was
-# trained on.
+# Set -> (artwork, first word of captions, the emoji). Chosen by name before any training.
 SETS = {
     "portraits": (
         "fluent 3d",

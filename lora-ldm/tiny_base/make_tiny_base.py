@@ -1,13 +1,11 @@
-"""Build the embedded diffusion base from npm packages: collect, tokenizer, vae, unet, export,
-evaluate.
+"""Build the embedded diffusion base: collect (npm), tokenizer, vae, unet, export, evaluate.
 
     python make_tiny_base.py                        every stage in turn
     python make_tiny_base.py vae unet --device cuda --vae_minutes 4 --unet_minutes 5
     python make_tiny_base.py export evaluate        from weights that are there already
 
 Needs `npm` on the path for the stage collect and requirements-extras.txt (resvg-py). Everything
-between the stages lies in --work_dir; the finished model goes to --model_dir (default: the folder
-of this script).
+between stages lies in --work_dir; the model goes to --model_dir (default: this folder).
 """
 
 import argparse
@@ -216,8 +214,7 @@ def unet(args: Namespace) -> None:
 
 
 def use_plain_attention(denoiser: torch.nn.Module) -> None:
-    """Attention as two matrix products: nearly twice as fast as the fused kernel in the backward
-    pass on a CPU."""
+    """Attention as two matrix products: on a CPU nearly twice as fast backward as the fused one."""
     from diffusers.models.attention_processor import AttnProcessor
 
     denoiser.set_attn_processor(AttnProcessor())
@@ -231,8 +228,7 @@ def encode_plain(image_model: torch.nn.Module, pictures_uint8: np.ndarray, devic
 
 
 def export(args: Namespace) -> None:
-    """Weights and tokenizer -> a folder that StableDiffusionPipeline.from_pretrained reads; the
-    held-out pictures."""
+    """Weights and tokenizer -> a StableDiffusionPipeline folder; the held-out pictures."""
     from diffusers import StableDiffusionPipeline
     from evaluate_tiny_base import save_heldout
     from transformers import CLIPTokenizer

@@ -1,9 +1,7 @@
-"""The three small networks and the tokenizer of the embedded base, in the shapes of Stable
-Diffusion 1.x.
+"""The three small networks and the tokenizer of the embedded base, shaped as SD 1.x.
 
 Same classes and module names as the big family (CLIP text encoder, AutoencoderKL with 8x reduction
-and 4 channels, cross-attention U-Net with epsilon prediction), so that whatever finds LoRA targets
-by name finds them here too."""
+and 4 channels, cross-attention U-Net with epsilon prediction): LoRA targets are the same."""
 
 import json
 from collections.abc import Iterable
@@ -16,8 +14,7 @@ VOCABULARY_SIZE = 3200
 TEXT_TOKENS = 77
 TEXT_WIDTH = 128
 START, END = "<|startoftext|>", "<|endoftext|>"
-# What Stable Diffusion 1.x multiplies its latents by; programs that write the number down work on
-# this model too.
+# What Stable Diffusion 1.x multiplies its latents by: programs that hold it work here too.
 LATENT_SCALE = 0.18215
 
 

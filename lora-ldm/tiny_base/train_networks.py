@@ -1,5 +1,4 @@
-"""Training loops of the autoencoder and of the denoiser with its text encoder. Both end by the
-clock.
+"""Training loops of the autoencoder and of the denoiser with text encoder. Both end by the clock.
 
 The learning rate follows the share of the time that is used, so a run of any length ends annealed.
 """
@@ -66,8 +65,7 @@ class MovingAverage:
 
 
 def _autocast(device):
-    """bfloat16 on a GPU only: processors without bfloat16 units compute it tens of times slower
-    than float32."""
+    """bfloat16 on a GPU only: processors without its units are tens of times slower with it."""
     return torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.device(device).type == "cuda")
 
 
@@ -94,8 +92,7 @@ _TO_CHROMA = ((-0.1687, -0.3313, 0.5), (0.5, -0.4187, -0.0813))  # BT.601 Cb and
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Absolute and squared error, edges, and chroma.
 
-    Without the chroma term a small autoencoder settles on the mean hue long before it learns
-    colours.
+    Without the chroma term a small autoencoder settles on the mean hue before it learns colour.
 
     Args:
         output, target: (B, 3, H, W) in [-1, 1].
@@ -183,8 +180,7 @@ def normalise_latents(vae: torch.nn.Module, pictures: torch.Tensor, sample: int 
 def encode_variations(
     vae: torch.nn.Module, pictures: torch.Tensor, can_flip: torch.Tensor, variations: int
 ) -> torch.Tensor:
-    """Latents of several slightly moved copies. Returns float16 (variations, N, 4, 8, 8), scaled to
-    unit spread."""
+    """Latents of several slightly moved copies: float16 (variations, N, 4, 8, 8), unit spread."""
     sets = []
     for _ in tqdm(range(variations), desc="latents", mininterval=5):
         parts = []
@@ -228,8 +224,7 @@ def denoising_loss(
 def drawn_examples(
     latents: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor, batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(latents (B, 4, 8, 8), token ids (B, 77)): pictures by weight, each in a random variation and
-    caption."""
+    """(latents (B, 4, 8, 8), token ids (B, 77)): by weight, each a random variation, caption."""
     chosen = torch.multinomial(weights, batch_size, replacement=True)
     variation = torch.randint(len(latents), chosen.shape, device=latents.device)
     caption = torch.randint(tokens.shape[1], chosen.shape, device=latents.device)
@@ -239,8 +234,7 @@ def drawn_examples(
 def scored_average(
     average: MovingAverage, validation: Callable[[], float], curve: list, step: int, best: tuple | None
 ) -> tuple | None:
-    """Append (step, validation loss of the averaged weights) to the curve; their states where it is
-    lowest, else best."""
+    """Append (step, validation loss of the averages) to the curve; -> their states, or best."""
     average.swap()
     curve.append((step, round(validation(), 5)))
     if curve[-1][1] == min(loss for _, loss in curve):
@@ -321,8 +315,7 @@ def caption_losses(
     draws: int = 4,
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Denoising loss with the right captions and with captions of other pictures, on the same
-    noise.
+    """Denoising loss with the right captions and with others' captions, on the same noise.
 
     Args:
         latents: (N, 4, 8, 8) scaled; tokens, other_tokens: int64 (N, 77).
@@ -346,8 +339,7 @@ def caption_losses(
 
 @torch.no_grad()
 def psnr_db(vae: torch.nn.Module, pictures_rgb: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio of the autoencoder over a set, in dB, from the mean squared error
-    of each picture.
+    """Peak signal-to-noise ratio of the autoencoder in dB, from each picture's mean squared error.
 
     Args:
         pictures_rgb: float (N, 3, 64, 64) in [-1, 1].

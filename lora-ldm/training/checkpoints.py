@@ -1,5 +1,4 @@
-"""What a run saves on its way and at its end: names as in sd-scripts, LoRA files or whole models,
-and what is forgotten."""
+"""What a run saves on its way and at its end: names, LoRA files or whole models, deletions."""
 
 import shutil
 from argparse import Namespace
@@ -16,8 +15,7 @@ from network.metadata import FileFacts
 
 
 class CheckpointNames:
-    """`NAME-000003.safetensors`, `NAME-step00000300.safetensors` and the state folders beside them,
-    and when each is due."""
+    """`NAME-000003.safetensors`, `NAME-step00000300.safetensors`, state folders, and when due."""
 
     def __init__(self, args: Namespace, total_epochs: int):
         self.args, self.folder = args, Path(args.output_dir)
@@ -47,8 +45,7 @@ class CheckpointNames:
         return bool(self.args.save_every_n_steps) and step % self.args.save_every_n_steps == 0
 
     def forget_epochs(self, epochs_done: int) -> None:
-        """Delete the checkpoint, and the state, that --save_last_n_epochs (.._state) no longer
-        keeps."""
+        """Delete the checkpoint and state that --save_last_n_epochs (.._state) no longer keeps."""
         keep, keep_state = self.args.save_last_n_epochs, self.args.save_last_n_epochs_state
         if keep:
             self._delete_file(self.epoch_part(epochs_done - keep * self.every_epochs))
@@ -79,8 +76,7 @@ class CheckpointNames:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Writes weights under the run's names: a LoRA file with its metadata, or the whole model with
-    a full U-Net."""
+    """Writes weights under the run's names: a LoRA file with metadata, or the whole model."""
 
     names: CheckpointNames
     model: SDModel
@@ -89,8 +85,7 @@ class WeightFiles:
     def save(
         self, part: str, tensors: dict[str, torch.Tensor], step: int, verdict: Optional[dict[str, str]] = None
     ) -> Path:
-        """Write the weights of an optimizer step; returns the path. verdict: further metadata. For
-        the first process."""
+        """Write a step's weights; -> path. verdict: more metadata. First process only."""
         path, dtype = self.names.path(part), DTYPES[self.names.args.save_precision]
         if self.names.args.train_full_unet:
             save_full_model(path, self.model, tensors, dtype)

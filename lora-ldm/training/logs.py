@@ -45,8 +45,7 @@ def log_step(
     optimization: Optimization,
     norms: Optional[tuple[int, float, float]] = None,
 ) -> None:
-    """The losses (of the step, mean of the epoch), each part's rate, and what --scale_weight_norms
-    has scaled."""
+    """The losses (step, epoch's mean), each part's rate, what --scale_weight_norms scaled."""
     if not accelerator.trackers:
         return
     values = {"loss/current": losses[0], "loss/average": losses[1]}

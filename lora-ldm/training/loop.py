@@ -104,8 +104,7 @@ class Loop:
             self.ended = "interrupted"
 
     def backward(self, batches: list[dict]) -> tuple[torch.Tensor, bool]:
-        """The gradients of a step. -> (mean loss, whether a process was interrupted), the same on
-        all processes."""
+        """A step's gradients. -> (mean loss, interrupted anywhere), the same on all processes."""
         run, processes = self.run, self.run.processes
         seen, total = Counter(), torch.zeros((), device=processes.device)
         for batch in batches:
@@ -121,15 +120,13 @@ class Loop:
         return loss, bool(interrupted)
 
     def is_finite(self, loss: torch.Tensor) -> bool:
-        """Clip the gradients; whether they and the loss are finite. A scaler searches by gradients
-        that overflow."""
+        """Clip the gradients; whether they and the loss are finite. A scaler seeks overflows."""
         run, accelerator = self.run, self.run.processes.accelerator
         norm = accelerator.clip_grad_norm_(run.optimization.parameters, run.args.max_grad_norm or float("inf"))
         return bool(torch.isfinite(loss) and (accelerator.scaler is not None or torch.isfinite(norm)))
 
     def measure(self) -> None:
-        """Measure CS where it is due, and stop everywhere where the rule says so and --early_stop
-        is on."""
+        """Measure CS where due; stop everywhere if the rule says so and --early_stop is on."""
         run = self.run
         if run.plan is None or not run.plan.due(run.progress.step):
             return
@@ -184,8 +181,7 @@ class Loop:
             names.forget_epochs(epochs_done)
 
     def validate(self) -> None:
-        """The held-out loss goes to the logs and the history; it decides only where it is a column
-        of the rule."""
+        """The held-out loss goes to logs and history; it decides only as a column of the rule."""
         run = self.run
         if run.validation is None or not run.processes.is_main:
             return
@@ -195,8 +191,7 @@ class Loop:
             run.monitor.note("evaluation", run.progress.step, heldout_loss=loss)
 
     def save_checkpoint(self, part: str) -> None:
-        """The present weights under the name with this part, and the state where --save_state asks
-        for it."""
+        """The present weights under the name with this part, and the state with --save_state."""
         run = self.run
         if run.processes.is_main:
             with run.optimization.weights_to_use():
@@ -207,8 +202,7 @@ class Loop:
 
 
 def save_run(run: Run, part: str = "") -> str:
-    """Write the state of a run under its name with this part; every process calls it. -> its
-    name."""
+    """Write a run's state under its name with this part; all processes call it. -> name."""
     folder = run.files.names.state_path(part)
     parts = run.network, run.optimization, run.monitor, run.shadows
     save_state(folder, run.processes, run.progress, *parts)

@@ -19,8 +19,7 @@ SNR_CEILING = 1000.0  # the first timesteps have almost no noise: their ratio wo
 
 @dataclass
 class NoiseSchedule:
-    """alphas_cumprod (T,) float32 on the CPU, and what the model predicts: "epsilon" or
-    "v_prediction"."""
+    """alphas_cumprod (T,) float32 on the CPU, and the prediction: "epsilon" or "v_prediction"."""
 
     alphas_cumprod: torch.Tensor
     prediction_type: str = "epsilon"
@@ -33,8 +32,7 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     def alpha_sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Square roots of the signal's and the noise's share, each (B, 1, 1, 1), in the dtype and
-        place of `like`."""
+        """Square roots of signal's and noise's share, (B, 1, 1, 1), dtype and place of `like`."""
         share = self.alphas_cumprod[timesteps.cpu()].view(-1, 1, 1, 1)
         return share.sqrt().to(like), (1 - share).sqrt().to(like)
 
@@ -45,8 +43,7 @@ class NoiseSchedule:
 
 
 def rescale_to_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """alphas_cumprod (T,) whose last value is 0 and whose first is unchanged (Lin et al. 2024,
-    algorithm 1)."""
+    """alphas_cumprod (T,), the last 0, the first unchanged (Lin et al. 2024, algorithm 1)."""
     root = alphas_cumprod.double().sqrt()
     first, last = root[0], root[-1]
     return ((root - last) * first / (first - last)).square().to(alphas_cumprod.dtype)
@@ -56,8 +53,7 @@ def sample_generator(seed: int, step: int | str, key: str, occurrence: Any) -> t
     """The random stream of one picture in one step, on the CPU.
 
     A stream of its own for each picture makes the noise independent of how a step is divided into
-    micro-batches and processes, and lets a resumed run draw what the uninterrupted one would have
-    drawn."""
+    micro-batches and processes; a resumed run draws what the uninterrupted one would have drawn."""
     digest = hashlib.sha256(f"{seed}/{step}/{key}/{occurrence}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -70,8 +66,7 @@ def draw_timestep(settings: Namespace, schedule: NoiseSchedule, generator: torch
 
 
 def draw_noise(settings: Namespace, latent: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise for one latent (C, h, w): white, then offset and multi-resolution noise where asked
-    for."""
+    """Noise for one latent (C, h, w): white, then offset and multi-resolution noise if asked."""
     noise = torch.randn(latent.shape, generator=generator)  # (C, h, w)
     if settings.noise_offset:
         noise = noise + _offset_strength(settings, latent, generator) * _per_channel(latent, generator)
@@ -95,8 +90,7 @@ def _offset_strength(settings, latent, generator):
 
 
 def _multires(noise, iterations, discount, generator):
-    """Add noise of ever coarser grids, each `discount` times the last, and bring the sum back to
-    unit deviation."""
+    """Add noise of ever coarser grids, each `discount` times the last; back to unit deviation."""
     channels, height, width = noise.shape
     for level in range(iterations):
         coarser = (torch.rand(1, generator=generator).item() * 2 + 2) ** level
@@ -109,8 +103,7 @@ def _multires(noise, iterations, discount, generator):
 
 
 def draw_input_noise(settings: Namespace, noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The noise the model sees, (C, h, w): perturbed by ip_noise_gamma; the target stays `noise`
-    (Ning et al. 2023)."""
+    """The noise the model sees (C, h, w), by ip_noise_gamma; not the target (Ning et al. 2023)."""
     if not settings.ip_noise_gamma:
         return noise
     strength = settings.ip_noise_gamma
@@ -122,8 +115,7 @@ def draw_input_noise(settings: Namespace, noise: torch.Tensor, generator: torch.
 def draw_batch(
     settings: Namespace, schedule: NoiseSchedule, latents: torch.Tensor, generators: list[torch.Generator]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noise, input noise (both as latents) and timesteps (B,) for a batch, one generator a
-    picture."""
+    """Noise, input noise (as latents) and timesteps (B,) for a batch, a generator a picture."""
     noise, input_noise, timesteps = [], [], []
     for latent, generator in zip(latents, generators):
         noise.append(draw_noise(settings, latent, generator))

@@ -1,5 +1,4 @@
-"""The objective of a run: pictures to latents, noise, the model's prediction, and the loss of each
-picture."""
+"""A run's objective: pictures to latents, noise, the model's prediction, each picture's loss."""
 
 from argparse import Namespace
 from collections import Counter
@@ -37,8 +36,7 @@ class Noised(NamedTuple):
 
 
 class Objective:
-    """The loss of pictures on a base. args: the settings of noise and loss; args.seed decides every
-    draw.
+    """The loss of pictures on a base. args: settings of noise and loss; args.seed draws all.
 
     trains_text: gradients flow into the text encoders.
     """
@@ -61,11 +59,9 @@ class Objective:
         return self.base.encode_images(batch["images"], generators[0]).to(self.processes.device)
 
     def noised(self, batch: dict, step: int, seen: Counter) -> Noised:
-        """A micro-batch with its noise. seen: how often each picture came in this step; it is
-        counted on.
+        """A micro-batch with its noise. seen: how often each picture came in this step, so far.
 
-        Each picture has a random stream of its own: of seed, step, picture, how often it came, and
-        process."""
+        Each picture has a random stream: of seed, step, picture, its count, and process."""
         generators = []
         for key in map(picture_name, batch["image_keys"]):
             generators.append(sample_generator(self.args.seed, step, key, (seen[key], self.processes.rank)))
@@ -88,8 +84,7 @@ class Objective:
 
     @torch.no_grad()
     def fixed_losses(self, batches: ImageBatches, count: int) -> list[float]:
-        """The losses of the pictures of the first `count` batches at TIMESTEPS timesteps, the same
-        noise every time."""
+        """The picture losses of the first `count` batches at TIMESTEPS timesteps, same noise."""
         low, high = self.args.min_timestep or 0, self.args.max_timestep or len(self.schedule)
         timesteps = torch.linspace(low, high, TIMESTEPS + 2)[1:-1].long().tolist()
         return [loss for index in range(count) for loss in self._fixed_losses(batches[index], timesteps)]
@@ -116,8 +111,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Pictures that are not trained on. most_batches: as many of them are scored at most, None:
-    all."""
+    """Pictures that are not trained on. most_batches: how many are scored, None: all."""
 
     objective: Objective
     network: Any

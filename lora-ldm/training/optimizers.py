@@ -1,8 +1,6 @@
-"""Optimizers by the names sd-scripts gives them, each from its own package, and an optimizer with
-all that goes with it.
+"""Optimizers by sd-scripts' names, each from its own package, and an optimizer with its schedule.
 
-Names are matched without regard to case. Any other class can be named with its package:
-`torch.optim.Adamax`."""
+Case does not matter. Any other class is named with its package: `torch.optim.Adamax`."""
 
 import contextlib
 import difflib
@@ -50,8 +48,7 @@ ONE_RATE_FOR_ALL = ("dadapt", "prodigy")  # they find the rate themselves and re
 
 @dataclass(frozen=True)
 class Optimization:
-    """What turns gradients into steps. raw: the optimizer as its class made it; prepared: the
-    accelerator's, around it."""
+    """What turns gradients into steps. raw: the optimizer itself; prepared: the accelerator's."""
 
     raw: torch.optim.Optimizer
     prepared: Any
@@ -77,8 +74,7 @@ class Optimization:
 
     @contextlib.contextmanager
     def weights_to_use(self) -> Iterator[None]:
-        """Within it the parameters are those to measure and to save: schedule-free optimizers
-        average them."""
+        """Within it parameters are those to measure and save: schedule-free optimizers average."""
         if is_schedule_free(self.raw):
             self.raw.eval()
         yield
@@ -92,11 +88,9 @@ def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer_type over parameter groups [{"params": [...], "lr": float},
-    ...].
+    """The optimizer of --optimizer_type over groups [{"params": [...], "lr": float}, ...].
 
-    Raises ValueError for an unknown name, a missing package, a setting the class does not take, or
-    rates it refuses."""
+    Raises ValueError for an unknown name, a missing package, refused settings or rates."""
     name = args.optimizer_type.lower()
     if name in OPTIMIZERS:
         package, class_name, settings = OPTIMIZERS[name]
@@ -127,8 +121,7 @@ def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim
 
 
 def _adafactor_settings(settings, groups):
-    """Adafactor with relative steps (its default) takes no rate, neither of its own nor of a
-    group."""
+    """Adafactor with relative steps (its default) takes no rate, nor does a group of it."""
     settings.setdefault("relative_step", True)
     if not settings["relative_step"]:
         return settings, groups
@@ -145,8 +138,7 @@ def built(name: str, build: Callable[[], Any]) -> Any:
 
 
 def import_class(package: str, class_name: str, flag: str) -> type:
-    """A class by its name. Raises ValueError that names the flag where it, or its package, is not
-    there."""
+    """A class by its name. Raises ValueError, naming the flag, if it or its package is missing."""
     try:
         return getattr(importlib.import_module(package), class_name)
     except ImportError as error:

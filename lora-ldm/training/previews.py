@@ -1,5 +1,4 @@
-"""Pictures that a run makes: previews of its prompts, and DreamBooth's class pictures where they
-are missing."""
+"""Pictures that a run makes: previews of its prompts, DreamBooth's class pictures if missing."""
 
 import itertools
 from argparse import Namespace
@@ -56,8 +55,7 @@ class Previews:
         return made
 
     def compared(self, kinds: list[tuple[str, str, Optional[dict[str, torch.Tensor]]]]) -> list[tuple[str, Path]]:
-        """The same prompts and seeds with other weights: [(caption, path)], those of a prompt side
-        by side.
+        """The same prompts and seeds, other weights: [(caption, path)], a prompt's side by side.
 
         kinds: (caption, part of the file name, tensors of the network or None: the live ones).
         Pictures without LoRA come first; the live weights are as before afterwards.

@@ -1,5 +1,4 @@
-"""The processes of a run: the accelerator, what the first one says, and what all of them agree
-on."""
+"""The processes of a run: the accelerator, what the first says, and what all agree on."""
 
 import datetime
 import os
@@ -62,8 +61,7 @@ class Processes:
         return self.accelerator.reduce(values, "mean") if self.count > 1 else values
 
     def share_gradients(self, parameters: list[torch.Tensor]) -> None:
-        """Mean of the gradients over the processes: one transfer a step, however many micro-batches
-        it had."""
+        """Mean of the gradients over processes: one transfer a step, whatever its micro-batches."""
         if self.count == 1:
             return
         for weight in parameters:
@@ -75,8 +73,7 @@ class Processes:
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """The accelerate.Accelerator of the run. Raises ValueError for a precision that the device does
-    not have."""
+    """The accelerate.Accelerator of the run. Raises ValueError for a precision not to be had."""
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU; use no or bf16 on a CPU")
     handlers = (

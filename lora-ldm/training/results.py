@@ -1,5 +1,4 @@
-"""The end of a run: which weights are saved under which name, the pictures that compare them, the
-result, the report."""
+"""The end of a run: which weights are saved under which name, compared pictures, result, report."""
 
 import sys
 from pathlib import Path
@@ -73,8 +72,7 @@ def verdict_of_each_part(monitor: EarlyStopMonitor) -> dict[str, dict[str, Any]]
 
 
 def save_results(run: Run, ending: Ending, outcome: Outcome) -> Pictures:
-    """The LoRA files, or the whole model, that this outcome leaves; returns pictures for the
-    report.
+    """The LoRA files, or the model, that this outcome leaves; -> pictures for the report.
 
     With --early_stop the kept weights get the normal name and the last ones `-last`; without it the
     last ones get the normal name and those of the turning point `-turning-point`."""
@@ -100,8 +98,7 @@ def save_results(run: Run, ending: Ending, outcome: Outcome) -> Pictures:
 
 
 def save(run: Run, outcome: Outcome, what: str, step: int, tensors: Optional[dict[str, torch.Tensor]] = None) -> None:
-    """Write the weights of a step as "kept" (the normal name), "last" or "turning_point", and note
-    it.
+    """Write a step's weights as "kept" (normal name), "last" or "turning_point", and note it.
 
     tensors: those of that step, None: the live ones.
     """

@@ -1,5 +1,4 @@
-"""Learning rate schedules by kohya's names: diffusers', transformers', Adafactor's, or a class by
-its name."""
+"""Learning rate schedules by kohya's names: diffusers', transformers', Adafactor's, any class."""
 
 from argparse import Namespace
 from typing import Any
@@ -21,8 +20,7 @@ SCHEDULER_SETTINGS = {
 
 
 def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """The scheduler of --lr_scheduler / --lr_scheduler_type; step it once after each optimizer
-    step.
+    """The scheduler of --lr_scheduler / --lr_scheduler_type; step it after each optimizer step.
 
     total_steps: optimizer steps of the whole run. Raises ValueError for unknown names and settings
     without effect.

@@ -1,5 +1,4 @@
-"""A run, complete before its first step: everything that trains, measures and saves, made of the
-command line."""
+"""A run, complete before its first step: what trains, measures and saves, of the command line."""
 
 import contextlib
 import time
@@ -76,8 +75,7 @@ class Run:
 
 
 def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> Run:
-    """The run of these settings. family: the kind of base. Raises ValueError / FileNotFoundError
-    with one message."""
+    """The run of these settings. family: kind of base. Raises ValueError / FileNotFoundError."""
     prompts, processes = prompts_of(args), Processes(args)
     resumed = read_progress(args.resume) if args.resume else None
     args.seed = resumed.seed if resumed else processes.agreed_seed(args.seed)
@@ -167,8 +165,7 @@ def make_optimization(
 
 
 def place_model(objective: Objective, network: LoraNetwork | FullUnet) -> None:
-    """Put model and network on the device in their precisions, with the attention and checkpointing
-    asked for."""
+    """Put model and network on the device in their precisions; attention, checkpointing."""
     args, model, processes = objective.args, objective.base.model, objective.processes
     device, dtype = processes.device, processes.weight_dtype
     set_attention(model.unet, choose_attention(args, device))
@@ -233,8 +230,7 @@ def make_monitor(
     loader: StepLoader,
     columns: dict[str, Callable[[], Optional[float]]],
 ) -> EarlyStopMonitor:
-    """The monitor over the network's live layers, its history in --output_dir; says what it is
-    going to do."""
+    """The monitor over the network's live layers, its history in --output_dir; says its plan."""
     args, processes = objective.args, objective.processes
     total_steps = length_of(args, len(loader)).total_steps
     header = {"trainer": objective.base.program, "seed": args.seed, "total_steps": total_steps}

@@ -1,5 +1,4 @@
-"""Shadow adapters of a diffusion model: further LoRA networks in the layers of the main one; see
-es_lora/shadows.py.
+"""Shadow adapters of a diffusion model: more LoRA networks in its layers; see es_lora/shadows.py.
 
 Every micro-batch goes through the model a second time, its rows repeated for the shadows that train
 on them, each row through its own shadow's layers: one pass for all shadows. The noise and the
@@ -19,8 +18,7 @@ from training.objective import TIMESTEPS, Noised, Objective
 
 
 class ShadowNetworks:
-    """The shadows of a run, made after its network and its caches, and put into the layers of the
-    network.
+    """The shadows of a run, made after its network and caches, put into the network's layers.
 
     args.stop says how many, and of which rank. A fold is a set of pictures: all repeats, sizes and
     flips of a picture are in the same fold, regularisation pictures are in none.
@@ -59,8 +57,7 @@ class ShadowNetworks:
         return beside.to(weight.device, weight.dtype)
 
     def _interval(self, batches, measured_per_epoch):
-        """Measurements from one score to the next; with auto it follows from the pictures of a
-        fold."""
+        """Measurements from score to score; with auto it follows from the pictures of a fold."""
         if self.args.stop.shadow_interval is not None:
             return self.args.stop.shadow_interval
         pictures, fold = (sum(len(rows) for _, rows in part.plan(0)) for part in (batches, self.fold_batches[0]))
@@ -68,8 +65,7 @@ class ShadowNetworks:
 
     @contextlib.contextmanager
     def _rows_through(self, rows_of_each):
-        """Within it, gradients included, so many rows of every batch go through each shadow in
-        turn."""
+        """Within it, gradients included, so many rows of a batch go through each shadow in turn."""
         self._parts = [(_name(number), count) for number, count in enumerate(rows_of_each) if count]
         try:
             yield
@@ -93,8 +89,7 @@ class ShadowNetworks:
         return output + torch.cat(updates).to(output.dtype)
 
     def backward(self, batch: dict, noised: Noised) -> None:
-        """Add each shadow's gradients of a micro-batch, noised as the main network was trained on
-        it."""
+        """Add each shadow's gradients of a micro-batch, noised as for the main network."""
         rows = self.training.trained_rows([picture_name(key) for key in batch["image_keys"]])
         every = [row for own in rows for row in own]
         if not every:
@@ -112,8 +107,7 @@ class ShadowNetworks:
                 network.scale_weight_norms(self.args.scale_weight_norms)
 
     def score(self) -> Optional[float]:
-        """The column shadow_loss: the mean over the shadows of the loss on their folds; None where
-        it is not due."""
+        """The column shadow_loss: the shadows' mean loss on their folds; None if not due."""
         if not self.training.score_is_due():
             return None
         with self.training.apart():

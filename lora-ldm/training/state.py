@@ -1,8 +1,7 @@
 """The state of a run on disk: all that --resume needs to go on as if it had never stopped.
 
 A state is a folder: lora.safetensors, optimizer.pt (tensors and numbers only), random-RANK.pt,
-progress.json, and the files of the early-stop monitor and of the shadows. It appears whole or not
-at all."""
+progress.json, files of the early-stop monitor and the shadows. It appears whole or not at all."""
 
 import json
 import os
@@ -28,8 +27,7 @@ FORMAT = "es-lora-ldm-state/1"
 
 @dataclass
 class Progress:
-    """Where a run stands. step: completed optimizer steps; the losses are what the logs have summed
-    up so far."""
+    """Where a run stands. step: completed optimizer steps; the losses: the logs' sums so far."""
 
     seed: int
     steps_per_epoch: int
@@ -71,8 +69,7 @@ def save_state(
     monitor: Optional[EarlyStopMonitor],
     shadows: Optional[ShadowNetworks],
 ) -> None:
-    """Write a state folder; every process calls it, and the folder gets its name when all have
-    written."""
+    """Write a state folder; every process calls it; it gets its name when all have written."""
     aside = folder.with_name(f".{folder.name}.part")
     accelerator = processes.accelerator
     if processes.is_main:
@@ -121,11 +118,9 @@ def load_state(
     optimization: Optimization,
     shadows: Optional[ShadowNetworks],
 ) -> None:
-    """Put weights, optimizer, scheduler, shadows and random states back; the caller has read the
-    Progress already.
+    """Put weights, optimizer, scheduler, shadows, random states back; Progress is read before.
 
-    Raises ValueError where network, optimizer, shadows or the number of processes are not those of
-    the state."""
+    Raises ValueError where network, optimizer, shadows or number of processes differ."""
     folder, accelerator = Path(folder), processes.accelerator
     own = folder / f"random-{processes.rank}.pt"
     saved = json.loads((folder / "progress.json").read_text(encoding="utf-8"))["processes"]
@@ -148,8 +143,7 @@ def load_state(
 
 
 def _plain(value):
-    """The same without numpy scalars and subclassed containers, which a load with weights only
-    would refuse."""
+    """The same without numpy scalars and subclassed containers, which weights only refuses."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

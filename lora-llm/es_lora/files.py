@@ -8,8 +8,7 @@ from typing import Any, Callable, Union
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write(aside)` make the file beside `path`, flush it to the disk, then give it its name
-    in one step."""
+    """Let `write(aside)` make the file beside `path`, flush it, then name it in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -35,8 +34,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def write_folder_whole(folder: Union[str, Path], write: Callable[[Path], Any]) -> None:
-    """Let `write(aside)` fill a folder beside, then give it the name, in place of a folder that had
-    it."""
+    """Let `write(aside)` fill a folder beside, then name it, in place of one that had the name."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=str(folder.parent), prefix=f".{folder.name}.", suffix=".part"))

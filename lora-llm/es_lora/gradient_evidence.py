@@ -1,5 +1,4 @@
-"""Do the gradients of the last epoch still agree? The column `grad_evidence`, from the gradients
-that training has anyway.
+"""Do the gradients of the last epoch still agree? The column `grad_evidence`, at no extra pass.
 
 Two running means of every LoRA gradient g are kept: m of g and v of g^2, over about an epoch of
 backward passes. Were g noise around zero, the mean of m^2 would be v / n for n independent
@@ -18,8 +17,7 @@ SHORTEST_HORIZON = 5  # gradients: over fewer, agreement cannot be told from cha
 
 
 def memorising_evidence(gradients: int, per_epoch: int) -> float:
-    """The evidence that is left where no two examples agree, but each pulls the same way whenever
-    it comes again.
+    """The evidence left where no two examples agree, but each with itself when it comes again.
 
     gradients: seen so far. per_epoch: after so many an example comes again, and the running means
     span as many, at least SHORTEST_HORIZON. 1 within the first epoch; from then on it rises towards
@@ -66,8 +64,7 @@ class GradientEvidence:
 
     @torch.no_grad()
     def value(self) -> Optional[float]:
-        """The evidence, about 1 under pure noise; None before the second gradient. One transfer
-        from the device."""
+        """The evidence, about 1 under pure noise; None before the second gradient. One transfer."""
         seen = [index for index, count in enumerate(self._counts) if count > 1]
         if not seen:
             return None
@@ -83,8 +80,7 @@ class GradientEvidence:
         return evidence / count if count and math.isfinite(evidence) else None
 
     def state_tensors(self) -> Dict[str, torch.Tensor]:
-        """Everything that a resumed run needs, flat: means (n,), squares (n,) and counts
-        (parameters,), on the CPU."""
+        """All that a resumed run needs, flat: means (n,), squares (n,), counts (parameters,)."""
         if not self._means:
             return {}
         return {

@@ -14,16 +14,14 @@ HISTORY_FORMAT = "cs-history/1"
 
 @dataclass
 class History:
-    """A recorded run: the header, the measurements and the events (evaluations, the turning
-    point)."""
+    """A recorded run: header, measurements and events (evaluations, the turning point)."""
 
     header: Dict[str, Any]
     records: List[Dict[str, Any]]
     events: List[Dict[str, Any]]
 
     def heldout(self) -> List[Tuple[int, float]]:
-        """(step, held-out loss), from the measurements and from evaluations between them, each step
-        once."""
+        """(step, held-out loss), from measurements and evaluations between them, each step once."""
         points = [(r["step"], r.get("heldout_loss")) for r in [*self.records, *self.events]]
         return sorted({step: loss for step, loss in points if loss is not None}.items())
 
@@ -32,11 +30,9 @@ class History:
 
 
 def read_history(path: Union[str, Path]) -> History:
-    """Read a history file, or the one in a folder. A torn last line, which a kill leaves, is passed
-    over.
+    """Read a history file, or the one in a folder. A torn last line, left by a kill, is skipped.
 
-    Raises FileNotFoundError where there is none; ValueError, with the line number, where it is not
-    a history."""
+    Raises FileNotFoundError where there is none, ValueError, with the line, for a bad one."""
     path = Path(path) / HISTORY_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -67,8 +63,7 @@ def rule_for(
     component: Optional[str] = None,
     value: Optional[float] = None,
 ) -> StopRule:
-    """A fresh rule for a replay. What is not given is the header's; its number too, where the rule
-    is the run's own.
+    """A fresh rule for a replay. What is not given is the header's; N only with its own rule.
 
     rule: a name, or "recorded". window: M in measurements, or "auto". Raises ValueError for an
     unknown rule.
@@ -92,8 +87,7 @@ def _recorded_value(header: Dict[str, Any]) -> Optional[float]:
 
 
 def redecide(history: History, rule: str = DEFAULT_RULE, **choices: Any) -> Dict[str, Any]:
-    """The verdict as one dictionary: rule, window, stopped, stop_step (detection), turning_step
-    (kept), reason.
+    """The verdict: rule, window, stopped, stop_step (detection), turning_step (kept), reason.
 
     choices: as rule_for takes them.
     """
@@ -108,8 +102,7 @@ def redecide(history: History, rule: str = DEFAULT_RULE, **choices: Any) -> Dict
 
 
 def replay(rule: StopRule, records: Sequence[Dict[str, Any]]) -> Optional[Decision]:
-    """Re-decide a recorded run. Raises ValueError where the records lack a column that the rule
-    needs."""
+    """Re-decide a recorded run. Raises ValueError where a column that the rule needs is missing."""
     for record in records:
         for column in rule.needs:
             if column not in record:

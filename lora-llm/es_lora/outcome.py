@@ -54,8 +54,7 @@ PART_NAMES = {"unet": "U-Net", "te": "text encoder", "te1": "first text encoder"
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """A file or folder of the run: its place below the output folder, and whose weights it
-    holds."""
+    """A file or folder of the run: its place below the output folder, and its weights' step."""
 
     path: str
     step: Optional[int] = None
@@ -94,13 +93,11 @@ class Outcome:
 
     @property
     def keeps_last(self) -> bool:
-        """Whether the weights of the turning point are the last ones: they are scored and saved
-        once."""
+        """Whether the turning point's weights are the last ones: they are scored and saved once."""
         return self.decision is not None and self.decision.keep_step == self.last_step
 
     def saved(self, what: str, path: str, step: Optional[int] = None, averaged: bool = False) -> None:
-        """Note a file by its path relative to the output folder, and the step whose weights it
-        holds.
+        """Note a file by its path relative to the output folder, and the step of its weights.
 
         what: "kept" lies under the normal name, "last", "turning_point" and "state" beside it.
         """
@@ -164,8 +161,7 @@ class Outcome:
         return f"step {step} (epoch {step / self.plan.steps_per_epoch:.1f})"
 
     def _compared(self) -> str:
-        """The held-out losses of the kept and of the last weights, as far as they are known; empty
-        otherwise."""
+        """The held-out losses of the kept and of the last weights, as far as known; else empty."""
         kept, last = self.heldout.get("kept"), self.heldout.get("last")
         if kept is None:
             return ""
@@ -178,8 +174,7 @@ class Outcome:
     # --------------------------------------------------------------------------------- for machines
 
     def facts(self, what: str) -> Dict[str, Any]:
-        """What the saved weights say of themselves in their metadata: their step, and the
-        verdict."""
+        """What the saved weights say of themselves in their metadata: step and verdict."""
         weights = self.files[what]
         known = {"outcome": self.name, "step": weights.step, "averaged": weights.averaged, "last_step": self.last_step}
         return {**known, **self._decided()}
@@ -202,8 +197,7 @@ class Outcome:
         }
 
     def as_result(self, settings: Dict[str, Any], packages: Sequence[str]) -> Dict[str, Any]:
-        """The content of result.json. settings: plain values. packages: whose versions are
-        noted."""
+        """The content of result.json. settings: plain values. packages: to note the versions of."""
         nothing = dict.fromkeys(("rule", "keep_step", "detected_step", "usable_steps", "reason"))
         plan = self.plan
         return {

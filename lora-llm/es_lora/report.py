@@ -21,8 +21,7 @@ Line = Tuple[Points, str, Dict[str, Any]]
 
 @dataclass
 class Panel:
-    """One set of axes of the figure: what it shows, on which scale, and its lines (points, label,
-    style)."""
+    """One set of axes of the figure: its subject, its scale, its lines (points, label, style)."""
 
     title: str
     lines: List[Line]
@@ -119,8 +118,7 @@ def draw(history: History, decision: Optional[Decision], window: int, component:
 
 
 def _mark_steps(axis: Any, history: History, decision: Optional[Decision], named: bool) -> None:
-    """Lines at the turning point, the detection and the last step; named: they stand in this axis'
-    legend."""
+    """Lines at the turning point, the detection and the last step; named: in the legend too."""
     steps = []
     if decision is not None:
         steps.append((decision.keep_step, "turning point", COLOURS["kept"], "-"))
@@ -137,8 +135,7 @@ def _mark_steps(axis: Any, history: History, decision: Optional[Decision], named
 
 
 def _picture(history: History, decision: Optional[Decision], window: int, component: str) -> str:
-    """The figure as inline SVG, or a sentence where matplotlib is not installed or nothing was
-    measured."""
+    """The figure as inline SVG, or a sentence where matplotlib or a measurement is missing."""
     if not history.records:
         return "<p>Nothing was measured, so there is nothing to draw.</p>"
     try:
@@ -173,8 +170,7 @@ def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> st
 
 
 def _redecided_rows(history: History) -> List[List[Any]]:
-    """What every rule makes of the run; those that look at windows also with half and twice the
-    window."""
+    """What every rule makes of the run; those with windows also with half and twice the window."""
     m, rows = history.header["window"], []
     for name, rule in RULES.items():
         missing = [column for column in rule.needs if column not in history.records[0]]
@@ -203,8 +199,7 @@ def write_report(
     tables: Sequence[Tuple[str, Sequence[str], Sequence[Sequence[Any]]]] = (),
     images: Sequence[Tuple[str, Union[str, Path]]] = (),
 ) -> None:
-    """Write one self-contained HTML page: the verdict, the curves, tables, images in a grid, the
-    settings.
+    """Write one self-contained HTML page: verdict, curves, tables, a grid of images, settings.
 
     verdict: one sentence. tables: (title, head, rows). images: (caption, PNG file). The page
     appears whole or not at all.

@@ -1,5 +1,4 @@
-"""The rules that decide when to stop: a registry of small classes, replayable on any recorded
-history.
+"""The rules that decide when to stop: a registry of small classes, replayable on any history.
 
 A rule reads the history line by line: `update(record)` returns a Decision once, None before. It
 names the columns it needs (`needs`), how many measurements back the kept weights may lie
@@ -19,8 +18,7 @@ DEFAULT_RULE = "gradient-agreement"
 
 @dataclass(frozen=True)
 class Decision:
-    """A rule's answer: the weights of keep_step are the result, and those of the steps in `usable`
-    (first, last) would do."""
+    """A rule's answer: keep_step's weights are kept; those of `usable` (first, last) would do."""
 
     keep_step: int
     detected_step: int
@@ -67,8 +65,7 @@ class StopRule:
         self.value = self.default_value if value is None else value
 
     def lookback(self) -> int:
-        """How many measurements before the detection the kept weights may lie; 0 where the
-        detection's are kept."""
+        """How many measurements before the detection the kept weights may lie; 0 for its own."""
         return 0
 
     def first_answer(self) -> int:
@@ -87,8 +84,7 @@ class StopRule:
         return step / self.settings.steps_per_epoch
 
     def read(self, record: Dict[str, Any], column: str) -> Optional[float]:
-        """A column's value, of the component that decides where it has components; None where it is
-        null."""
+        """A column's value, the deciding component's where it has components; None if null."""
         value = record.get(column)
         return value.get(self.settings.component) if isinstance(value, dict) else value
 
@@ -98,8 +94,7 @@ class StopRule:
 
 
 class NthValley(StopRule):
-    """Stops at the N-th valley of CS-Fluctuation F and keeps the oldest of the last 3M-1
-    measurements.
+    """Stops at the N-th valley of CS-Fluctuation F; keeps the oldest of the last 3M-1 measurements.
 
     A valley is where the derivative F_k - F_(k-1) turns from below to above zero.
     Source: the paper's method, section 3, with N as its number.
@@ -128,8 +123,7 @@ class NthValley(StopRule):
         return 3 * self.settings.window - 1 + 2 * self.valley
 
     def _count(self) -> int:
-        """Valleys seen so far; called at a measurement that may have added one, before its
-        derivative is remembered."""
+        """Valleys seen so far; called at a measurement, before its derivative is remembered."""
         return self._valleys
 
     def _which(self) -> str:
@@ -182,8 +176,7 @@ class SecondValley(NthValley):
 
 
 class FixedEpochs(StopRule):
-    """Stops after a fixed number of epochs, whatever the run does: what the other rules have to
-    beat."""
+    """Stops after a fixed number of epochs, whatever happens: what other rules have to beat."""
 
     name = "fixed-epochs"
     needs = ()
@@ -255,8 +248,7 @@ class ValidationPatience(LowestLoss):
 
 
 class Shadow(LowestLoss):
-    """Validation without giving up data: the mean loss of small shadow adapters, each on the fold
-    it was not trained on.
+    """Validation without giving up data: mean loss of shadow adapters, each on its left-out fold.
 
     Stops when nothing lower came for `value` epochs and in FEWEST_LATER losses at least: shadows
     may be scored seldom.
@@ -325,14 +317,12 @@ class GradientAgreement(StopRule):
 RULES: Dict[str, Type[StopRule]] = {
     rule.name: rule for rule in (SecondValley, NthValley, GradientAgreement, FixedEpochs, ValidationPatience, Shadow)
 }
-# Rules of earlier versions that lost by the project's own tables: baselines of
-# tests/benchmarks/stop_quality.
+# Rules of earlier versions that lost by the project's tables: see tests/benchmarks/stop_quality.
 MOVED_RULES = ("cs-fall", "cs-trough", "update-norm-plateau", "objective-variance", "gradient-evidence")
 
 
 def make_rule(name: str, settings: RuleSettings) -> StopRule:
-    """A fresh rule by its registered name. Raises ValueError, naming the rules there are, for
-    another name."""
+    """A fresh rule by its registered name. Raises ValueError, naming all, for another name."""
     if name not in RULES and name in MOVED_RULES:
         raise ValueError(
             f"stop rule {name!r} is a baseline of tests/benchmarks/stop_quality now, since others decide better; "

@@ -1,5 +1,4 @@
-"""The settings of early stopping: every flag with its help and its check, and the plan made of
-them.
+"""The settings of early stopping: every flag with help and check, and the plan made of them.
 
 Both trainers, a job of multi_lora.py, the callback and the patches make their parsers and their
 checks of `StopSettings`. Python 3.8, as all of es_lora/."""
@@ -114,8 +113,7 @@ class StopSettings:
         return DEFAULT_SHADOWS if self.calculate_cs and self.needs_shadows else 0
 
     def as_flags(self) -> Dict[str, Any]:
-        """{flag: value} as they are written down: automatic ones as `auto`, what was not set as
-        None."""
+        """{flag: value} as they are written down: automatic ones as `auto`, unset ones as None."""
         return {
             entry.name: auto_word(getattr(self, entry.name))
             if entry.metadata["read"] is number_or_auto
@@ -145,8 +143,7 @@ class StopSettings:
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """By which rule a run is decided, when CS is measured, and what the person should know before
-    it starts."""
+    """By which rule a run is decided, when CS is measured, and what to know before it starts."""
 
     stop: StopSettings
     rule_settings: RuleSettings
@@ -212,8 +209,7 @@ def auto_window(steps_per_epoch: float, cs_interval: int) -> int:
 
 
 def add_stop_arguments(group: Any, usual: StopSettings, leave_out: Sequence[str] = ()) -> None:
-    """Add every flag of early stopping to a parser or to a group of one; `StopSettings.given` reads
-    them.
+    """Add every flag of early stopping to a parser or a group; `StopSettings.given` reads them.
 
     usual: the trainer's defaults, shown in its help. Values stay text, so that all problems are
     said at once.

@@ -15,8 +15,7 @@ SNAPSHOT_FOLDER = "cs_snapshots"
 
 
 class SnapshotStore:
-    """Copies of the LoRA weights of the last `count` measurements, on disk, written by a thread of
-    its own.
+    """Copies of the LoRA weights of the last `count` measurements, on disk, written by a thread.
 
     A snapshot is safe under a kill (written aside, then renamed), and at most one is on its way at
     a time. Where `count` of them would exceed disk_bytes, only those of every n-th measurement are
@@ -29,8 +28,7 @@ class SnapshotStore:
                 f"{disk_bytes / 1e9:.3g} GB allowed; raise --snapshot_disk_gb or lower the rank"
             )
         self.folder, self.count = folder, count
-        # Thinned out, the window still needs one snapshot before its start, and one more lies there
-        # while it is replaced.
+        # Thinned out, the window needs a snapshot before its start, and one while it is replaced.
         self.every = max(1, math.ceil(count / max(1, disk_bytes // max(1, snapshot_bytes) - 2)))
         self.pinned_step: Optional[int] = None
         self.kept: List[Tuple[int, int]] = []  # (measurement, step), oldest first
@@ -42,15 +40,13 @@ class SnapshotStore:
         return self.folder / f"step-{step:08d}.safetensors"
 
     def wait(self) -> None:
-        """Return when the last snapshot is on disk; an error of the writer (a full disk) is raised
-        here."""
+        """Return when the last snapshot is on disk; raises an error of the writer (a full disk)."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def put(self, measurement: int, step: int, tensors: Dict[str, torch.Tensor]) -> None:
-        """Copy the tensors of this step, hand them to the writer, and let it delete what can no
-        longer be asked for."""
+        """Copy this step's tensors, hand them to the writer, delete what is not needed again."""
         if measurement % self.every:
             return
         self.wait()
@@ -64,8 +60,7 @@ class SnapshotStore:
             self.path(old).unlink(missing_ok=True)
 
     def _forget_old(self) -> List[int]:
-        """Keep the newest entry at or before the oldest measurement needed, and all after it; give
-        the other steps."""
+        """Keep the newest entry not after the oldest one needed, and later ones; give the rest."""
         oldest_needed = self.kept[-1][0] - self.count + 1
         first = max((m for m, _ in self.kept if m <= oldest_needed), default=0)
         old_steps = [step for measurement, step in self.kept if measurement < first and step != self.pinned_step]
@@ -73,8 +68,7 @@ class SnapshotStore:
         return old_steps
 
     def nearest_before(self, step: int) -> Optional[int]:
-        """The newest kept step at or before `step`, the oldest kept one where there is none, None
-        where none is kept."""
+        """The newest kept step at or before `step`, else the oldest kept; None without any."""
         return max((s for _, s in self.kept if s <= step), default=self.kept[0][1] if self.kept else None)
 
     def pin(self, step: int) -> None:
@@ -85,8 +79,7 @@ class SnapshotStore:
             self.path(old).unlink(missing_ok=True)
 
     def load(self, step: int) -> Dict[str, torch.Tensor]:
-        """{name: tensor} of a kept step, on the CPU. Raises FileNotFoundError where it is not
-        kept."""
+        """{name: tensor} of a kept step, on the CPU. Raises FileNotFoundError for other steps."""
         self.wait()
         if not self.path(step).is_file():
             raise FileNotFoundError(

@@ -12,8 +12,7 @@
     rank = [8, 32, 128]
     learning_rate = [1e-4, 3e-4]
 
-A job's own `grid` (`[jobs.grid]`) expands that job alone. The jobs that came of one are a group, of
-which the best is named.
+A job's own `grid` (`[jobs.grid]`) expands that job alone; the overview names the best of each grid.
 """
 
 import itertools
@@ -174,8 +173,7 @@ def read_jobs(path: Union[str, Path]) -> list[Job]:
     """The jobs of a toml, yaml or json file, grids expanded, in order.
 
     Raises FileNotFoundError where it is missing, ValueError, with every problem found, where it is
-    not as it should be. Names that are given twice are left to the caller: they concern one job,
-    not the file."""
+    wrong. Names given twice are left to the caller: they concern one job, not the file."""
     path = Path(path).expanduser()
     content = _read(path)
     problems = _unknown(content, ("defaults", "jobs", "grid"), "the file")
@@ -253,8 +251,7 @@ def _grid_problems(grid: Any, where: str) -> list[str]:
 
 
 def _expanded(entry: dict[str, Any], grid: dict[str, list], folder: Path) -> list[Job]:
-    """One job a combination of the grid, named after what the grid sets; the job itself without a
-    grid."""
+    """One job a combination of the grid, named after what it sets; without a grid, the job."""
     values = {
         key: _found(value, folder) if key in PATH_KEYS else value for key, value in entry.items() if key != "grid"
     }
@@ -280,8 +277,7 @@ def _short(value: Any) -> str:
 
 
 def _found(value: Any, folder: Path) -> Any:
-    """A path as given where it leads somewhere; beside the configuration file where that is
-    there."""
+    """A path as given where it leads somewhere; else beside the configuration file."""
     if isinstance(value, str) and value and not Path(value).expanduser().exists() and (folder / value).exists():
         return str(folder / value)
     return value

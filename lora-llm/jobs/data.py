@@ -1,5 +1,4 @@
-"""A job's examples as token ids, and when it is measured: whatever can be wrong about it is found
-here, before training."""
+"""A job's examples as token ids, and its measurements: what is wrong is found before training."""
 
 import math
 from collections.abc import Sequence
@@ -51,8 +50,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
 
 @dataclass
 class JobData:
-    """A job that can be trained: its examples, its budget in optimizer steps, and when it is
-    measured."""
+    """A job that can be trained: examples, budget in optimizer steps, and when it is measured."""
 
     job: Job
     train: list[Example]
@@ -78,8 +76,7 @@ class JobData:
 
 
 def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> JobData:
-    """Load, encode and plan. Raises ValueError or FileNotFoundError with one message where the job
-    cannot be trained."""
+    """Load, encode and plan. Raises ValueError or FileNotFoundError for a job that cannot train."""
     problems = job.problems()
     if problems:
         raise ValueError("; ".join(problems))

@@ -1,5 +1,4 @@
-"""The loop of multi_lora.py: rounds of fused passes, jobs that end, and jobs that take their
-slots."""
+"""The loop of multi_lora.py: rounds of fused passes; jobs end, and others take their slots."""
 
 import json
 import shutil
@@ -26,8 +25,7 @@ RANDOM_STATE = "random_state.safetensors"
 
 
 def memory_need(base: torch.nn.Module, data: JobData) -> MemoryNeed:
-    """What this job takes while it trains. Raises ValueError for target modules that the base does
-    not have."""
+    """What this job takes while it trains. Raises ValueError for target modules the base lacks."""
     layers, targets = linear_layers(base), data.job.target_modules
     names = lora_target_names(base, targets if isinstance(targets, str) else ",".join(targets))
     parameters = data.job.rank * sum(sum(linear_shape(layers[name])) for name in names)
@@ -81,8 +79,7 @@ class FusedTraining:
     def train(self, jobs: Sequence[tuple[JobData, MemoryNeed]], resume: bool = False) -> bool:
         """Train all; False where Ctrl-C or SIGTERM ended it, with every state saved."""
         order = waiting_order([data.job.priority for data, _ in jobs])
-        # What had begun before an interruption goes on before anything new, as it would have
-        # without one.
+        # What had begun before an interruption goes on before anything new, as it would have.
         order.sort(key=lambda index: not (resume and self._has_state(jobs[index][0])))
         queue = JobQueue(self.limits, [jobs[index] for index in order])
         if resume:
@@ -151,8 +148,7 @@ class FusedTraining:
             self._pass([runs[index] for index in indices], [batches[index] for index in indices])
 
     def _pass(self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]]) -> None:
-        """Forward and backward of several jobs' micro-batches at once; then each takes its loss,
-        and its step where due."""
+        """One pass, forward and backward, for several jobs; each takes its loss and step if due."""
         started = time.monotonic()
         weights = [run.loss_weight() for run in runs]
         losses = self.processes.summed(self._losses(runs, [self.processes.share(batch) for batch in batches], weights))
@@ -187,8 +183,7 @@ class FusedTraining:
 
     @torch.no_grad()
     def score(self, adapter: str, examples: Sequence[Example]) -> float:
-        """Mean loss a target token of an adapter as it is, without a trace in the random state or
-        the base's mode."""
+        """Mean loss a target token of an adapter as it is; random state and base's mode stay."""
         ordered = sorted(examples, key=lambda example: len(example.ids))
         total = 0.0
         self.base.eval()
@@ -220,8 +215,7 @@ class FusedTraining:
 
 
 def finished_result(folder: Path) -> Optional[dict[str, Any]]:
-    """The result of a job that has ended; None where there is none. Raises ValueError for one of an
-    earlier version."""
+    """The result of an ended job, or None. Raises ValueError for one of an earlier version."""
     file = folder / RESULT_NAME
     if not file.is_file():
         return None

@@ -1,5 +1,4 @@
-"""The overview of a run of many jobs: overview.html and overview.json, and the best of each
-grid."""
+"""The overview of a run of many jobs: overview.html, overview.json, and the best of each grid."""
 
 import html
 import json
@@ -23,8 +22,7 @@ OUTCOMES = {
 
 
 def saved_by_stop(result: dict[str, Any]) -> tuple[int, float]:
-    """(steps, estimated seconds) that an early stop has saved: what was left of the budget, at the
-    job's own pace."""
+    """(steps, estimated seconds) saved by an early stop: the rest of the budget, at its pace."""
     if result["outcome"] != "stopped_early":
         return 0, 0.0
     steps = result["total_steps"] - result["last_step"]
@@ -62,8 +60,7 @@ def _examples_to_turning_point(result: dict[str, Any]) -> int:
 
 
 def kept_loss(result: dict[str, Any]) -> Optional[float]:
-    """Held-out loss of the weights that the run is for: the turning point's, or else the last
-    ones."""
+    """Held-out loss of the weights that the run is for: the turning point's, else the last."""
     loss = result["heldout"].get("kept")
     return loss if loss is not None else result["heldout"].get("last")
 
@@ -156,8 +153,7 @@ def summary(results: Sequence[dict[str, Any]], seconds: float) -> str:
 def write_overview(
     output_dir: Path, results: Sequence[dict[str, Any]], seconds: float, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write overview.html and overview.json; what the latter holds. results: of every job, those
-    refused too."""
+    """Write overview.html and overview.json; -> the latter. results: of every job, refused too."""
     chosen = choices(results)
     overview = {"summary": summary(results, seconds), "seconds": round(seconds, 1), "chosen": chosen, **facts}
     listed = [

@@ -1,8 +1,6 @@
-"""Several processes: jobs are spread over them, or, where there are fewer jobs than processes, all
-train every job together.
+"""Several processes: jobs are spread over them; where jobs are fewer, all train every job together.
 
-Started by `torchrun --nproc_per_node 2 multi_lora.py ...` or `accelerate launch`; one process needs
-neither."""
+Started by `torchrun --nproc_per_node 2 multi_lora.py ...` or `accelerate launch`."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -16,8 +14,7 @@ LONGEST_WAIT = timedelta(days=7)  # processes end their jobs at different times
 
 
 class Processes:
-    """The processes of a run. `together`: data-parallel, every process has a share of every
-    micro-batch."""
+    """The processes of a run. `together`: data-parallel, each has a share of every micro-batch."""
 
     def __init__(self, use_cpu: bool, together: bool = False):
         handler = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
@@ -42,13 +39,11 @@ class Processes:
 
     @property
     def writes(self) -> bool:
-        """Whether this process measures and saves what it trains: each its own jobs, the first
-        where they train together."""
+        """Whether this process measures and saves what it trains; where all train, the first."""
         return self.is_first or not self.together
 
     def own_jobs(self, costs: Sequence[float]) -> list[int]:
-        """Indices of the jobs that this process trains: the dearest first, each to the process with
-        the least to do."""
+        """Indices of the jobs of this process: dearest first, each to the least busy process."""
         if self.count == 1 or self.together:
             return list(range(len(costs)))
         loads, own = [0.0] * self.count, []

@@ -1,5 +1,4 @@
-"""One job in training: its adapter, its place in its data, its optimizer and schedule, its early
-stop, and what it leaves.
+"""One job in training: adapter, place in its data, optimizer, schedule, early stop, and results.
 
 It takes losses and gradients from the fused pass (loop.py) and does with them what a single run
 does: the loss of a step is the mean over the target tokens of all its micro-batches, gradients are
@@ -112,8 +111,7 @@ class JobRun:
         return self._micro_batches[self.micro_step]
 
     def loss_weight(self) -> float:
-        """1 / target tokens of the optimizer step under way: with it the summed losses of its
-        micro-batches are its mean."""
+        """1 / target tokens of this step: so its micro-batches' summed losses give its mean."""
         first = self.micro_step - self.micro_step % self.job.accumulation
         batch = self._micro_batches[first : first + self.job.accumulation]
         return 1 / sum(example.targets for part in batch for example in part)
@@ -124,8 +122,7 @@ class JobRun:
             self.heldout["before"] = self.score(self.job.name, self.data.heldout)
 
     def take(self, loss: float, seconds: float) -> None:
-        """After the backward pass of its micro-batch: the weighted loss, and its part of the pass's
-        time."""
+        """After the backward pass of its micro-batch: the weighted loss, its part of the time."""
         self.seconds += seconds
         if not math.isfinite(loss):
             self.ended_as, self.diverged = "diverged", "the training loss is NaN or infinite"
@@ -177,8 +174,7 @@ class JobRun:
     # -------------------------------------------------------------------------------------- the end
 
     def finish(self, save_tokenizer: Callable[[str], Any]) -> dict[str, Any]:
-        """Score and save what is kept, write result.json and report.html, free the adapter; the
-        result, where this writes."""
+        """Score and save what is kept, write result and report, free the adapter; -> the result."""
         decision = self.processes.heard(self.monitor.decision if self.monitor is not None else None)
         total, plan = self.data.total_steps, self.data.plan
         outcome = Outcome(self.ended_as, self.step, total, plan=plan, decision=decision, diverged=self.diverged)
@@ -200,8 +196,7 @@ class JobRun:
         return self._report(outcome) if self.processes.writes else {}
 
     def _keep(self, outcome: Outcome, save: Callable[[str, str, int], None]) -> None:
-        """Save the last weights and those of the turning point, the one that is kept as
-        `adapter`."""
+        """Save the last weights and those of the turning point; the kept ones are `adapter`."""
         decision, stopped = outcome.decision, outcome.name == "stopped_early"
         save(*(("last", "adapter-last") if stopped else ("kept", "adapter")), self.step)
         if decision is None:
@@ -224,8 +219,7 @@ class JobRun:
         self.adapter.load_state_dict(self.processes.heard(tensors))
 
     def _restore_finite(self) -> Optional[int]:
-        """After a divergence: the newest finite weights back; their step, or None where there are
-        none."""
+        """After a divergence: the newest finite weights back; their step, or None without any."""
         if all(bool(parameter.isfinite().all()) for parameter in self.parameters):
             return self.step
         step = self.processes.heard(self.monitor.latest_snapshot_step() if self.monitor is not None else None)
@@ -256,8 +250,7 @@ class JobRun:
         return whole[-1] if whole else None
 
     def save(self) -> None:
-        """Everything that a resumed run needs, in a folder of its own; the older ones go when it is
-        whole."""
+        """All that a resumed run needs, in a folder of its own; older ones go when it is whole."""
         if self.monitor is None:
             return
         older = self._states()

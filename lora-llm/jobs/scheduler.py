@@ -1,5 +1,4 @@
-"""Which jobs train now, and whose rows share a pass: no tensors, so that every decision can be
-tested by hand.
+"""Which jobs train now, and whose rows share a pass: no tensors, so all can be tested by hand.
 
 A round is one micro-batch of every active job: fair turns. Its micro-batches are sorted by length
 and cut into passes, so that rows of like length share one and padding stays low. A waiting job is
@@ -10,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-# What a pass costs beside its tokens (reading, or dequantising, every frozen weight), as a number
-# of tokens. The CPU's is what tests/benchmarks/multi_lora_throughput.py implies for a 4-bit base;
-# the GPU's is an estimate.
+# What a pass costs beside its tokens (reading, or dequantising, every frozen weight), in tokens.
+# For a CPU by tests/benchmarks/multi_lora_throughput.py with a 4-bit base; for a GPU an estimate.
 PASS_TOKENS = {"cpu": 32, "cuda": 512}
 LORA_BYTES = (
     24  # of a LoRA parameter in training: weight, gradient, two Adam moments, and what measuring keeps, in float32
@@ -21,8 +19,7 @@ LORA_BYTES = (
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What a job takes while it trains, estimated: bytes for its adapter, and tokens of its largest
-    micro-batch."""
+    """What a training job takes, estimated: adapter bytes, tokens of its largest micro-batch."""
 
     adapter_bytes: int
     tokens: int
@@ -30,8 +27,7 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class Limits:
-    """max_rows: rows a pass. max_jobs: adapters that train at once. free_bytes: what the base
-    leaves of --memory_gb.
+    """max_rows: rows a pass. max_jobs: adapters in training. free_bytes: --memory_gb less the base.
 
     token_bytes: activations of one token in a pass. Without free_bytes memory is not bounded.
     pass_tokens: see PASS_TOKENS.
@@ -50,8 +46,7 @@ class Limits:
         return int((self.free_bytes - sum(need.adapter_bytes for need in needs)) / self.token_bytes)
 
     def fit(self, needs: Sequence[MemoryNeed]) -> bool:
-        """Whether these jobs may train at once: each one's micro-batch has room beside all the
-        adapters."""
+        """Whether these jobs may train at once: each micro-batch has room beside all adapters."""
         tokens = self.max_tokens(needs)
         return len(needs) <= self.max_jobs and (
             tokens is None or max((need.tokens for need in needs), default=0) <= tokens
@@ -101,8 +96,7 @@ def split_round(
     max_tokens: Optional[int] = None,
     pass_tokens: int = PASS_TOKENS["cpu"],
 ) -> list[list[int]]:
-    """Cut a round into passes: lists of indices into sizes, (rows, longest row in tokens) of every
-    micro-batch.
+    """Cut a round into passes: lists of indices into sizes, (rows, longest row in tokens) of each.
 
     No pass has more than max_rows rows, or more than max_tokens tokens, padding included; a
     micro-batch is never split. Of all such cuts of the micro-batches in order of length it is the

@@ -27,8 +27,7 @@ from settings.flags import (
     TrainingArguments,
 )
 
-# Flags of older transformers releases that have no counterpart here: rejected by name, never
-# accepted and ignored.
+# Flags of older transformers releases without a counterpart here: rejected by name, never ignored.
 REJECTED = {
     "fp16_opt_level": "apex is not supported; use --fp16",
     "fp16_backend": "there is one backend; use --fp16 or --bf16",
@@ -107,8 +106,7 @@ def _check_names(parser: HfArgumentParser, given: set[str]) -> None:
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
-    """Parse and validate. Raises ValueError with every problem found; argparse's own errors exit
-    with code 2."""
+    """Parse and validate. Raises ValueError with every problem; argparse's errors exit with 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, given = build_parser(), _given_flags(argv)
     if "help" not in given:
@@ -138,8 +136,7 @@ def _underscored(word: str) -> str:
 
 
 def _completed(argv: list[str], given: set[str]) -> list[str]:
-    """The words with those of --preset, with flags spelt with underscores, and with what follows
-    from others."""
+    """The words with those of --preset, underscores in flags, and what follows from others."""
     argv = [_underscored(word) for word in _with_preset(argv, given)]
     given = _given_flags(argv)
     if "num_train_epochs" in given and "max_steps" not in given:
@@ -165,8 +162,7 @@ def _stop_settings(values: dict[str, Any], full_finetune: bool) -> tuple[StopSet
 
 
 def _with_preset(argv: list[str], given: set[str]) -> list[str]:
-    """The words of --preset before the given ones, which win. Raises ValueError on an unknown
-    preset."""
+    """The words of --preset before the given ones, which win. ValueError on an unknown preset."""
     if "preset" not in given:
         return argv
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -191,8 +187,7 @@ def _with_preset(argv: list[str], given: set[str]) -> list[str]:
 
 
 def _resume(text: Optional[str]) -> Union[str, bool, None]:
-    """--resume_from_checkpoint: a path, True for the newest checkpoint in the output folder, or
-    None."""
+    """--resume_from_checkpoint: a path, True for the newest in the output folder, or None."""
     if text is None or str(text).lower() in ("false", "none", ""):
         return None
     return True if str(text).lower() == "true" else str(text)

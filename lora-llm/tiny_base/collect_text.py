@@ -1,9 +1,7 @@
-"""Plain English out of named Debian packages: download, unpack, drop the markup, split off the
-held-out part.
+"""Plain English out of named Debian packages: download, unpack, drop markup, hold a part out.
 
-Every source is in the public domain or under a permissive licence; SOURCES is the list that
-README.md explains. The packages are only downloaded and unpacked, never installed. Used by
-`make_tiny_base.py collect`."""
+Every source is in the public domain or under a permissive licence; README.md explains SOURCES. The
+packages are only downloaded and unpacked, not installed. Used by `make_tiny_base.py collect`."""
 
 import gzip
 import hashlib
@@ -26,8 +24,7 @@ SHORTEST_PROSE_CHARS = 60  # of a paragraph of a web page: below are menus, capt
 
 
 def sword_module(root: Path) -> Iterator[list[str]]:
-    """Documents of a SWORD module (zText or zCom driver): one a compressed block, that is a book or
-    a chapter.
+    """Documents of a SWORD module (zText or zCom driver): a compressed block, book or chapter.
 
     Layout (CrossWire's z-drivers): `*.?zs` holds (offset, packed size, size) of each zlib block as
     three uint32; `*.?zv` holds (block, offset, size) of each verse."""
@@ -48,11 +45,9 @@ def sword_module(root: Path) -> Iterator[list[str]]:
 
 
 def verse_places(verses: bytes, blocks: Sequence[bytes]) -> list[tuple[int, int, int]]:
-    """(block, offset, size) of each verse; the size is a uint16, or a uint32 in the newer drivers
-    (zCom4, zText4).
+    """(block, offset, size) of each verse; the size is uint16, or uint32 (zCom4, zText4).
 
-    The module's configuration is not always right about which, so the one is taken whose places all
-    exist."""
+    The module's configuration is not always right, so the one is taken whose places all exist."""
     for layout in ("<IIH", "<III"):
         if len(verses) % struct.calcsize(layout) == 0:
             places = list(struct.iter_unpack(layout, verses))
@@ -128,8 +123,7 @@ def dictd_entries(root: Path) -> Iterator[list[str]]:
 
 
 class ProseParser(HTMLParser):
-    """Collects running text, one paragraph a block element; code, tables, menus and scripts are
-    left out."""
+    """Collects running text, a paragraph a block element; not code, tables, menus, scripts."""
 
     SKIPPED = {"script", "style", "pre", "nav", "table", "head", "form", "button", "footer", "svg"}
     BLOCKS = {
@@ -203,8 +197,7 @@ def web_pages(*folders: str) -> Callable[[Path], Iterator[list[str]]]:
 
 
 def split_paragraphs(text: str, join_lines: bool = False) -> list[str]:
-    """Paragraphs between blank lines; the lines of one are joined, or kept as lines with blanks
-    collapsed."""
+    """Paragraphs between blank lines; lines of one are joined, or kept with blanks collapsed."""
     separator = " " if join_lines else "\n"
     paragraphs = (
         separator.join(" ".join(line.split()) for line in paragraph.splitlines() if line.strip())
@@ -238,8 +231,7 @@ SOURCES = {  # package: (reader, licence)
 
 
 def fetch_package(package: str, folder: Path) -> tuple[Path, Path]:
-    """Downloads a Debian package through apt-get (which checks its hash), unpacks it; its archive
-    and folder."""
+    """Downloads a Debian package by apt-get (it checks the hash), unpacks it; archive, folder."""
     archives = sorted(folder.glob(f"{package}_*.deb"))
     if not archives:
         finished = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True)
@@ -269,8 +261,7 @@ def pieces(paragraphs: Iterable[str]) -> Iterator[str]:
 
 
 def collect(work_dir: Path, heldout_percent: float, seed: int) -> None:
-    """Writes `train.jsonl` and `heldout.jsonl` ({"source", "text"} a line) and `sources.json` into
-    work_dir.
+    """Writes `train.jsonl`, `heldout.jsonl` ({"source", "text"} a line) and `sources.json`.
 
     A paragraph that occurred before, anywhere, is dropped, so that repeated boilerplate is not on
     both sides. Whether a piece is held out depends only on the seed and its text."""

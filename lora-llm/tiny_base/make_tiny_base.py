@@ -43,8 +43,7 @@ PROMPTS = (
 
 
 def model_config() -> LlamaConfig:
-    """A Llama of 6.2 million parameters: small enough for a LoRA run in minutes on two CPU
-    cores."""
+    """A Llama of 6.2 million parameters: small enough for a LoRA run in minutes on two cores."""
     ids = {name + "_id": place for place, name in enumerate(SPECIAL_TOKENS) if name != "unk_token"}
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -72,8 +71,7 @@ def require(path: Path) -> Path:
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Stage 1: text, its split, the list of sources, and the passages that later measure
-    forgetting."""
+    """Stage 1: text, its split, the list of sources, and passages that measure forgetting later."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
     collect_text.collect(args.work_dir, args.heldout_percent, args.seed)
     collect_text.write_text(args.out_dir / "sources.json", (args.work_dir / "sources.json").read_text(encoding="utf-8"))
@@ -85,8 +83,7 @@ def collect(args: argparse.Namespace) -> None:
 
 
 def choose_passages(records: Sequence[dict[str, str]], seed: int) -> list[dict[str, str]]:
-    """PASSAGES held-out texts of 500 to 1,400 characters, as evenly over the sources as their
-    number allows."""
+    """PASSAGES held-out texts of 500 to 1,400 characters, as evenly over sources as can be."""
     by_source = {}
     for place in np.random.default_rng(seed).permutation(len(records)):
         passage = ""
@@ -102,8 +99,7 @@ def choose_passages(records: Sequence[dict[str, str]], seed: int) -> list[dict[s
 
 
 def make_tokenizer(args: argparse.Namespace) -> None:
-    """Stage 2: train the tokenizer on the training split only; encode both splits; count
-    unigrams."""
+    """Stage 2: train the tokenizer on the training split; encode both splits; count unigrams."""
     splits = {side: read_texts(args.work_dir / f"{side}.jsonl") for side in ("train", "heldout")}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -155,8 +151,7 @@ def whole_windows(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def shuffled_windows(tokens: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless batches (batch_size, CONTEXT_TOKENS); each epoch cuts the text at a new offset and
-    shuffles."""
+    """Endless batches (batch_size, CONTEXT_TOKENS); each epoch cuts anew and shuffles."""
     random = np.random.default_rng(seed)
     while True:
         offset = int(random.integers(CONTEXT_TOKENS))
@@ -174,8 +169,7 @@ def learning_rate_factor(progress: float, warmup: float = 0.02, floor: float = 0
 
 
 def train(args: argparse.Namespace) -> None:
-    """Stage 3: AdamW, cosine schedule; the schedule ends with the tokens or with the minutes,
-    whichever is first."""
+    """Stage 3: AdamW, cosine schedule; ends with the tokens or minutes, whichever is first."""
     torch.manual_seed(args.seed)
     tokens = load_tokens(args.work_dir / "train_tokens.npy").to(args.device)
     validation = load_tokens(args.work_dir / "heldout_tokens.npy")[: 64 * CONTEXT_TOKENS].to(args.device)
@@ -266,8 +260,7 @@ def save_model(model: LlamaForCausalLM, out_dir: Path) -> None:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, tokens: torch.Tensor, batch_size: int = 16) -> float:
-    """Mean next-token loss in nats over consecutive windows; the first token of each is not
-    scored."""
+    """Mean next-token loss in nats over consecutive windows; the first token is not scored."""
     windows = whole_windows(tokens)
     total, training = 0.0, model.training
     model.eval()
@@ -279,8 +272,7 @@ def mean_loss(model: torch.nn.Module, tokens: torch.Tensor, batch_size: int = 16
 
 
 def unigram_loss(counts: Sequence[int], tokens: torch.Tensor) -> float:
-    """Mean loss in nats of the training split's unigram, add-one smoothed, over the tokens that
-    mean_loss scores."""
+    """Mean loss in nats of the training split's unigram, add-one smoothed, as mean_loss scores."""
     log_probabilities = np.log((np.asarray(counts) + 1.0) / (np.sum(counts) + len(counts)))
     windows = whole_windows(tokens)
     return -float(log_probabilities[windows[:, 1:].numpy()].mean())

@@ -18,8 +18,7 @@ def complete_checkpoints(output_dir: Path, with_monitor: bool) -> list[Path]:
 
 
 def checkpoint_to_resume(settings: Settings) -> Optional[str]:
-    """The checkpoint of --resume_from_checkpoint: a checkpoint folder, a run's folder, or true for
-    the output folder."""
+    """The checkpoint of --resume_from_checkpoint: a checkpoint folder, a run's folder, or true."""
     if settings.resume is None:
         return None
     training = settings.training

@@ -1,5 +1,4 @@
-"""The order in which an epoch's examples are trained on: by (seed, epoch) alone, so that a resumed
-run sees it again."""
+"""The order of an epoch's examples: by (seed, epoch) alone, so that a resumed run sees it again."""
 
 from collections.abc import Sequence
 
@@ -8,8 +7,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class EpochSeededLengthSampler(LengthGroupedSampler):
-    """Groups by length in an order that depends on (seed, epoch) alone, so that a run resumed
-    mid-epoch sees it again."""
+    """Groups by length in an order of (seed, epoch) alone, the same for a run resumed mid-epoch."""
 
     seed = 0
 
@@ -18,8 +16,7 @@ class EpochSeededLengthSampler(LengthGroupedSampler):
 
 
 def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, by_length: bool) -> list[int]:
-    """Every index once. by_length: examples of like length together in batches of batch_size, as
-    the single trainer does."""
+    """Every index once. by_length: examples of like length together, in batches of batch_size."""
     if by_length:
         sampler = EpochSeededLengthSampler(batch_size, lengths=list(lengths))
         sampler.seed = seed

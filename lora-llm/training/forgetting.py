@@ -1,8 +1,6 @@
-"""What a LoRA has cost elsewhere: the base's loss on general text before training, at the turning
-point and at the end.
+"""What a LoRA costs elsewhere: the base's loss on general text before training and after it.
 
-The text is one that nobody trains on (the tiny base ships `general_text.jsonl`, a held-out part of
-what it has read)."""
+The text is one that nobody trains on (the tiny base ships its held-out `general_text.jsonl`)."""
 
 import json
 import math
@@ -21,8 +19,7 @@ NAMES = {"before": "before training", "kept": "turning point", "last": "last ste
 
 
 def read_general_text(path: str, most: int) -> list[str]:
-    """At most `most` passages of a file, evenly over it: jsonl with a `text` column, or plain text
-    with blank lines between.
+    """At most `most` passages, evenly over a file: jsonl with `text`, or text with blank lines.
 
     Raises FileNotFoundError where the file is missing, ValueError where it holds no text."""
     file = Path(path)
@@ -74,8 +71,7 @@ class GeneralText:
         self.losses: dict[str, float] = {}
 
     def loss(self, model: torch.nn.Module) -> float:
-        """Mean loss in nats a token of the model as it is; it leaves neither its mode nor the
-        random state changed."""
+        """Mean loss in nats a token of the model as it is; its mode and the random state stay."""
         return mean_loss(model, self.batches)
 
     def summary(self) -> dict[str, Any]:
@@ -92,16 +88,14 @@ class GeneralText:
 
 
 def perplexity_ratio(losses: dict[str, float], name: str) -> Optional[float]:
-    """Perplexity of the weights `name` over that before training; None where one of them is not
-    known."""
+    """Perplexity of the weights `name` over that before training; None if either is unknown."""
     if name not in losses or "before" not in losses:
         return None
     return math.exp(min(losses[name] - losses["before"], 50))
 
 
 def forgetting_sentence(losses: dict[str, float]) -> str:
-    """Whether the LoRA has forgotten, in plain words; empty where nothing was scored after
-    training."""
+    """Whether the LoRA has forgotten, in plain words; empty without a score after training."""
     clauses = []
     for name, where in (("kept", "the turning point"), ("last", "the last step")):
         ratio = perplexity_ratio(losses, name)

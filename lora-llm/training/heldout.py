@@ -1,5 +1,4 @@
-"""What the weights of a run are worth: held-out loss and loss on general text, before training,
-kept and last."""
+"""What a run's weights are worth: held-out and general-text loss, before training, kept, last."""
 
 from typing import Optional
 
@@ -32,8 +31,7 @@ class WeightScores:
             self.general_text.losses[name] = self.general_text.loss(self.trainer.model)
 
     def score_last(self) -> Optional[float]:
-        """Score the last step; its held-out loss where that is news, None where the Trainer knew
-        it."""
+        """Score the last step; its held-out loss, or None where the Trainer knew it already."""
         self.score_general_text("last")
         state = self.trainer.state
         known = self._evaluated_at(state.global_step)
@@ -41,8 +39,7 @@ class WeightScores:
         return self.heldout["last"] if known is None else None
 
     def score_kept(self, alone: bool = False) -> None:
-        """Score the weights of the turning point. alone: they are on the main process only, beside
-        others."""
+        """Score the turning point's weights. alone: on the main process only, beside others."""
         if not alone:
             self.heldout["kept"] = self.heldout_loss("kept")
         self.score_general_text("kept")

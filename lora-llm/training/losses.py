@@ -11,14 +11,12 @@ Batch = dict[str, torch.Tensor]
 
 
 def predicted(labels: torch.Tensor) -> torch.Tensor:
-    """How many tokens of each row are predicted, (N,) of labels (N, T); nothing predicts the
-    first."""
+    """How many tokens of each row are predicted, (N,) of labels (N, T); never the first."""
     return (labels[:, 1:] != IGNORE_INDEX).sum(1)
 
 
 def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy of each row in nats, (N,) float32, of logits (N, T, V) and labels (N,
-    T)."""
+    """Summed cross entropy of rows in nats, (N,) float32, of logits (N, T, V), labels (N, T)."""
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # (N, T), each of the position before
     learned = targets != IGNORE_INDEX
     losses = functional.cross_entropy(logits[learned].float(), targets[learned], reduction="none")
@@ -27,8 +25,7 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
-    """Mean loss in nats a predicted token. Neither the model's mode nor the random state is
-    changed.
+    """Mean loss in nats a predicted token. The model's mode and the random state stay.
 
     batches: `input_ids`, `attention_mask` and `labels`, (N, T) each, on any device.
     """
@@ -44,8 +41,7 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
 
 
 class RowLoss:
-    """Mean loss over the same rows {"input", "output"} each time it is called, in this process
-    alone."""
+    """Mean loss over the same rows {"input", "output"} at each call, in this process alone."""
 
     def __init__(
         self,

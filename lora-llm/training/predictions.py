@@ -16,8 +16,7 @@ PREDICTIONS_NAME = "predictions.jsonl"
 
 
 def write_predictions(settings: Settings, model: Any, tokenizer: Any, rows: Dataset) -> None:
-    """Write {"input", "output", "prediction"} of every row into predictions.jsonl, whole or not at
-    all."""
+    """Write {"input", "output", "prediction"} of every row to predictions.jsonl, whole or not."""
     config = settings.generation.config(settings.generation_use_cache)
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     sources = CausalCollator(tokenizer, settings.data.source_max_len, settings.data.target_max_len, False, True)

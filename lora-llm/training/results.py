@@ -1,5 +1,4 @@
-"""What a run leaves besides its adapters: result.json, report.html and the last words on the
-screen."""
+"""What a run leaves besides its adapters: result.json, report.html, the last words on screen."""
 
 import sys
 from collections.abc import Sequence
@@ -53,8 +52,7 @@ def forgetting_sentence(outcome: Outcome) -> str:
 
 
 def next_commands(outcome: str, folder: Path, program: Path, argv: Sequence[str]) -> dict[str, str]:
-    """{what for: the exact command}: try the adapter, or go on with the run. program: the trainer's
-    file."""
+    """{what for: command}: try the adapter, go on with the run. program: the trainer's file."""
     if outcome == "interrupted":
         return {"go on": command_line(sys.executable, program, [*without_flag(argv, RESUME), RESUME, "true"])}
     if not (folder / "adapter").exists():

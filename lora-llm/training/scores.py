@@ -17,8 +17,7 @@ from text.mmlu import Row, fit_prompt
 
 
 def letter_token_ids(tokenizer: Any) -> torch.Tensor:
-    """(4, V) token ids whose logits stand for A, B, C, D after "Answer:", V = 1 or 2 ways to write
-    a letter.
+    """(4, V) token ids whose logits stand for A, B, C, D after "Answer:"; V = 1 or 2 spellings.
 
     A pre-trained model goes on with the letter as in "Answer: A", which many tokenizers merge with
     its blank; a model trained on targets that are the bare letter (`CausalCollator`) goes on with
@@ -56,8 +55,7 @@ class MMLUScorer:
 
     @torch.no_grad()
     def score(self, model: torch.nn.Module) -> dict[str, Any]:
-        """{"accuracy", "per_subject": {subject: accuracy}, "loss", "count"} of the model, on the
-        model's own device.
+        """{"accuracy", "per_subject": {subject: accuracy}, "loss", "count"} of the model.
 
         loss: mean negative log-likelihood (nats, over the whole vocabulary) of the right letter.
         The model is scored in eval mode and left in the mode it was in.
@@ -89,8 +87,7 @@ class MMLUScorer:
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         for indices in tqdm(batches, desc="MMLU", leave=False):
             prompts = [self.prompts[index] for index in indices]
-            # Right padding, whatever side the tokenizer pads: positions are those of the unpadded
-            # prompt.
+            # Right padding, whatever side the tokenizer pads: positions are the unpadded prompt's.
             batch = {name: tensor.to(device) for name, tensor in pad_batch(prompts, pad_id=0).items()}
             logits = _last_logits(model, batch, [len(prompt) - 1 for prompt in prompts])  # (B, vocabulary)
             log_probabilities = logits.float().log_softmax(-1)[:, self.letter_ids.to(device)]  # (B, 4, V)
@@ -114,8 +111,7 @@ def _last_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], last: S
 
 
 class MMLUCallback(TrainerCallback):
-    """Scores before training (baseline), at every evaluation and at the end, and logs what it
-    finds.
+    """Scores before training (baseline), at every evaluation and at the end, and logs them.
 
     Logged as `eval_mmlu_accuracy`, `eval_mmlu_loss` and `eval_mmlu_accuracy_<subject>`, which
     TensorBoard shows under eval/. `results` holds {"step", "when": baseline | evaluation | end,

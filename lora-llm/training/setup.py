@@ -1,5 +1,4 @@
-"""From the settings of a run to what it is made of: specs of base and data, splits, collators,
-columns of the history."""
+"""From a run's settings to its parts: specs of base and data, splits, collators, columns."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,8 +50,7 @@ def base_spec(settings: Settings) -> BaseSpec:
 
 
 def data_spec(settings: Settings, tokenizer: Any) -> DataSpec:
-    """What of the settings the text is read by. tokenizer: whose chat template a prompt template
-    may use."""
+    """What of the settings the text is read by. tokenizer: its chat template may be used."""
     data, training = settings.data, settings.training
     template = data.prompt_template
     return DataSpec(
@@ -112,8 +110,7 @@ def read_mmlu(settings: Settings) -> Optional[list[Row]]:
 
 
 def packs_for_varlen(settings: Settings) -> bool:
-    """Whether packed samples go through flash attention's kernel for sequences of several
-    lengths."""
+    """Whether packed samples go through flash attention's kernel for several lengths."""
     training = settings.training
     return settings.data.packing == "samples" and uses_varlen_kernel(training.use_cpu, training.bf16 or training.fp16)
 
@@ -153,8 +150,7 @@ def _with_lengths(splits: Splits, collator: CausalCollator, column: str) -> Spli
 
 
 def training_collator(settings: Settings, collator: CausalCollator) -> Callable[..., Any]:
-    """What makes the trainer's batches: packed rows, rows with their examples, or single
-    samples."""
+    """What makes the trainer's batches: packed rows, rows with examples, or single samples."""
     data = settings.data
     if settings.stop.shadows:
         return ExampleCollator(collator)
@@ -220,8 +216,7 @@ def history_header(settings: Settings) -> dict[str, Any]:
 
 
 def announcement(settings: Settings, splits: Splits, model: torch.nn.Module) -> list[str]:
-    """What is said before the first step: data, base, what is trained, notices, where everything
-    goes."""
+    """What is said before the first step: data, base, what is trained, notices, the folder."""
     training, count = settings.training, trainable_parameters(model)
     packed = "packed training" if settings.data.packing else "training"
     sizes = {packed: splits.train, "evaluation": splits.evaluation, "test": splits.test}

@@ -27,8 +27,7 @@ STATE_NAME = "shadows.safetensors"
 
 
 def with_examples(rows: Dataset, shadows: int, seed: int) -> Dataset:
-    """The same with a column that numbers the examples; rows of the same text are one example, so
-    that none leaks.
+    """The same with a column that numbers the examples; equal texts are one example: none leaks.
 
     Raises ValueError where there are too few for so many shadows: before a base has been loaded."""
     first: dict[tuple[str, str], int] = {}
@@ -38,8 +37,7 @@ def with_examples(rows: Dataset, shadows: int, seed: int) -> Dataset:
 
 
 class ExampleCollator:
-    """A collator that passes the column on: the batch's EXAMPLE is (N,) int64 where the rows have
-    one."""
+    """A collator that passes the column on: the batch's EXAMPLE is (N,) int64 if rows have it."""
 
     def __init__(self, collator: CausalCollator):
         self.collator = collator
@@ -52,8 +50,7 @@ class ExampleCollator:
 
 
 class ShadowAdapters(TrainerCallback):
-    """K shadows of a PeftModel: trained by `backward` after each micro-batch of the main adapter,
-    scored by `score`.
+    """K shadows of a PeftModel: `backward` after each main micro-batch, `score` for the column.
 
     settings: the trainer's. rows: the training examples with their column EXAMPLE. resume: a
     checkpoint's folder to go on from. As a callback it takes the optimizer steps and writes into
@@ -108,8 +105,7 @@ class ShadowAdapters(TrainerCallback):
 
     @contextmanager
     def _passing(self, rows_of_each: Sequence[int]) -> Iterator[None]:
-        """For one pass and its gradients: so many rows through each shadow in turn, the main
-        adapter off."""
+        """For one pass and its gradients: so many rows through each shadow, main adapter off."""
         with self.training.apart(), self.model.disable_adapter():
             for adapter in self.adapters:
                 adapter.passes = self.training.pass_seed()
@@ -136,8 +132,7 @@ class ShadowAdapters(TrainerCallback):
 
     @torch.no_grad()
     def score(self) -> Optional[float]:
-        """The column shadow_loss: the mean over the shadows of their folds' loss a token; None
-        where it is not due."""
+        """The column shadow_loss: mean of the folds' losses a token; None where it is not due."""
         if self.training.interval is None:
             fold = sum(shadow == 0 for shadow in self.training.folds.values())
             measured_rows = self._rows_a_step * self.training.steps_a_measurement
@@ -186,8 +181,7 @@ def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 def _fold_batches(
     folds: Mapping[int, int], rows: Dataset, collator: CausalCollator, batch_size: int
 ) -> list[tuple[Batch, list[int]]]:
-    """The examples of all folds as batches of like length: (batch, rows of each shadow), the rows
-    in the shadows' order."""
+    """The examples of all folds as batches of like length: (batch, each shadow's rows in order)."""
     shadows = max(folds.values()) + 1
     indices = [index for index, example in enumerate(rows[EXAMPLE]) if example in folds and example == index]
     lengths = dict(zip(indices, collator.lengths(rows.select(indices))))

@@ -18,8 +18,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class LoraTrainer(Seq2SeqTrainer):
-    """The Hugging Face Trainer that watches its loss: for the history, and for divergence on any
-    process.
+    """The Hugging Face Trainer that watches its loss: for the history, and for divergence.
 
     observe_loss: is given the loss of every micro-step. shadows: trained on its micro-batches
     beside it.
@@ -45,8 +44,7 @@ class LoraTrainer(Seq2SeqTrainer):
         return seeded
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The same, without a trace in the random state: a run with evaluations trains as one
-        without."""
+        """The same, without a trace in the random state: evaluations do not change training."""
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
@@ -56,8 +54,7 @@ class LoraTrainer(Seq2SeqTrainer):
         super().log({k: v for k, v in logs.items() if k.startswith("train") or not k.endswith(speeds)}, *args, **kwargs)
 
     def log_scalar(self, name: str, value: float, step: int) -> None:
-        """A scalar under exactly this name, in the logs of --report_to: TensorBoard, wandb,
-        trackio."""
+        """A scalar of just this name, in the logs of --report_to: TensorBoard, wandb, trackio."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_scalar(name, value, step)
@@ -83,8 +80,7 @@ class LoraTrainer(Seq2SeqTrainer):
         """End the collectives of all processes before the interpreter ends.
 
         The DDP wrapper goes first. Were it the last to hold the group, gloo's threads would be
-        joined with the interpreter locked, and one may be waiting for it to let go of the last
-        collective's tensors."""
+        joined with the interpreter locked, while one waits to free the collective's tensors."""
         if not torch.distributed.is_initialized():
             return
         self.model_wrapped = self.model
@@ -93,8 +89,7 @@ class LoraTrainer(Seq2SeqTrainer):
 
 
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the training after the step under way, with a checkpoint; a second one
-    ends it at once."""
+    """Ctrl-C or SIGTERM ends training after the present step, with a checkpoint; twice: now."""
 
     def __init__(self) -> None:
         self.signals = NotedSignals()

@@ -15,13 +15,11 @@ Key = Tuple[str, str]  # (component, layer path)
 
 
 class BaseMismatchError(LookupError):
-    """The base is not the model that the adapters were trained on, or is stored in a form that
-    cannot be read."""
+    """The base is not what the adapters were trained on, or is in a form that cannot be read."""
 
 
 class Stored(NamedTuple):
-    """Where a frozen weight lies: file, tensor name, and its first row where it is a part of a
-    fused tensor."""
+    """Where a frozen weight lies: file, tensor name, and its first row in a fused tensor."""
 
     file: Path
     tensor: str
@@ -29,8 +27,7 @@ class Stored(NamedTuple):
 
 
 class BlockBuffer:
-    """One float32 block that all weights are read through: allocated and freed anew, such blocks
-    fragment the heap."""
+    """One float32 block that all weights are read through: a block a weight fragments the heap."""
 
     def __init__(self):
         self._values = torch.empty(0)
@@ -43,8 +40,7 @@ class BlockBuffer:
 
 
 class FileWeight(DenseWeight):
-    """A frozen weight W (out, in) that stays in its file: read in blocks of rows for one use and
-    dropped.
+    """A frozen weight W (out, in) that stays in its file: blocks of rows are read for one use.
 
     transposed: the file holds W^T (in, out), as GPT-2's Conv1D does. The row norms are computed
     once.
@@ -72,8 +68,7 @@ class FileWeight(DenseWeight):
 
 
 def _model_files(folder: Path) -> List[Path]:
-    """The safetensors files of one model: those that its index names, the one of the usual name, or
-    all there are."""
+    """The safetensors files of a model: those of its index, of the usual name, or all."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     for name in ("model", "diffusion_pytorch_model", "model.fp16", "diffusion_pytorch_model.fp16"):
@@ -114,8 +109,7 @@ UNET_ENDS = {
 
 
 def unet_layer_name(name: str, layers_per_block: int) -> str:
-    """diffusers' name of a U-Net layer, dots as underscores, from that name or the original
-    latent-diffusion one."""
+    """diffusers' name of a U-Net layer, underscored, from that or the latent-diffusion one."""
     name = re.sub(r"_processor(?=_|$)", "", name)
     name = re.sub(r"(attn\d)_to_out$", r"\1_to_out_0", name)
     if name in UNET_ENDS:
@@ -142,8 +136,7 @@ def unet_layer_name(name: str, layers_per_block: int) -> str:
 
 
 def text_layer_name(name: str) -> str:
-    """transformers' name of a text encoder's layer, dots as underscores, without the `text_model`
-    level."""
+    """transformers' name of a text encoder's layer, underscored, without `text_model`."""
     name = re.sub(r"^text_model_", "", name)
     return re.sub(r"self_attn_to_(q|k|v|out)$", r"self_attn_\1_proj", name)
 
@@ -214,8 +207,7 @@ class Base:
                     self._add_text(component, name[len(prefix) :], shape, Stored(file, name))
 
     def _add_text(self, component: str, name: str, shape: Tuple[int, ...], stored: Stored) -> None:
-        """A tensor of a text encoder, in transformers' or in OpenCLIP's layout (queries, keys,
-        values in one tensor)."""
+        """A text encoder's tensor, in transformers' or OpenCLIP's layout (q, k, v in one)."""
         match = re.match(r"transformer\.resblocks\.(\d+)\.(.+)$", name)
         if match is None:
             if name.endswith(".weight"):
@@ -232,14 +224,12 @@ class Base:
             self._add(component, f"{layer}.{OPEN_CLIP.get(inner, inner)}", shape, stored)
 
     def component(self, component: str) -> str:
-        """The name under which CS is reported: the only text encoder is `te`, as in the
-        trainers."""
+        """The name under which CS is reported: the only text encoder is `te`, as in trainers."""
         several = any(part == "te2" for part, _ in self.stored)
         return "te" if component == "te1" and not several else component
 
     def find(self, component: str, path: str) -> Optional[Key]:
-        """The base's key of an adapted layer; a language model's outer levels may be missing on
-        either side."""
+        """The base's key of an adapted layer; either may lack a language model's outer levels."""
         key = (component, self._layer_name(component, path))
         if key in self.stored or component != "lm":
             return key if key in self.stored else None

@@ -1,5 +1,4 @@
-"""Which of the saved adapters is to be kept: the rule that the checkpoints allow, and its answer in
-words."""
+"""Which saved adapter is to be kept: the rule that the checkpoints allow, its answer in words."""
 
 import json
 import sys
@@ -61,8 +60,7 @@ def _measure(checkpoint: Checkpoint, measurer: Measurer, layers: Optional[Set[Ke
 
 @dataclass
 class Spacing:
-    """How the checkpoints lie: every `interval` steps; a run measures every `planned` steps, over
-    `window` measurements."""
+    """Checkpoints `interval` steps apart; a run measures every `planned`; `window` measurements."""
 
     interval: int
     planned: int
@@ -73,8 +71,7 @@ class Spacing:
 
 
 def find_spacing(run: Run) -> Spacing:
-    """The measurements that the checkpoints stand for: the multiples of one interval, as near the
-    run's own as can be."""
+    """The measurements the checkpoints stand for: multiples of one interval, near the run's own."""
     header = run.history.header if run.history else {}
     per_epoch = run.steps_per_epoch
     planned = header.get("cs_interval") or max(1, round(per_epoch / 10))
@@ -102,8 +99,7 @@ def find_spacing(run: Run) -> Spacing:
 
 
 def build_history(run: Run, spacing: Spacing) -> History:
-    """The run as cs_replay reads it; columns that were recorded in training (loss, ...) stay beside
-    the measured ones."""
+    """The run as cs_replay reads it; columns of training (loss, ...) stay beside the measured."""
     recorded = {record["step"]: record for record in run.history.records} if run.history else {}
     components = list(run.checkpoints[0].columns["cs_row"])
     header = {
@@ -135,8 +131,7 @@ def build_history(run: Run, spacing: Spacing) -> History:
 
 
 def choose_rule(history: History, rule: Optional[str]) -> str:
-    """The rule asked for; else the default where a history of the run recorded what it needs, else
-    RULE_BY_WEIGHTS.
+    """The rule asked for, or the default if a history has its columns, or RULE_BY_WEIGHTS.
 
     Raises ValueError where the rule asked for needs a column that weights alone do not give."""
     columns = WEIGHT_COLUMNS | {
@@ -159,8 +154,7 @@ def _nearby_windows(history: History, rule: str, window: int) -> List[Optional[i
 
 
 def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History, Optional[Decision]]:
-    """The verdict on a measured run (one JSON object), the history it was taken from, and the
-    rule's Decision."""
+    """The verdict on a measured run (a JSON object), the history behind it, the Decision."""
     spacing = find_spacing(run)
     history = build_history(run, spacing)
     chosen = choose_rule(history, rule)

@@ -1,5 +1,4 @@
-"""The LoRA files that trainers write: PEFT, diffusers and kohya names, read as down, up and
-scale."""
+"""The LoRA files that trainers write: PEFT, diffusers and kohya names, as down, up and scale."""
 
 import json
 import math
@@ -50,8 +49,7 @@ def file_metadata(file: Path) -> Dict[str, str]:
 
 
 def _split_key(name: str, is_peft: bool) -> Optional[Tuple[Key, str]]:
-    """((component, path), "down" | "up" | "alpha"), None for a tensor beside the LoRA (DoRA
-    magnitudes, trained heads)."""
+    """((component, path), "down" | "up" | "alpha"); None for others (DoRA magnitudes, heads)."""
     if is_peft:
         match = _PEFT_KEY.match(name)
         return (("lm", match["path"]), "down" if match["side"] == "A" else "up") if match else None
@@ -77,8 +75,7 @@ def _peft_scale(config: Dict[str, Any], path: str, rank: int) -> float:
 
 
 def read_adapter(file: Path) -> Adapter:
-    """The LoRA of one file, in PEFT's, kohya's or diffusers' naming. Raises ValueError where it
-    cannot be used."""
+    """The LoRA of a file, in PEFT's, kohya's or diffusers' names. Raises ValueError if unusable."""
     try:
         tensors = load_file(str(file))
         config_file = file.with_name("adapter_config.json")

@@ -12,8 +12,7 @@ from es_lora.judge.base_index import Base, BaseMismatchError, BlockBuffer, FileW
 
 @torch.no_grad()
 def _spectrum(module: LoraModule) -> Tuple[float, float]:
-    """(||BA||_F^2, stable rank ||BA||_F^2 / ||BA||_2^2) through the r x r core; 0 and 0 of a zero
-    update."""
+    """(||BA||_F^2, stable rank ||BA||_F^2 / ||BA||_2^2) by the r x r core; 0, 0 for BA = 0."""
     _, up_core = torch.linalg.qr(module.up.flatten(1).float(), mode="r")  # (r, r)
     _, down_core = torch.linalg.qr(module.down.flatten(1).float().T, mode="r")
     squares = torch.linalg.svdvals(up_core @ down_core.T).square()
@@ -22,8 +21,7 @@ def _spectrum(module: LoraModule) -> Tuple[float, float]:
 
 
 class Measurer:
-    """Measures adapters against one base; the frozen weights' norms are computed at the first and
-    kept."""
+    """Measures adapters against one base; the frozen weights' norms are computed once."""
 
     def __init__(self, base: Base):
         self.base = base
@@ -31,8 +29,7 @@ class Measurer:
         self._buffer = BlockBuffer()
 
     def measure(self, adapter: Adapter) -> Dict[str, Any]:
-        """The columns cs_row, cs_matrix, delta_norm, stable_rank (mean over layers) and update_norm
-        ({component: value}).
+        """Columns cs_row, cs_matrix, delta_norm, stable_rank, update_norm ({component: value}).
 
         update_norm is the root of the summed squares of ||scale BA||, what is added to the weights.
         Raises BaseMismatchError where the base lacks a weight or has it in another shape."""

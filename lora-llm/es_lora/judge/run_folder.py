@@ -13,8 +13,7 @@ from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, file_metadata
 
 @dataclass
 class Checkpoint:
-    """One saved adapter of the run, at a known step, in completed optimizer steps. columns: what
-    was measured of it."""
+    """One saved adapter of the run, after `step` optimizer steps. columns: its measurements."""
 
     name: str
     file: Path
@@ -38,8 +37,7 @@ def _number(text: Any) -> Optional[int]:
 
 
 def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
-    """PEFT's and diffusers' folders: checkpoint-N, and other kept adapters whose metadata or state
-    tells their step."""
+    """PEFT's and diffusers' folders: checkpoint-N, and adapters that tell their step."""
     found = []
     for place in [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]:
         name = "." if place == folder else place.name
@@ -82,8 +80,7 @@ def _state(folder: Path) -> Dict[str, Any]:
 
 
 def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
-    """kohya's files of one run: NAME-000003 (epoch), NAME-step00000500 (step), NAME or, where it
-    stands, NAME-last."""
+    """kohya's files of a run: NAME-000003 (epoch), NAME-step00000500, NAME-last or else NAME."""
     files = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in (PEFT_NAME, DIFFUSERS_NAME)]
     pattern = re.compile(r"(.+?)(?:-step(\d{8})|-(\d{6}))?$")
     named = {file: match for file in files for match in [pattern.match(file.stem)] if match}
@@ -109,8 +106,7 @@ def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
 
 
 def _steps_per_epoch(checkpoints: Sequence[Found]) -> Optional[int]:
-    """Optimizer steps an epoch as the newest checkpoint that tells has it, from kohya's metadata or
-    a Trainer's state."""
+    """Optimizer steps an epoch, from the newest checkpoint: kohya's metadata or a Trainer state."""
     for checkpoint in sorted(checkpoints, key=lambda c: (c.step or 0, c.epoch or 0), reverse=True):
         metadata, state = checkpoint.metadata, _state(checkpoint.file.parent)
         if checkpoint.epoch and checkpoint.step:
@@ -125,8 +121,7 @@ def _steps_per_epoch(checkpoints: Sequence[Found]) -> Optional[int]:
 
 @dataclass
 class Run:
-    """What the folder holds: the checkpoints by step, what was passed over and why, and a recorded
-    history's facts."""
+    """What the folder holds: checkpoints by step, what was passed over, a history's facts."""
 
     checkpoints: List[Checkpoint]
     steps_per_epoch: int
@@ -136,8 +131,7 @@ class Run:
 
 
 def read_run(folder: Path, steps_per_epoch: Optional[int] = None) -> Run:
-    """Find a run's checkpoints and their steps. Raises FileNotFoundError or ValueError where
-    nothing can be judged."""
+    """Find a run's checkpoints and steps. FileNotFoundError or ValueError where there are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder; give the folder that holds the saved adapters")
     problems: Dict[str, str] = {}
