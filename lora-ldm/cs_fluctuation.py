@@ -24,8 +24,8 @@ class NonFiniteWeightsError(RuntimeError):
 
 
 class DenseWeight:
-    """A frozen weight held as a tensor (out, in) or, for a convolution, (out, in, kh, kw). A kind
-    of weight that is stored otherwise (quantised, transposed) overrides `dense`."""
+    """A frozen weight held as a tensor (out, in) or, for a convolution, (out, in, kh, kw).
+    A kind of weight that is stored otherwise (quantised, transposed) overrides `dense`."""
 
     def __init__(self, weight: Any):
         self.weight = weight
@@ -56,8 +56,7 @@ class LoraLayer:
     name: the layer's name in its model. component: "unet", "te", "te1", "te2", "lm", ...
     weight: a tensor (out, in) or (out, in, kh, kw), or any object with `project(down)` and
     `row_norms()` as DenseWeight.
-    down: lora_down A (r, in) or (r, in, kh, kw). up: lora_up B (out, r) or (out, r, 1, 1).
-    """
+    down: lora_down A (r, in) or (r, in, kh, kw). up: lora_up B (out, r) or (out, r, 1, 1)."""
 
     def __init__(self, name: str, component: str, weight: Any, down: torch.Tensor, up: torch.Tensor):
         self.name, self.component, self.down, self.up = name, component, down, up
@@ -154,9 +153,7 @@ class FluctuationPoint:
 
 class FluctuationSeries:
     """CS-Fluctuation of a stream of CS values in O(M) memory (paper, section 3).
-
-    window: M, in measurements. The first F comes with measurement 3M-1.
-    """
+    window: M, in measurements. The first F comes with measurement 3M-1."""
 
     def __init__(self, window: int):
         if window < 1:

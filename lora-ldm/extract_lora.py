@@ -81,7 +81,6 @@ class Selection:
 
 def changed_layers(base: SDModel, tuned: SDModel) -> list[ChangedLayer]:
     """[ChangedLayer] of all layers that a LoRA file can name, by falling ||dW|| / ||W||.
-
     base, tuned: SDModels of one family. Raises ValueError for other layers or no change."""
     originals, finals = (find_modules(model, with_convolutions=True) for model in (base, tuned))
     shapes = [{name: layer.weight.shape for _, _, name, layer in found} for found in (originals, finals)]
@@ -106,8 +105,7 @@ def factorise(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tens
     """(down, up, share): a change's best ``up @ down`` of a rank, by SVD (Eckart-Young).
 
     change: (out, in) or (out, in, kh, kw); down (r, in, ...), up (out, r, ...) as kohya shapes
-    them; r is at most the matrix's own rank. share: of ||dW||^2 that it holds.
-    """
+    them; r is at most the matrix's own rank. share: of ||dW||^2 that it holds."""
     matrix = change.flatten(1)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     rank = min(rank, len(values))

@@ -83,8 +83,7 @@ class EarlyStopCallback(TrainerCallback):
     training_loss: whose mean is the history's loss; None: the loss that the Trainer logs is taken.
     report: at the end write result.json and report.html and delete the snapshots; False: the caller
     does. Raises TypeError for an unknown flag, ValueError for a bad value, and ValueError at the
-    start of training where the model has no LoRA layers.
-    """
+    start of training where the model has no LoRA layers."""
 
     def __init__(
         self,

@@ -74,8 +74,7 @@ def train_jobs(
     processes. save_minutes: how often everything is saved for --resume. A job that cannot be
     trained (its data, its name) is refused, told and listed, and the others are trained. Raises
     ValueError, FileNotFoundError or FileExistsError where nothing can be trained, Interrupted after
-    Ctrl-C.
-    """
+    Ctrl-C."""
     started, output_dir = time.monotonic(), Path(output_dir)
     _check_run(jobs, output_dir, bits, max_rows, max_jobs, resume)
     use_cpu = use_cpu or not torch.accelerator.is_available()

@@ -20,8 +20,7 @@ class StableDiffusion:
 
     args: the settings of the run. weight_dtype: in which the U-Net computes; weights that are
     trained are in float32.
-    Raises ValueError / FileNotFoundError where the base cannot be loaded.
-    """
+    Raises ValueError / FileNotFoundError where the base cannot be loaded."""
 
     program = "es_lora_ldm"
     is_sdxl = False

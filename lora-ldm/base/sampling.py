@@ -125,9 +125,7 @@ def make_scheduler(name: str, config: dict) -> Any:
 
 class Sampler:
     """Makes pictures with the live parts of a model, so that LoRA layers in it take effect.
-
-    encode_text: [captions] -> what the U-Net is conditioned on, the function that training uses.
-    """
+    encode_text: [captions] -> what the U-Net is conditioned on, the function that training uses."""
 
     def __init__(
         self,
@@ -165,8 +163,8 @@ class Sampler:
     def save_pictures(
         self, prompts: list[Prompt], folder: Union[str, Path], name: str, run_seed: int = 0
     ) -> list[tuple[Prompt, Path]]:
-        """Make and save a picture for each prompt; -> [(Prompt with its seed, PNG path)]. A prompt
-        without a seed has `run_seed` plus its place: equal prompts, equal seeds."""
+        """Make and save a picture for each prompt; -> [(Prompt with its seed, PNG path)].
+        A prompt without a seed has `run_seed` plus its place: equal prompts, equal seeds."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         results = []
         for number, prompt in enumerate(tqdm(prompts, desc="previews", leave=False, disable=len(prompts) < 2)):

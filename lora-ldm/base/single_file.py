@@ -3,8 +3,7 @@
 The model configurations ship in sd_configs/. A checkpoint of another shape (a fine-tune of a small
 model) brings its
 own: a diffusers folder of configurations named like the file, with ``.config`` in place of
-``.safetensors``.
-"""
+``.safetensors``."""
 
 from pathlib import Path
 
@@ -57,9 +56,7 @@ def load_components(
     encoder_classes: dict[str, type],
 ) -> tuple:
     """(unet, vae, [text encoders]) from the tensors of a single file, in evaluation mode.
-
-    encoder_classes: {"text_encoder": its class, ...} in order.
-    """
+    encoder_classes: {"text_encoder": its class, ...} in order."""
     _check_unet_shapes(path, tensors, config)
     settings = {"config": str(config), "torch_dtype": dtype, "local_files_only": True}
     parts = {
@@ -93,7 +90,6 @@ def unet_original_names(
     tensors: dict[str, torch.Tensor], layers_per_block: int = 2, addition_embed_type: str | None = None
 ) -> dict[str, str]:
     """{diffusers name: original name} of a U-Net. addition_embed_type: "text_time" for SDXL.
-
     The converter only renames: each tensor object leads from its new name to the old one."""
     originals = {id(value): name for name, value in tensors.items()}
     config = {"layers_per_block": layers_per_block, "addition_embed_type": addition_embed_type}

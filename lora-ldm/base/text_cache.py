@@ -75,9 +75,7 @@ def conditions_of_all(
     accelerator: Accelerator,
 ) -> dict[str, TextConditions]:
     """{caption: its conditions}. Processes share the files, if any: the first one writes.
-
-    captions: (image path, caption), as captions_of gives them.
-    """
+    captions: (image path, caption), as captions_of gives them."""
     is_main, found = accelerator.is_main_process, {}
     hidden = not is_main or len(captions) < FEWEST_TO_SHOW
     with accelerator.main_process_first() if files else contextlib.nullcontext():

@@ -22,8 +22,7 @@ def memorising_evidence(gradients: int, per_epoch: int) -> float:
     gradients: seen so far. per_epoch: after so many an example comes again, and the running means
     span as many, at least SHORTEST_HORIZON. 1 within the first epoch; from then on it rises towards
     (1 + d) / (1 - d) with d = decay^per_epoch, 2.16 for a long epoch: the weights that the running
-    means give to one example's gradients add up before they are squared.
-    """
+    means give to one example's gradients add up before they are squared."""
     decay = 1 - 1 / max(SHORTEST_HORIZON, per_epoch)
     again = decay**per_epoch
     whole, rest = divmod(gradients, per_epoch)
@@ -39,8 +38,7 @@ class GradientEvidence:
     passes (micro-batches) that the running means span, about an epoch; at least SHORTEST_HORIZON.
     max_values: how many of all parameters are looked at, evenly spread. Under gradient accumulation
     every micro-batch counts as one gradient; a gradient that is not finite counts as zero. With
-    several processes it sees those of its own. The hooks change nothing about training.
-    """
+    several processes it sees those of its own. The hooks change nothing about training."""
 
     def __init__(self, parameters: Iterable[torch.Tensor], horizon: float, max_values: int = MAX_VALUES):
         watched = [tensor for tensor in parameters if tensor.requires_grad and tensor.is_leaf]

@@ -31,7 +31,6 @@ class History:
 
 def read_history(path: Union[str, Path]) -> History:
     """Read a history file, or the one in a folder. A torn last line, left by a kill, is skipped.
-
     Raises FileNotFoundError where there is none, ValueError, with the line, for a bad one."""
     path = Path(path) / HISTORY_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
@@ -66,8 +65,7 @@ def rule_for(
     """A fresh rule for a replay. What is not given is the header's; N only with its own rule.
 
     rule: a name, or "recorded". window: M in measurements, or "auto". Raises ValueError for an
-    unknown rule.
-    """
+    unknown rule."""
     header = history.header
     name = header["rule"] if rule == "recorded" else rule
     interval, per_epoch = header["cs_interval"], header["steps_per_epoch"]
@@ -88,9 +86,7 @@ def _recorded_value(header: Dict[str, Any]) -> Optional[float]:
 
 def redecide(history: History, rule: str = DEFAULT_RULE, **choices: Any) -> Dict[str, Any]:
     """The verdict: rule, window, stopped, stop_step (detection), turning_step (kept), reason.
-
-    choices: as rule_for takes them.
-    """
+    choices: as rule_for takes them."""
     deciding = rule_for(history, rule, **choices)
     decision = replay(deciding, history.records)
     verdict = {"rule": deciding.name, "window": deciding.settings.window, "stopped": decision is not None}

@@ -51,8 +51,7 @@ class EarlyStopMonitor:
     It never exits, prints or kills: `measure` returns the Decision once, and the trainer acts.
     Raises FileExistsError where the folder holds the history of another run, FileNotFoundError
     where resume_from holds no state, ValueError for a component that no layer has and for a rule
-    that needs a column that is not recorded.
-    """
+    that needs a column that is not recorded."""
 
     def __init__(
         self,
@@ -118,8 +117,7 @@ class EarlyStopMonitor:
 
         columns: further columns of the history (loss, lr, heldout_loss, ...); a value that is not
         finite becomes null. Raises NonFiniteWeightsError, before anything is recorded, where the
-        weights have diverged.
-        """
+        weights have diverged."""
         measured = measure_layers(self.layers)
         record: Dict[str, Any] = {
             "step": step,

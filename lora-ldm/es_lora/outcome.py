@@ -68,8 +68,7 @@ class Outcome:
     name: a key of EXIT_CODES. last_step, total_steps: completed optimizer steps, and the budget.
     plan: of the measurements; None where nothing was measured. diverged: why, where it did.
     stopped_by: who else ended the training. held_step: whose weights the model holds, where they
-    are left to the caller and not saved. extra: what only this trainer knows.
-    """
+    are left to the caller and not saved. extra: what only this trainer knows."""
 
     name: str
     last_step: int
@@ -98,9 +97,7 @@ class Outcome:
 
     def saved(self, what: str, path: str, step: Optional[int] = None, averaged: bool = False) -> None:
         """Note a file by its path relative to the output folder, and the step of its weights.
-
-        what: "kept" lies under the normal name, "last", "turning_point" and "state" beside it.
-        """
+        what: "kept" lies under the normal name, "last", "turning_point" and "state" beside it."""
         self.files[what] = SavedWeights(path, step, averaged)
 
     # ------------------------------------------------------------------------------------- in words
@@ -252,9 +249,7 @@ class Outcome:
 
     def last_lines(self, folder: Path, more: Sequence[str], commands: Dict[str, str]) -> List[str]:
         """The last lines on the screen: verdict, reason, files, and what to type next.
-
-        more: further sentences. commands: {what for: the exact command}.
-        """
+        more: further sentences. commands: {what for: the exact command}."""
         lines = ["", self.sentence()]
         if self.decision is not None:
             lines.append(f"Why: {self.decision.reason}")

@@ -37,8 +37,7 @@ def make_folds(examples: Iterable[Any], shadows: int, seed: int) -> Dict[Any, in
     examples: their identities (numbers or texts), in any order, each as often as it comes; they
     must be sortable. Every fold holds about FOLD_SHARE of them, 1/K where K > 5, and at least one;
     folds are disjoint, and for fewer than five shadows some examples are in none. Raises ValueError
-    where there are too few examples.
-    """
+    where there are too few examples."""
     known = sorted(set(examples))
     if len(known) < max(FEWEST_EXAMPLES, shadows):
         raise ValueError(
@@ -58,8 +57,7 @@ def auto_interval(score_rows: float, trained_rows: float, epoch_rows: float) -> 
 
     score_rows: rows that a score of one shadow passes forward; trained_rows: rows that the main
     adapter is trained on between two measurements, each of them taken for three forward passes;
-    epoch_rows: the same in an epoch.
-    """
+    epoch_rows: the same in an epoch."""
     cheap_enough = math.ceil(score_rows / (3 * SCORE_SHARE * trained_rows))
     return max(1, min(cheap_enough, int(epoch_rows / trained_rows)))
 
@@ -84,8 +82,7 @@ class ShadowTraining:
     None: no clipping. interval: a score at every so many measurements; None: the trainer sets it
     before the first one. seed: of the shadows' dropouts, of any kind.
     sum_over_processes: takes a tensor, gives its sum over all processes; None: there is one
-    process.
-    """
+    process."""
 
     def __init__(
         self,

@@ -108,7 +108,6 @@ def face_in_name(path: Path) -> Optional[tuple[int, int, int, int]]:
 
 def face_window(size_px: Size, face: tuple[int, int, int, int], factor: float, bucket_px: Size) -> Box:
     """Part around a face in the bucket's shape; its shorter side is `factor` times the face.
-
     It never leaves the picture, nor is smaller than the bucket where there is room."""
     width, height = size_px
     centre_x, centre_y, face_width, face_height = face

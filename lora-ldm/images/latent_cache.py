@@ -29,8 +29,7 @@ class CachedLatents:
     """Attributes:
     latents: (4, H/8, W/8) float32, scaled as the U-Net takes them.
     flipped: the same of the mirrored picture, or None.
-    mask: (H, W) uint8, or None.
-    """
+    mask: (H, W) uint8, or None."""
 
     latents: np.ndarray
     flipped: Optional[np.ndarray] = None

@@ -25,9 +25,7 @@ class Order(Sampler):
 
 class StepLoader:
     """The micro-batches of each optimizer step, for one process of several.
-
-    args: the settings of a run. Workers only where there is something to decode or to read.
-    """
+    args: the settings of a run. Workers only where there is something to decode or to read."""
 
     def __init__(self, args: Namespace, batches: ImageBatches, processes: int = 1, rank: int = 0):
         self.batches = batches

@@ -230,7 +230,6 @@ def split_validation(
 
 def balance_regularisation(records: list[ImageRecord]) -> list[ImageRecord]:
     """Repeats the regularisation images until they equal the training ones; drops a surplus.
-
     The repeats of the folder's name come first, in turn, then one more of each until equal."""
     train = [record for record in records if not record.is_reg]
     reg = [record for record in records if record.is_reg]

@@ -150,7 +150,6 @@ class LoraNetwork:
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Set the weights from {kohya key: tensor}; an ``alpha`` is folded in, not trained.
-
         Unnamed modules keep their weights. Raises ValueError for modules or shapes that differ."""
         mine = {module.name: module for module in self.modules}
         given = group_modules(rename_text_encoder(tensors, mine))
@@ -256,7 +255,6 @@ def create_network(
 
 def create_network_beside(model: SDModel, network: LoraNetwork, adapter: str, rank: int) -> LoraNetwork:
     """A fresh network ``adapter`` in the layers of ``network``, with its alphas and dropouts.
-
     A forward pass goes through ``network``; the new one lies in the layers for who calls it."""
     places = {}
     for component, root in component_roots(model).items():
@@ -310,7 +308,6 @@ def find_modules(
     everywhere: bool = False,
 ) -> list[tuple[str, str, str, torch.nn.Module]]:
     """[(component, path in its root, kohya name, frozen layer)] in the order of the file.
-
     ``everywhere`` finds all linear and convolution layers: other trainers may have any."""
     found = []
     text_blocks = None if everywhere else TEXT_ENCODER_BLOCKS
@@ -335,8 +332,7 @@ def rename_modules(tensors: dict[str, torch.Tensor], candidates: list[tuple]) ->
 
     Programs disagree on the first text encoder's prefix, and some name SDXL's U-Net as diffusers
     does.
-    candidates: what ``find_modules`` gives.
-    """
+    candidates: what ``find_modules`` gives."""
     names = {f"lora_{part}_{path}".replace(".", "_"): name for part, path, name, _ in candidates if part == "unet"}
     renamed = {}
     for key, value in tensors.items():

@@ -84,8 +84,7 @@ def from_diffusers_names(
 
     A file without alphas means alpha = rank, unless its ``lora_adapter_metadata`` gives
     ``lora_alpha``.
-    Raises ValueError for keys of no known form.
-    """
+    Raises ValueError for keys of no known form."""
     converted, unknown, modules = {}, [], {}
     for name, value in tensors.items():
         match = _DIFFUSERS_KEY.match(name)

@@ -254,8 +254,8 @@ def create_lycoris_network(
 
 
 def parse_lycoris_args(arguments: Sequence[str] | None) -> dict[str, Any]:
-    """``["algo=loha", "use_tucker=True"]`` -> {"algo": "loha", "use_tucker": True}. Raises
-    ValueError with all problems."""
+    """``["algo=loha", "use_tucker=True"]`` -> {"algo": "loha", "use_tucker": True}.
+    Raises ValueError with all problems."""
     parsed, problems = {}, []
     for argument in arguments or []:
         name, separator, text = argument.partition("=")

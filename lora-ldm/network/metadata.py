@@ -77,8 +77,8 @@ def build_metadata(
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What every file of a run says of its training; `of_step` adds whose weights it holds. The
-    fields are the arguments of build_metadata. minimum: with --no_metadata."""
+    """What every file of a run says of its training; `of_step` adds whose weights it holds.
+    The fields are the arguments of build_metadata. minimum: with --no_metadata."""
 
     settings: dict[str, Any]
     base: dict[str, str]

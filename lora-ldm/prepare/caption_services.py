@@ -59,8 +59,7 @@ def read_key(args: Namespace) -> Optional[str]:
 
     The service's variable is not used with --base_url: a key goes to nobody but the one who gave
     it.
-    Raises ValueError where there is none.
-    """
+    Raises ValueError where there is none."""
     variable = args.key_env or (KEY_VARIABLES[args.captioner] if args.own_address else None)
     if args.key_file:
         if not args.key_file.is_file():

@@ -26,8 +26,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None, sdxl: bool = False) ->
     sdxl: with the flags of es_lora_sdxl.py.
     Raises ValueError with one line per problem (unknown flag or key, unsupported flag,
     contradiction, missing file). With --output_config the settings that differ from the defaults
-    are written to --config_file; SystemExit(0) follows.
-    """
+    are written to --config_file; SystemExit(0) follows."""
     parser = build_parser(sdxl)
     args, unknown = parser.parse_known_args(argv)
     if unknown:

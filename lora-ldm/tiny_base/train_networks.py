@@ -162,8 +162,8 @@ def train_vae(
 
 @torch.no_grad()
 def normalise_latents(vae: torch.nn.Module, pictures: torch.Tensor, sample: int = 1024) -> None:
-    """Fold mean and spread of the latents into the two 1x1 convolutions around them. Afterwards
-    latents * 0.18215 have mean 0 and standard deviation 1 in every channel."""
+    """Fold mean and spread of the latents into the two 1x1 convolutions around them.
+    Afterwards latents * 0.18215 have mean 0 and standard deviation 1 in every channel."""
     chosen = torch.randperm(len(pictures), device=pictures.device)[:sample]
     means = torch.cat([vae.encode(on_white(pictures[part])).latent_dist.mean for part in chosen.split(128)])
     mean = means.mean((0, 2, 3))  # (4,)
@@ -265,8 +265,7 @@ def train_unet(
     latents: float16 (variations, N, 4, 8, 8). tokens: int16 (N, captions, 77). weights: (N,), how
     often each is drawn. empty_tokens: int64 (77,). validation: gives the loss on held-out pictures.
     Returns the figures (steps, seconds, losses, curve of the validation loss) and the averaged
-    states (U-Net, text encoder) at its lowest point. The modules end with the last average.
-    """
+    states (U-Net, text encoder) at its lowest point. The modules end with the last average."""
     device = latents.device
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     clock = Clock(max_minutes, peak_rate)

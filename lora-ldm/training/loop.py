@@ -21,9 +21,7 @@ GO_ON, DECIDED, DIVERGED = range(3)  # what the first process tells the others a
 @dataclass(frozen=True)
 class Ending:
     """How training ended, before anything is saved. name: a key of outcome.EXIT_CODES.
-
-    finite: the newest (step, {name: tensor}) known to be finite, to fall back on.
-    """
+    finite: the newest (step, {name: tensor}) known to be finite, to fall back on."""
 
     name: str
     seconds: float

@@ -199,8 +199,8 @@ def sample_losses(
     loss_weights: torch.Tensor,
     masks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weighted loss of each picture, (B,); the loss of the batch is its mean. loss_weights
-    (B,): prior-preservation weights. masks (B, 1, H, W) in [0, 1] or None."""
+    """The weighted loss of each picture, (B,); the loss of the batch is its mean.
+    loss_weights (B,): prior-preservation weights. masks (B, 1, H, W) in [0, 1] or None."""
     loss = elementwise_loss(settings, schedule, prediction.float(), wanted.float(), timesteps)  # (B, C, h, w)
     if masks is not None:
         loss = loss * functional.interpolate(masks.to(loss), size=loss.shape[2:], mode="area")

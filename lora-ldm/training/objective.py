@@ -37,9 +37,7 @@ class Noised(NamedTuple):
 
 class Objective:
     """The loss of pictures on a base. args: settings of noise and loss; args.seed draws all.
-
-    trains_text: gradients flow into the text encoders.
-    """
+    trains_text: gradients flow into the text encoders."""
 
     def __init__(self, args: Namespace, base: StableDiffusion, processes: Processes, trains_text: bool):
         self.args, self.base, self.processes, self.trains_text = args, base, processes, trains_text
@@ -60,7 +58,6 @@ class Objective:
 
     def noised(self, batch: dict, step: int, seen: Counter) -> Noised:
         """A micro-batch with its noise. seen: how often each picture came in this step, so far.
-
         Each picture has a random stream: of seed, step, picture, its count, and process."""
         generators = []
         for key in map(picture_name, batch["image_keys"]):

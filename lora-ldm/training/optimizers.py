@@ -89,7 +89,6 @@ def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
 
 def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer of --optimizer_type over groups [{"params": [...], "lr": float}, ...].
-
     Raises ValueError for an unknown name, a missing package, refused settings or rates."""
     name = args.optimizer_type.lower()
     if name in OPTIMIZERS:

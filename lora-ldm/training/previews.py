@@ -58,8 +58,7 @@ class Previews:
         """The same prompts and seeds, other weights: [(caption, path)], a prompt's side by side.
 
         kinds: (caption, part of the file name, tensors of the network or None: the live ones).
-        Pictures without LoRA come first; the live weights are as before afterwards.
-        """
+        Pictures without LoRA come first; the live weights are as before afterwards."""
         if not self.prompts:
             return []
         network = self.network

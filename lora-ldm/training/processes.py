@@ -17,8 +17,8 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 
 class Processes:
-    """This process among those of the run. weight_dtype: in which the model computes. Raises
-    ValueError for a precision that the device does not have."""
+    """This process among those of the run. weight_dtype: in which the model computes.
+    Raises ValueError for a precision that the device does not have."""
 
     def __init__(self, args: Namespace):
         self.accelerator = make_accelerator(args)

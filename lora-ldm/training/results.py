@@ -99,9 +99,7 @@ def save_results(run: Run, ending: Ending, outcome: Outcome) -> Pictures:
 
 def save(run: Run, outcome: Outcome, what: str, step: int, tensors: Optional[dict[str, torch.Tensor]] = None) -> None:
     """Write a step's weights as "kept" (normal name), "last" or "turning_point", and note it.
-
-    tensors: those of that step, None: the live ones.
-    """
+    tensors: those of that step, None: the live ones."""
     part = "" if what == "kept" else f"-{what.replace('_', '-')}"
     outcome.saved(what, run.files.names.path(part).name, step)
     run.files.save(part, run.network.state_for_file(tensors=tensors), step, outcome.metadata(what))

@@ -38,8 +38,8 @@ from training.state import Progress, load_state, read_progress
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is, in optimizer steps. steps_per_epoch: repeats, accumulation and processes
-    counted in."""
+    """How long a run is, in optimizer steps.
+    steps_per_epoch: repeats, accumulation and processes counted in."""
 
     total_steps: int
     steps_per_epoch: int
@@ -54,8 +54,7 @@ class Run:
     """One training run, ready to start. args: the settings, with the seed that was drawn.
 
     validation: None without held-out pictures. plan: None where CS is not measured.
-    monitor: the first process's, which measures and decides; None on the others.
-    """
+    monitor: the first process's, which measures and decides; None on the others."""
 
     args: Namespace
     processes: Processes
@@ -210,8 +209,8 @@ def cache_latents(objective: Objective, batches: list[ImageBatches]) -> None:
 def columns_of(
     plan: Optional[MeasurementPlan], shadows: Optional[ShadowNetworks], validation: Optional[HeldOut]
 ) -> dict[str, Callable[[], Optional[float]]]:
-    """{name: function} of what is recorded beyond the usual measurements. Raises ValueError where
-    the rule decides on held-out pictures and there are none."""
+    """{name: function} of what is recorded beyond the usual measurements.
+    Raises ValueError where the rule decides on held-out pictures and there are none."""
     columns = {} if shadows is None else {"shadow_loss": shadows.score}
     if plan is not None and "heldout_loss" in plan.rule().needs:
         if validation is None:

@@ -23,8 +23,7 @@ class ShadowNetworks:
     args.stop says how many, and of which rank. A fold is a set of pictures: all repeats, sizes and
     flips of a picture are in the same fold, regularisation pictures are in none.
     measured_per_epoch: how often CS is measured, for --shadow_interval auto.
-    Raises ValueError where there are too few pictures.
-    """
+    Raises ValueError where there are too few pictures."""
 
     def __init__(self, objective: Objective, network: LoraNetwork, batches: ImageBatches, measured_per_epoch: float):
         self.objective, self.args, args = objective, objective.args, objective.args

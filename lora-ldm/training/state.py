@@ -119,7 +119,6 @@ def load_state(
     shadows: Optional[ShadowNetworks],
 ) -> None:
     """Put weights, optimizer, scheduler, shadows, random states back; Progress is read before.
-
     Raises ValueError where network, optimizer, shadows or number of processes differ."""
     folder, accelerator = Path(folder), processes.accelerator
     own = folder / f"random-{processes.rank}.pt"

@@ -17,7 +17,6 @@ from es_lora.weights import frozen_weight
 
 def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> List[LoraLayer]:
     """The LoRA layers of the model's active adapters, with live references to their matrices.
-
     Embeddings with a LoRA are left out: they are no matrix product. Of DoRA, B A is measured."""
     layers = []
     module: Any
@@ -83,7 +82,6 @@ def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlySto
 
 def save_adapter(model: Any, folder: Path, facts: Dict[str, Any]) -> None:
     """Save the active adapter as a folder, whole or not at all, with JSON facts in its metadata.
-
     The layout is PEFT's: an adapter not called "default" lies in a subfolder of its name."""
     from peft import PeftModel
 

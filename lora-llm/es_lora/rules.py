@@ -97,8 +97,7 @@ class NthValley(StopRule):
     """Stops at the N-th valley of CS-Fluctuation F; keeps the oldest of the last 3M-1 measurements.
 
     A valley is where the derivative F_k - F_(k-1) turns from below to above zero.
-    Source: the paper's method, section 3, with N as its number.
-    """
+    Source: the paper's method, section 3, with N as its number."""
 
     name = "nth-valley"
     uses_window = True
@@ -227,9 +226,7 @@ class LowestLoss(StopRule):
 
 class ValidationPatience(LowestLoss):
     """Early stopping on a held-out loss, the usual way: it costs the examples that are held out.
-
-    Source: Prechelt, "Early Stopping - but when?", 1998 (criterion UP).
-    """
+    Source: Prechelt, "Early Stopping - but when?", 1998 (criterion UP)."""
 
     name = "validation-patience"
     needs = ("heldout_loss",)
@@ -253,8 +250,7 @@ class Shadow(LowestLoss):
     Stops when nothing lower came for `value` epochs and in FEWEST_LATER losses at least: shadows
     may be scored seldom.
     Source: cross-validation as a stopping criterion (Stone 1974), with the folds' adapters trained
-    beside the one that is kept.
-    """
+    beside the one that is kept."""
 
     name = "shadow"
     needs = ("shadow_loss",)

@@ -28,8 +28,7 @@ class StopSettings:
     cs_interval: in optimizer steps. window_size: M, in measurements. shadow_interval: in
     measurements.
     cs_component: None is the U-Net where it is trained, else the part, or all parts, that are.
-    shadows: None is DEFAULT_SHADOWS where the rule needs them, else 0 (`complete`).
-    """
+    shadows: None is DEFAULT_SHADOWS where the rule needs them, else 0 (`complete`)."""
 
     calculate_cs: bool = _flag(True, "measure CS and CS-Fluctuation, and report the turning point", truth)
     early_stop: bool = _flag(False, "stop at the turning point and keep its weights (measures CS)", truth)
@@ -56,8 +55,7 @@ class StopSettings:
         """(these settings with the given values, every problem as a sentence that names its flag).
 
         values: by flag name, as text or already read; None and names that are no setting are passed
-        over.
-        """
+        over."""
         read, problems = {}, []
         for entry in fields(self):
             value = values.get(entry.name)
@@ -126,8 +124,7 @@ class StopSettings:
 
         components: the trained parts. steps_per_epoch, total_steps: completed optimizer steps,
         everything counted in (repeats, accumulation, processes). Raises ValueError for a component
-        that is not trained.
-        """
+        that is not trained."""
         interval = self.cs_interval or max(1, round(steps_per_epoch / 10))
         window = self.window_size or auto_window(steps_per_epoch, interval)
         rule = RuleSettings(window, self._component(components), steps_per_epoch, interval, self.rule_value)
@@ -212,8 +209,7 @@ def add_stop_arguments(group: Any, usual: StopSettings, leave_out: Sequence[str]
     """Add every flag of early stopping to a parser or a group; `StopSettings.given` reads them.
 
     usual: the trainer's defaults, shown in its help. Values stay text, so that all problems are
-    said at once.
-    """
+    said at once."""
     shown = usual.as_flags()
     for entry in fields(StopSettings):
         if entry.name in leave_out:

@@ -87,8 +87,7 @@ class DenseUpdateLayer:
 
     update: makes D (out, in) in float32. Seen as rank 1 it is A = (1) and B[i] = ||D[i]||, and
     `project` gives <W[i], D[i]> / ||D[i]||: all products are those of D itself. D is made for one
-    layer at a time, and dropped.
-    """
+    layer at a time, and dropped."""
 
     def __init__(self, name: str, component: str, weight: torch.Tensor, update: Callable[[], torch.Tensor]):
         self.name, self.component, self.weight = name, component, self

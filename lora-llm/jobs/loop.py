@@ -40,8 +40,7 @@ class FusedTraining:
     rows, jobs and memory.
     precision: torch.bfloat16 to compute under autocast, None not to. save_minutes: how often all
     states are saved.
-    say: takes sentences for the person; ended: is given every result.
-    """
+    say: takes sentences for the person; ended: is given every result."""
 
     def __init__(
         self,

@@ -2,8 +2,7 @@
 
 It takes losses and gradients from the fused pass (loop.py) and does with them what a single run
 does: the loss of a step is the mean over the target tokens of all its micro-batches, gradients are
-clipped, the schedule moves a step, CS is measured, and a decision stops this job alone.
-"""
+clipped, the schedule moves a step, CS is measured, and a decision stops this job alone."""
 
 import json
 import math
@@ -40,8 +39,7 @@ class JobRun:
     result.
     score: gives the held-out loss of the adapter as it is. resumed: go on from the state that
     save() left in the folder. Raises ValueError for target modules that the base does not have,
-    FileExistsError where the folder holds another run.
-    """
+    FileExistsError where the folder holds another run."""
 
     def __init__(
         self,

@@ -30,8 +30,7 @@ class Limits:
     """max_rows: rows a pass. max_jobs: adapters in training. free_bytes: --memory_gb less the base.
 
     token_bytes: activations of one token in a pass. Without free_bytes memory is not bounded.
-    pass_tokens: see PASS_TOKENS.
-    """
+    pass_tokens: see PASS_TOKENS."""
 
     max_rows: int
     max_jobs: int
@@ -59,8 +58,7 @@ def token_bytes(model: Any, layer_sizes: Sequence[tuple[int, int]], checkpointin
     layer_sizes: (in, out) of every linear layer. Kept for the backward pass: about twice each
     layer's input and output (the layer's own, and those of norms and activations between), and the
     logits three times in float32. With checkpointing only the inputs of blocks stay, and one block
-    at a time has all of its own.
-    """
+    at a time has all of its own."""
     config = model.config.get_text_config()
     size = model.get_input_embeddings().weight.element_size()
     layers = 2 * size * sum(sum(sizes) for sizes in layer_sizes)
@@ -100,8 +98,7 @@ def split_round(
 
     No pass has more than max_rows rows, or more than max_tokens tokens, padding included; a
     micro-batch is never split. Of all such cuts of the micro-batches in order of length it is the
-    cheapest: fewest tokens, a pass counted as pass_tokens more.
-    """
+    cheapest: fewest tokens, a pass counted as pass_tokens more."""
     order = sorted(range(len(sizes)), key=lambda index: (-sizes[index][1], index))
     cheapest: list[tuple[int, list[list[int]]]] = [(0, [])]  # of the first n micro-batches
     for end in range(1, len(order) + 1):

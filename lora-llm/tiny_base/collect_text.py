@@ -46,7 +46,6 @@ def sword_module(root: Path) -> Iterator[list[str]]:
 
 def verse_places(verses: bytes, blocks: Sequence[bytes]) -> list[tuple[int, int, int]]:
     """(block, offset, size) of each verse; the size is uint16, or uint32 (zCom4, zText4).
-
     The module's configuration is not always right, so the one is taken whose places all exist."""
     for layout in ("<IIH", "<III"):
         if len(verses) % struct.calcsize(layout) == 0:

@@ -20,7 +20,6 @@ NAMES = {"before": "before training", "kept": "turning point", "last": "last ste
 
 def read_general_text(path: str, most: int) -> list[str]:
     """At most `most` passages, evenly over a file: jsonl with `text`, or text with blank lines.
-
     Raises FileNotFoundError where the file is missing, ValueError where it holds no text."""
     file = Path(path)
     if not file.is_file():

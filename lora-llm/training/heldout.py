@@ -12,8 +12,7 @@ class WeightScores:
     """Scores a trainer's weights as they are, under the names `before`, `kept` and `last`.
 
     evaluation: the held-out examples, None without. general_text: scored on the main process alone.
-    heldout: {name: loss}, None where it is not known. Every process calls its methods alike.
-    """
+    heldout: {name: loss}, None where it is not known. Every process calls its methods alike."""
 
     def __init__(self, trainer: Trainer, evaluation: Optional[Dataset], general_text: Optional[GeneralText]):
         self.trainer, self.evaluation, self.general_text = trainer, evaluation, general_text

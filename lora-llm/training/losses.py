@@ -26,9 +26,7 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
     """Mean loss in nats a predicted token. The model's mode and the random state stay.
-
-    batches: `input_ids`, `attention_mask` and `labels`, (N, T) each, on any device.
-    """
+    batches: `input_ids`, `attention_mask` and `labels`, (N, T) each, on any device."""
     was_training, total, tokens = model.training, 0.0, 0
     model.eval()
     for batch in batches:

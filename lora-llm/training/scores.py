@@ -58,8 +58,7 @@ class MMLUScorer:
         """{"accuracy", "per_subject": {subject: accuracy}, "loss", "count"} of the model.
 
         loss: mean negative log-likelihood (nats, over the whole vocabulary) of the right letter.
-        The model is scored in eval mode and left in the mode it was in.
-        """
+        The model is scored in eval mode and left in the mode it was in."""
         was_training = model.training
         model.eval()
         try:

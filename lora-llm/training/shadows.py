@@ -28,7 +28,6 @@ STATE_NAME = "shadows.safetensors"
 
 def with_examples(rows: Dataset, shadows: int, seed: int) -> Dataset:
     """The same with a column that numbers the examples; equal texts are one example: none leaks.
-
     Raises ValueError where there are too few for so many shadows: before a base has been loaded."""
     first: dict[tuple[str, str], int] = {}
     numbers = [first.setdefault(pair, number) for number, pair in enumerate(zip(rows["input"], rows["output"]))]
@@ -55,8 +54,7 @@ class ShadowAdapters(TrainerCallback):
     settings: the trainer's. rows: the training examples with their column EXAMPLE. resume: a
     checkpoint's folder to go on from. As a callback it takes the optimizer steps and writes into
     the checkpoints; let it stand before the callback whose file marks a checkpoint as whole. Raises
-    ValueError where the checkpoint's shadows are others or none.
-    """
+    ValueError where the checkpoint's shadows are others or none."""
 
     def __init__(
         self,

@@ -21,8 +21,7 @@ class LoraTrainer(Seq2SeqTrainer):
     """The Hugging Face Trainer that watches its loss: for the history, and for divergence.
 
     observe_loss: is given the loss of every micro-step. shadows: trained on its micro-batches
-    beside it.
-    """
+    beside it."""
 
     def __init__(
         self,

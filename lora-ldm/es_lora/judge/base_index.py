@@ -43,8 +43,7 @@ class FileWeight(DenseWeight):
     """A frozen weight W (out, in) that stays in its file: blocks of rows are read for one use.
 
     transposed: the file holds W^T (in, out), as GPT-2's Conv1D does. The row norms are computed
-    once.
-    """
+    once."""
 
     def __init__(self, stored: Stored, out_rows: int, row_values: int, transposed: bool, buffer: BlockBuffer):
         super().__init__(stored)
@@ -142,8 +141,8 @@ def text_layer_name(name: str) -> str:
 
 
 class Base:
-    """The frozen model as an index of weights on disk; nothing of it is held. Raises
-    FileNotFoundError or ValueError where `path` is no base in a known layout."""
+    """The frozen model as an index of weights on disk; nothing of it is held.
+    Raises FileNotFoundError or ValueError where `path` is no base in a known layout."""
 
     def __init__(self, path: Path):
         self.path, self.layers_per_block = path, 2

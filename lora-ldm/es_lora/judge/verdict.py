@@ -28,8 +28,8 @@ MISSING_SHARE = 0.1  # of the measurements that a verdict bears
 
 
 def measure_run(run: Run, base: Base, progress: bool = False) -> None:
-    """Fill in every checkpoint's columns; one that cannot be read moves to run.problems. Raises
-    ValueError where none can be read, BaseMismatchError where the base does not fit."""
+    """Fill in every checkpoint's columns; one that cannot be read moves to run.problems.
+    Raises ValueError where none can be read, BaseMismatchError where the base does not fit."""
     measurer, readable = Measurer(base), []
     layers: Optional[Set[Key]] = None
     for number, checkpoint in enumerate(run.checkpoints, start=1):
@@ -132,7 +132,6 @@ def build_history(run: Run, spacing: Spacing) -> History:
 
 def choose_rule(history: History, rule: Optional[str]) -> str:
     """The rule asked for, or the default if a history has its columns, or RULE_BY_WEIGHTS.
-
     Raises ValueError where the rule asked for needs a column that weights alone do not give."""
     columns = WEIGHT_COLUMNS | {
         name for record in history.records for name, value in record.items() if value is not None
