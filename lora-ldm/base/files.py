@@ -55,10 +55,7 @@ def load_clip_tokenizer(
     folder: str | Path | None = None, tokenizer_cache_dir: str | Path | None = None
 ) -> CLIPTokenizer:
     """The CLIP tokenizer from a folder, --tokenizer_cache_dir, transformers' cache or the hub.
-
-    Raises:
-        FileNotFoundError: found nowhere; says which files to put where.
-    """
+    Raises FileNotFoundError: found nowhere; says which files to put where."""
     candidates = [Path(folder)] if folder else []
     if tokenizer_cache_dir:
         cache = Path(tokenizer_cache_dir)

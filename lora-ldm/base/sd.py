@@ -146,16 +146,11 @@ def load_sd_model(
 ) -> SDModel:
     """Load a base model in evaluation mode, without gradients.
 
-    Args:
-        path: diffusers folder, single file in the original layout, or hub name (``owner/name``).
-        v2: the base is SD 2.x. v_parameterization: it predicts velocity (the 768-pixel SD 2.x
-        models).
-        vae: another VAE: a file, a diffusers folder (with or without ``vae/``).
-        tokenizer_cache_dir: where the CLIP vocabulary is looked for when the base is a single file.
-
-    Raises:
-        FileNotFoundError, ValueError: one message with the value and the fix.
-    """
+    path: diffusers folder, single file in the original layout, or hub name (``owner/name``).
+    v2: the base is SD 2.x. v_parameterization: it predicts velocity (the 768-pixel SD 2.x models).
+    vae: another VAE: a file, a diffusers folder (with or without ``vae/``).
+    tokenizer_cache_dir: where the CLIP vocabulary is looked for when the base is a single file.
+    Raises FileNotFoundError, ValueError: one message with the value and the fix."""
     location = local_path(path)
     if location.is_dir():
         if (location / "text_encoder_2").is_dir():

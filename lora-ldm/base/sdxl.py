@@ -84,11 +84,9 @@ class SDXLModel(SDModel):
     ) -> torch.Tensor:
         """U-Net output (B, 4, h, w).
 
-        Args:
-            text_conditions: TextConditions of the B captions.
-            sizes_px: (B, 6) original height and width, top and left of the crop, target height and
-                width; None: whole pictures of the latents' size.
-        """
+        text_conditions: TextConditions of the B captions.
+        sizes_px: (B, 6) original height and width, top and left of the crop, target height and
+        width; None: whole pictures of the latents' size."""
         if sizes_px is None:
             height, width = (side * self.vae_scale for side in noisy_latents.shape[-2:])
             sizes_px = torch.tensor([[height, width, 0, 0, height, width]] * len(noisy_latents))

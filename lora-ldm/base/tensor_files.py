@@ -16,10 +16,8 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or a pickle's by weights only. {name: tensor}, on CPU.
 
-    Raises:
-        FileNotFoundError: no such file. ValueError: damaged, or a pickle that holds more than
-        tensors.
-    """
+    Raises FileNotFoundError: no such file; ValueError: damaged, or a pickle that holds more than
+    tensors."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; give a .safetensors or .ckpt file")

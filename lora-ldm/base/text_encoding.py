@@ -94,20 +94,15 @@ def encode_captions(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Text states of a batch of captions.
 
-    Args:
-        text_encoder: a CLIP text model; gradients flow through it.
-        captions: B strings.
-        max_token_length: 75, 150 or 225 tokens (None means 75).
-        clip_skip: take the n-th state from the end, then the final layer norm; None or 1 is the
-        last layer.
-        weighted: read ``(word:1.3)`` and ``[word]``; the mean of each caption's states is
-        preserved.
-        sdxl: as SDXL takes its text: the penultimate layer's states without the final layer norm,
-            chunks joined as they are, and the first chunk's pooled output.
-
-    Returns:
-        (B, 75 n + 2, D); with ``sdxl`` a pair of it and (B, P).
-    """
+    text_encoder: a CLIP text model; gradients flow through it.
+    captions: B strings.
+    max_token_length: 75, 150 or 225 tokens (None means 75).
+    clip_skip: take the n-th state from the end, then the final layer norm; None or 1 is the last
+    layer.
+    weighted: read ``(word:1.3)`` and ``[word]``; the mean of each caption's states is preserved.
+    sdxl: as SDXL takes its text: the penultimate layer's states without the final layer norm,
+    chunks joined as they are, and the first chunk's pooled output.
+    Returns (B, 75 n + 2, D); with ``sdxl`` a pair of it and (B, P)."""
     chunks = _chunk_count(max_token_length)
     body_tokens = text_encoder.config.max_position_embeddings - 2
     pairs = [tokenize_chunks(tokenizer, caption, chunks, body_tokens, weighted) for caption in captions]

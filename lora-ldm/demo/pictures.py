@@ -23,12 +23,8 @@ from network.lora_file import group_modules, load_lora, rename_text_encoder
 def lora_applied(model: SDModel, path: str | Path | None, strength: float = 1.0) -> Iterator[None]:
     """A LoRA file folded into a model's weights inside the block; undone after it, bit for bit.
 
-    Args:
-        path: LoRA, LoCon, LoHa or LoKr; None or strength 0 leaves the model as it is.
-
-    Raises:
-        ValueError: the file does not fit the model.
-    """
+    path: LoRA, LoCon, LoHa or LoKr; None or strength 0 leaves the model as it is.
+    Raises ValueError: the file does not fit the model."""
     if path is None or strength == 0:
         yield
         return
@@ -47,10 +43,7 @@ def lora_applied(model: SDModel, path: str | Path | None, strength: float = 1.0)
 
 class PictureMaker:
     """A base model (SD 1.x, 2.x or SDXL) that makes pictures for one caller at a time.
-
-    Raises:
-        ValueError, FileNotFoundError: the base cannot be loaded.
-    """
+    Raises ValueError, FileNotFoundError: the base cannot be loaded."""
 
     def __init__(
         self, base: str | Path, *, v2: bool = False, v_parameterization: bool = False, clip_skip: int | None = None

@@ -142,11 +142,9 @@ def _moment(match):
 class Places:
     """The folders, bases and picture folders that the page was started with.
 
-    Attributes:
-        roots: folders with runs; new ones go into the first.
-        bases: {name shown: diffusers folder, checkpoint file or hub name}.
-        images: {name shown: folder of <repeats>_<name> folders}.
-    """
+    roots: folders with runs; new ones go into the first.
+    bases: {name shown: diffusers folder, checkpoint file or hub name}.
+    images: {name shown: folder of <repeats>_<name> folders}."""
 
     roots: list
     bases: dict = field(default_factory=dict)

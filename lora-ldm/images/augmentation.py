@@ -27,11 +27,9 @@ Box = tuple[int, int, int, int]  # (left, top, width, height), pixels
 class Sample:
     """A picture at the size of its bucket.
 
-    Attributes:
-        pixels: (H, W, 3) uint8.
-        mask: (H, W) uint8 weight of the loss, or None.
-        crop_left_top_px: corner of the cut in the scaled picture.
-    """
+    pixels: (H, W, 3) uint8.
+    mask: (H, W) uint8 weight of the loss, or None.
+    crop_left_top_px: corner of the cut in the scaled picture."""
 
     pixels: np.ndarray
     mask: Optional[np.ndarray]

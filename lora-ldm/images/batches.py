@@ -25,14 +25,10 @@ def build_datasets(args: Namespace, num_processes: int = 1) -> tuple[ImageBatche
 
     Every image is decoded once, so that a damaged one stops the run before its first step.
 
-    Args:
-        args: parsed arguments; see `selection.load_datasets` for those of the data.
-        num_processes: only for the token warm-up, which counts optimizer steps.
-    Raises:
-        ValueError: bad settings, no images, damaged images (unless --skip_bad_images); all of a
-        kind in one message.
-        FileNotFoundError: a missing folder or file.
-    """
+    args: parsed arguments; see `selection.load_datasets` for those of the data.
+    num_processes: only for the token warm-up, which counts optimizer steps.
+    Raises ValueError: bad settings, no images, damaged images (unless --skip_bad_images); all of a
+    kind in one message; FileNotFoundError: a missing folder or file."""
     seed = getattr(args, "seed", None) or 0
     train, held_out = prepare_datasets(args, seed)
     common = {"seed": seed, "prior_loss_weight": getattr(args, "prior_loss_weight", 1.0)}
@@ -188,16 +184,13 @@ class ImageBatches(torch.utils.data.Dataset):
     ) -> None:
         """Encodes every image once; from then on batches hold latents.
 
-        Args:
-            encode: pixels (B, 3, H, W) float32 in [-1, 1] -> latents (B, 4, H/8, W/8), scaled.
-            vae_key: names the VAE; entries made with another one are made anew.
-            to_disk: keep npz files beside the images or in `folder`, which later runs use; else in
-            memory.
-            write: False on ranks other than 0, which are to call this after rank 0 has finished.
-        Raises:
-            ValueError: NaN in latents, or the cache cannot be written.
-            RuntimeError: an entry that rank 0 should have written is missing.
-        """
+        encode: pixels (B, 3, H, W) float32 in [-1, 1] -> latents (B, 4, H/8, W/8), scaled.
+        vae_key: names the VAE; entries made with another one are made anew.
+        to_disk: keep npz files beside the images or in `folder`, which later runs use; else in
+        memory.
+        write: False on ranks other than 0, which are to call this after rank 0 has finished.
+        Raises ValueError: NaN in latents, or the cache cannot be written; RuntimeError: an entry
+        that rank 0 should have written is missing."""
         files = LatentFiles(vae_key, folder) if to_disk else None
         todo = self._entries_to_encode(files)
         if to_disk and todo and not write:

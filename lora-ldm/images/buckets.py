@@ -52,15 +52,11 @@ def bucket_sizes(resolution_px: Size, min_px: int, max_px: int, step_px: int) ->
 class BucketSelector:
     """Finds the placement of a picture.
 
-    Args:
-        resolution_px: training resolution; its area bounds every bucket.
-        enable_bucket: without buckets every picture is scaled to cover `resolution_px` and cut to
-        exactly that.
-        no_upscale: a picture smaller than the area keeps its size (cut down to multiples of
-        `step_px`).
-    Raises:
-        ValueError: sizes that contradict each other, all of them in one message.
-    """
+    resolution_px: training resolution; its area bounds every bucket.
+    enable_bucket: without buckets every picture is scaled to cover `resolution_px` and cut to
+    exactly that.
+    no_upscale: a picture smaller than the area keeps its size (cut down to multiples of `step_px`).
+    Raises ValueError: sizes that contradict each other, all of them in one message."""
 
     def __init__(
         self,

@@ -27,14 +27,12 @@ REPEAT_FOLDER = re.compile(r"(\d+)(?:_(.*))?")
 class ImageRecord:
     """One image of a subset.
 
-    Attributes:
-        caption: as written; several lines only with `enable_wildcard`, which picks one of them each
-        time.
-        repeats: how often the image comes in one epoch.
-        mask_path: picture whose red channel weighs the loss, or None.
-        size_px: (width, height) with the EXIF orientation applied; (0, 0) until the image has been
-        checked.
-    """
+    caption: as written; several lines only with `enable_wildcard`, which picks one of them each
+    time.
+    repeats: how often the image comes in one epoch.
+    mask_path: picture whose red channel weighs the loss, or None.
+    size_px: (width, height) with the EXIF orientation applied; (0, 0) until the image has been
+    checked."""
 
     path: Path
     caption: str
@@ -113,10 +111,8 @@ def image_files(folder: Path) -> Iterator[Path]:
 def read_records(subset: SubsetSettings) -> list[ImageRecord]:
     """Records of one subset, in the order of their paths.
 
-    Raises:
-        ValueError: no images, images without masks, unreadable captions or metadata.
-        FileNotFoundError: the folder or the metadata file is missing.
-    """
+    Raises ValueError: no images, images without masks, unreadable captions or metadata;
+    FileNotFoundError: the folder or the metadata file is missing."""
     if subset.metadata_file:
         captions = read_metadata(subset)
     else:

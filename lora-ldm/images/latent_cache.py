@@ -48,10 +48,8 @@ def cache_key(record: ImageRecord, placement: Placement, vae_key: str) -> str:
 class LatentFiles:
     """npz files beside the images, or in one cache folder.
 
-    Args:
-        vae_key: names the VAE (a hash of its weights); another VAE makes every entry stale.
-        folder: cache folder, or None for beside the images.
-    """
+    vae_key: names the VAE (a hash of its weights); another VAE makes every entry stale.
+    folder: cache folder, or None for beside the images."""
 
     def __init__(self, vae_key: str, folder: Optional[Path] = None):
         self.vae_key = vae_key

@@ -33,10 +33,8 @@ def dataset_metadata(
     """Facts of all datasets. One dataset from plain folders is described in separate entries, as
     upstream does; a --dataset_config in the one entry `ss_datasets`. Nested values are JSON texts.
 
-    Args:
-        datasets: list of images.selection.BucketedDataset.
-        num_batches: of one epoch.
-    """
+    datasets: list of images.selection.BucketedDataset.
+    num_batches: of one epoch."""
     images = [image for dataset in datasets for image in dataset.images]
     facts = {
         "ss_num_train_images": sum(image.record.repeats for image in images if not image.record.is_reg),

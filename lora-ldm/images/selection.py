@@ -150,10 +150,7 @@ def bucketed(settings: DatasetSettings, records: list[ImageRecord]) -> BucketedD
 
 def check_images(records: list[ImageRecord], skip_bad: bool) -> list[Path]:
     """Decodes every image and mask and notes its size; returns the paths of damaged images.
-
-    Raises:
-        ValueError: names and counts the damaged ones, unless `skip_bad`.
-    """
+    Raises ValueError: names and counts the damaged ones, unless `skip_bad`."""
 
     def check(record: ImageRecord) -> Optional[str]:
         try:
@@ -182,10 +179,8 @@ def check_images(records: list[ImageRecord], skip_bad: bool) -> list[Path]:
 def load_datasets(args: Namespace) -> list[DatasetSettings]:
     """Dataset settings of the command line (DESIGN: data's way); every problem in one message.
 
-    Raises:
-        ValueError: contradicting, missing or mistyped settings.
-        FileNotFoundError: a folder or file that is not there.
-    """
+    Raises ValueError: contradicting, missing or mistyped settings; FileNotFoundError: a folder or
+    file that is not there."""
     if getattr(args, "dataset_config", None):
         for flag in ("train_data_dir", "reg_data_dir", "in_json"):
             if getattr(args, flag, None):

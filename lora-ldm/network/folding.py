@@ -25,13 +25,9 @@ OPEN_CLIP_PREFIXES = {
 def fold_lora(model: SDModel, tensors: dict[str, torch.Tensor], weight: float = 1.0) -> None:
     """Add ``weight`` times a LoRA to a model's weights, in place. Before LoRA layers go in.
 
-    Args:
-        model: SDModel. tensors: {kohya key: tensor}, as load_lora gives them.
-
-    Raises:
-        ValueError: names the modules that the model lacks or that do not fit; nothing is changed
-        then.
-    """
+    model: SDModel. tensors: {kohya key: tensor}, as load_lora gives them.
+    Raises ValueError: names the modules that the model lacks or that do not fit; nothing is changed
+    then."""
     from network.lora import find_modules, rename_modules
 
     candidates = find_modules(model, everywhere=True)
@@ -76,10 +72,7 @@ def original_weights(checkpoint: dict[str, torch.Tensor], layers_per_block: int 
 
 def update_of(parts: dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
     """The dense update alpha / r * B A of a module in float32, or None for an unknown kind.
-
-    Args:
-        parts: {"lora_down.weight": ..., "alpha": ...} or LyCORIS' ``hada_*`` / ``lokr_*``.
-    """
+    parts: {"lora_down.weight": ..., "alpha": ...} or LyCORIS' ``hada_*`` / ``lokr_*``."""
     parts = {name: value.float() for name, value in parts.items()}
     alpha = parts.pop("alpha", None)
 

@@ -212,19 +212,15 @@ def create_network(
 ) -> LoraNetwork:
     """Put LoRA layers into a model, in place.
 
-    Args:
-        model: SDModel (unet, text_encoders, lora_unet_name).
-        rank, alpha: of linear layers and 1x1 convolutions; an alpha of 0 or None means the rank.
-        conv_rank, conv_alpha: of 3x3 convolutions; None leaves the convolution blocks alone.
-        dropout, rank_dropout, module_dropout: chance that a value between down and up, a rank, a
-        whole layer is off.
-        weights: a LoRA file or {kohya key: tensor} to start from.
-        dim_from_weights: take modules, ranks and alphas from ``weights``; rank, alpha and conv_*
-        are then ignored.
-
-    Raises:
-        ValueError: nothing to train, or the weights do not fit.
-    """
+    model: SDModel (unet, text_encoders, lora_unet_name).
+    rank, alpha: of linear layers and 1x1 convolutions; an alpha of 0 or None means the rank.
+    conv_rank, conv_alpha: of 3x3 convolutions; None leaves the convolution blocks alone.
+    dropout, rank_dropout, module_dropout: chance that a value between down and up, a rank, a whole
+    layer is off.
+    weights: a LoRA file or {kohya key: tensor} to start from.
+    dim_from_weights: take modules, ranks and alphas from ``weights``; rank, alpha and conv_* are
+    then ignored.
+    Raises ValueError: nothing to train, or the weights do not fit."""
     if dim_from_weights and weights is None:
         raise ValueError("--dim_from_weights needs --network_weights, the LoRA whose ranks are to be taken")
     if isinstance(weights, (str, Path)):

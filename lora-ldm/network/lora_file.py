@@ -39,12 +39,9 @@ def save_lora(
 ) -> None:
     """Write a LoRA, whole or not at all.
 
-    Args:
-        path: ``.safetensors``, or ``.pt`` / ``.ckpt`` (tensors only; those formats carry no
-        metadata).
-        tensors: {kohya key: tensor}, any device; dtype: of the saved tensors, None keeps theirs.
-        metadata: {name: text}; ``sshs_model_hash`` and ``sshs_legacy_hash`` are added.
-    """
+    path: ``.safetensors``, or ``.pt`` / ``.ckpt`` (tensors only; those formats carry no metadata).
+    tensors: {kohya key: tensor}, any device; dtype: of the saved tensors, None keeps theirs.
+    metadata: {name: text}; ``sshs_model_hash`` and ``sshs_legacy_hash`` are added."""
     path = Path(path)
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
     if path.suffix == ".safetensors":
@@ -59,10 +56,7 @@ def save_lora(
 
 def load_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a LoRA as ({kohya key: tensor}, metadata); diffusers' and PEFT's keys are renamed.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: damaged, empty, or no LoRA.
-    """
+    Raises FileNotFoundError: no such file; ValueError: damaged, empty, or no LoRA."""
     path = Path(path)
     tensors = read_tensors(path)
     metadata = {}

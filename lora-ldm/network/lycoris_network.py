@@ -43,9 +43,7 @@ class DenseUpdateLayer(LoraLayer):
     rank-1 LoRA with A = (1) and B[i] = ||D[i]||, it has the norms of D, and ``project`` gives
     <W[i], D[i]> / ||D[i]||, so that all products equal those with D itself.
 
-    Args:
-        module: a LyCORIS module around a frozen layer.
-    """
+    module: a LyCORIS module around a frozen layer."""
 
     def __init__(self, name: str, component: str, module: torch.nn.Module):
         self.module = module
@@ -222,13 +220,10 @@ def create_lycoris_network(
 ) -> LycorisNetwork:
     """Put LyCORIS layers into a model, in place.
 
-    Args:
-        network_args: the texts of --network_args, ``["algo=loha", "conv_dim=4", ...]``.
-        weights: a LyCORIS file or its tensors; dim_from_weights: build the layers after them.
-
-    Raises:
-        ValueError: an unknown option or algorithm, nothing to train, or weights that do not fit.
-    """
+    network_args: the texts of --network_args, ``["algo=loha", "conv_dim=4", ...]``.
+    weights: a LyCORIS file or its tensors; dim_from_weights: build the layers after them.
+    Raises ValueError: an unknown option or algorithm, nothing to train, or weights that do not
+    fit."""
     options = parse_lycoris_args(network_args)
     if isinstance(weights, (str, Path)):
         weights = load_lora(weights)[0]

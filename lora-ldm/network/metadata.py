@@ -51,15 +51,13 @@ def build_metadata(
 ) -> dict[str, str]:
     """All ``ss_*`` and ``modelspec.*`` keys that the run can tell, every value a text.
 
-    Args:
-        settings: the flags, ``vars(args)``; flags that are absent are left out.
-        base: ``SDModel.base_hashes``.
-        network_args: the parsed --network_args, a dict.
-        data: what ``ImageBatches.metadata()`` gives; values that are not texts are written as JSON.
-        training: facts of the run by their final names without ``ss_`` (session_id,
-            training_started_at, num_epochs, max_train_steps, optimizer, steps, epoch, ...). They
-            win over flags.
-    """
+    settings: the flags, ``vars(args)``; flags that are absent are left out.
+    base: ``SDModel.base_hashes``.
+    network_args: the parsed --network_args, a dict.
+    data: what ``ImageBatches.metadata()`` gives; values that are not texts are written as JSON.
+    training: facts of the run by their final names without ``ss_`` (session_id,
+    training_started_at, num_epochs, max_train_steps, optimizer, steps, epoch, ...). They win over
+    flags."""
     metadata = {f"ss_{name}": settings[name] for name in PLAIN_FLAGS if name in settings}
     kind = (bool(settings.get(name)) for name in ("v2", "v_parameterization", "sdxl"))
     metadata["ss_base_model_version"] = base_model_version(*kind)

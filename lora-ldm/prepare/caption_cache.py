@@ -21,10 +21,7 @@ def answer_key(picture: Path, settings: list) -> str:
 
 class AnswerCache:
     """Lines that a kill has torn are passed over; all others count.
-
-    Raises:
-        ValueError: the file that is there is no such cache.
-    """
+    Raises ValueError: the file that is there is no such cache."""
 
     def __init__(self, path: Path):
         self.path, self.lock, self.answers = path, threading.Lock(), {}

@@ -46,10 +46,7 @@ def write_caption(path: Path, text: str) -> None:
 
 class CaptionFiles:
     """Captions as text files beside the pictures.
-
-    Raises:
-        ValueError: two pictures would share a caption file.
-    """
+    Raises ValueError: two pictures would share a caption file."""
 
     def __init__(self, pictures: list[Path], extension: str):
         self.extension = extension
@@ -73,10 +70,7 @@ class CaptionFiles:
 
 class MetadataFile:
     """Captions as lines {"file_name", "text"} of FOLDER/metadata.jsonl; all else stays.
-
-    Raises:
-        ValueError: the file that is there is not such a list.
-    """
+    Raises ValueError: the file that is there is not such a list."""
 
     def __init__(self, folder: Path):
         self.folder, self.file, self.lock = folder, folder / "metadata.jsonl", threading.Lock()

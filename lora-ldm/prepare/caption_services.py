@@ -86,10 +86,8 @@ def jpeg_base64(picture: Image.Image) -> str:
 class Service:
     """What both SDKs share, which have the same client arguments and exceptions.
 
-    Args:
-        args: captioner, model, base_url, own_address (no --base_url was given), key_file, key_env,
-            instruction, max_tokens, retries, timeout (seconds).
-    """
+    args: captioner, model, base_url, own_address (no --base_url was given), key_file, key_env,
+    instruction, max_tokens, retries, timeout (seconds)."""
 
     def __init__(self, sdk: Any, client_class: type, args: Namespace):
         self.sdk, self.args, self.destination = sdk, args, args.base_url
@@ -180,10 +178,7 @@ class OpenAI(Service):
 
 class LocalModel:
     """A captioning model of transformers (BLIP, Florence-2) from a folder, on a GPU if any.
-
-    Raises:
-        ValueError: the folder does not hold such a model.
-    """
+    Raises ValueError: the folder does not hold such a model."""
 
     destination = "this machine"
 

@@ -34,12 +34,10 @@ MISSING_PACKAGE = "smart crops need extra packages: pip install -r lora-ldm/requ
 def crop_box(rgb: np.ndarray, shape_px: Size, method: str = "smart", find_faces: Optional[Callable] = None) -> Box:
     """Largest box of the shape `shape_px` in a picture.
 
-    Args:
-        rgb: (H, W, 3) uint8.
-        shape_px: (width, height); only their ratio counts.
-        method: one of METHODS; `smart` is `faces`, and where there are none `edges`.
-        find_faces: picture -> list of Box; a face_finder() if left out.
-    """
+    rgb: (H, W, 3) uint8.
+    shape_px: (width, height); only their ratio counts.
+    method: one of METHODS; `smart` is `faces`, and where there are none `edges`.
+    find_faces: picture -> list of Box; a face_finder() if left out."""
     if method not in METHODS:
         raise ValueError(f"crop method {method!r} must be one of {', '.join(METHODS)}")
     height, width = rgb.shape[:2]
@@ -121,13 +119,10 @@ def entropy_centre(rgb: np.ndarray, box_px: Size) -> tuple[float, float]:
 def face_finder(model_path: Optional[str] = None) -> Callable[[np.ndarray], list[Box]]:
     """Function picture -> faces as boxes in its pixels.
 
-    Args:
-        model_path: OpenCV's face_detection_yunet_*.onnx, which finds far more faces and fewer wrong
-            ones; without it the frontal-face cascade in scikit-image.
-    Raises:
-        ValueError: the model file cannot be read, or scikit-image is missing.
-        FileNotFoundError: no such model file.
-    """
+    model_path: OpenCV's face_detection_yunet_*.onnx, which finds far more faces and fewer wrong
+    ones; without it the frontal-face cascade in scikit-image.
+    Raises ValueError: the model file cannot be read, or scikit-image is missing; FileNotFoundError:
+    no such model file."""
     if model_path:
         return yunet_finder(model_path)
     try:

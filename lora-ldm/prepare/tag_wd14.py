@@ -44,10 +44,8 @@ class Tag:
 class Tagger:
     """An ONNX tagger: pictures in, one probability per row of selected_tags.csv out.
 
-    Raises:
-        ValueError: the model cannot be loaded, is of another kind, or has another number of tags
-        than the csv.
-    """
+    Raises ValueError: the model cannot be loaded, is of another kind, or has another number of tags
+    than the csv."""
 
     def __init__(self, model_path: Path, tags: list[Tag]):
         try:
@@ -120,10 +118,8 @@ def read_tags(path: Path) -> list[Tag]:
 def chosen_tags(probabilities: np.ndarray, tags: list[Tag], args: argparse.Namespace) -> list[str]:
     """Tags of one picture in the order of the caption.
 
-    Args:
-        probabilities: (tags,) float.
-        args: thresholds, undesired tags, replacements and order.
-    """
+    probabilities: (tags,) float.
+    args: thresholds, undesired tags, replacements and order."""
     thresholds = {GENERAL: args.general_threshold, CHARACTER: args.character_threshold}
     found: dict[int, list[str]] = {GENERAL: [], CHARACTER: []}
     for tag, probability in zip(tags, probabilities):

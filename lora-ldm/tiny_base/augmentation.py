@@ -35,13 +35,9 @@ def on_white(pictures_uint8: np.ndarray) -> torch.Tensor:
 def placed_on_white(pictures_uint8: np.ndarray, can_flip: np.ndarray) -> torch.Tensor:
     """Slightly moved, scaled and mirrored pictures on white, for the denoiser.
 
-    Args:
-        pictures_uint8: uint8 (B, H, W, 4) RGBA.
-        can_flip: bool (B,), whether a mirror image means the same.
-
-    Returns:
-        float (B, 3, H, W) in [-1, 1]; a third of the pictures is not scaled or moved.
-    """
+    pictures_uint8: uint8 (B, H, W, 4) RGBA.
+    can_flip: bool (B,), whether a mirror image means the same.
+    Returns float (B, 3, H, W) in [-1, 1]; a third of the pictures is not scaled or moved."""
     count, device = len(pictures_uint8), pictures_uint8.device
     moved = (torch.rand(count, 1, 1, 1, device=device) > 1 / 3).float()
     scale = 1 - moved * _uniform(count, 0, 0.2, device)
@@ -58,12 +54,8 @@ def strongly_varied(pictures_uint8: np.ndarray) -> torch.Tensor:
 
     The autoencoder has to carry styles that it never sees: two styles alone are too narrow.
 
-    Args:
-        pictures_uint8: uint8 (B, H, W, 4) RGBA.
-
-    Returns:
-        float (B, 3, H, W) in [-1, 1].
-    """
+    pictures_uint8: uint8 (B, H, W, 4) RGBA.
+    Returns float (B, 3, H, W) in [-1, 1]."""
     count, device = len(pictures_uint8), pictures_uint8.device
     scale = torch.exp(_uniform(count, math.log(0.75), math.log(2.0), device))
     plain = torch.rand(count, 1, 1, 1, device=device) < 0.35

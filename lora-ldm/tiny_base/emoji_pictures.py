@@ -198,11 +198,9 @@ def training_captions(entry: EmojiEntry, style: str, count: int, rng: random.Ran
 def split_concepts(concepts: Iterable[str], seed: int) -> dict[str, str]:
     """Assign every concept to a role, reproducibly.
 
-    Returns:
-        {concept: role} with role "train", "validation" (both styles kept for choosing the
-        checkpoint), "new_concept" (both styles held out for the figures) or "new_picture" (one
-        style held out, the other trained on).
-    """
+    Returns {concept: role} with role "train", "validation" (both styles kept for choosing the
+    checkpoint), "new_concept" (both styles held out for the figures) or "new_picture" (one style
+    held out, the other trained on)."""
     ordered = sorted(set(concepts))
     random.Random(seed).shuffle(ordered)
     validation, new_concept, new_picture = (int(len(ordered) * share) for share in (0.02, 0.04, 0.05))
@@ -217,11 +215,9 @@ def split_concepts(concepts: Iterable[str], seed: int) -> dict[str, str]:
 def collect_pictures(cache_folder: Path, seed: int = 0, captions_a_picture: int = 24) -> tuple[list[dict], np.ndarray]:
     """Read both base styles.
 
-    Returns:
-        (records, pictures): records is a list of dicts with key, style, role ("train",
-        "validation", "new_concept", "new_picture"), weight (sampling), can_flip, caption, captions;
-        pictures is uint8 (N, 64, 64, 4) RGBA.
-    """
+    Returns (records, pictures): records is a list of dicts with key, style, role ("train",
+    "validation", "new_concept", "new_picture"), weight (sampling), can_flip, caption, captions;
+    pictures is uint8 (N, 64, 64, 4) RGBA."""
     catalogue = read_catalogue(cache_folder)
     roles = split_concepts([entry.concept for entry in catalogue], seed)
     rng = random.Random(seed + 1)

@@ -75,11 +75,9 @@ def encode(vae: torch.nn.Module, rgb: torch.Tensor) -> torch.Tensor:
 def caption_gaps(pipeline: Any, latents: torch.Tensor, rows: list[dict], draws: int = 4) -> dict:
     """How much higher the denoising loss is with shuffled captions than with the right ones.
 
-    Returns:
-        {which pictures: {"right", "shuffled", "gap_percent", "pictures"}} for all, for each kind of
-        held-out picture, and with captions shuffled among pictures of the same style only, where
-        the name of the style cannot help.
-    """
+    Returns {which pictures: {"right", "shuffled", "gap_percent", "pictures"}} for all, for each
+    kind of held-out picture, and with captions shuffled among pictures of the same style only,
+    where the name of the style cannot help."""
     tokens = tokenize(pipeline.tokenizer, [row["caption"] for row in rows])
     concepts, styles = [row["concept"] for row in rows], [row["style"] for row in rows]
     gaps = {}
@@ -102,10 +100,8 @@ def caption_gaps(pipeline: Any, latents: torch.Tensor, rows: list[dict], draws: 
 def measure(model_dir: Path, dataset_folder: Path) -> dict:
     """All figures of the exported folder.
 
-    Returns:
-        dict: parameters and bytes, PSNR of the autoencoder per style, caption gap per kind of
-        held-out picture.
-    """
+    Returns dict: parameters and bytes, PSNR of the autoencoder per style, caption gap per kind of
+    held-out picture."""
     pipeline = load_pipeline(model_dir)
     rows, rgb = read_heldout(model_dir)
     weights = [path for path in Path(model_dir).glob("*/*.safetensors")]

@@ -94,9 +94,7 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
     Without the chroma term a small autoencoder settles on the mean hue before it learns colour.
 
-    Args:
-        output, target: (B, 3, H, W) in [-1, 1].
-    """
+    output, target: (B, 3, H, W) in [-1, 1]."""
     error = output - target
     to_chroma = torch.tensor(_TO_CHROMA, dtype=error.dtype, device=error.device)
     chroma = torch.einsum("kc,bchw->bkhw", to_chroma, error).abs().mean()
@@ -117,12 +115,8 @@ def train_vae(
 ) -> dict:
     """Train the autoencoder in place; it ends with the averaged weights and unit-scaled latents.
 
-    Args:
-        pictures: uint8 (N, 64, 64, 4) RGBA on the device of `vae`.
-
-    Returns:
-        dict with steps, seconds and the last smoothed loss.
-    """
+    pictures: uint8 (N, 64, 64, 4) RGBA on the device of `vae`.
+    Returns dict with steps, seconds and the last smoothed loss."""
     device = pictures.device
     encoder, decoder = vae.encoder, vae.decoder
     if compiled:
@@ -207,10 +201,8 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Mean squared error of the predicted noise, one value a picture (B,).
 
-    Args:
-        latents, noise: (B, 4, 8, 8); tokens: int64 (B, 77); timesteps: int64 (B,).
-        weighted: weigh by min(SNR, 5) / SNR, as in min-SNR training, instead of equally.
-    """
+    latents, noise: (B, 4, 8, 8); tokens: int64 (B, 77); timesteps: int64 (B,).
+    weighted: weigh by min(SNR, 5) / SNR, as in min-SNR training, instead of equally."""
     states = text_encoder(tokens)[0]  # (B, 77, 128)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     error = (unet(noisy, timesteps, states).sample.float() - noise).square().mean((1, 2, 3))  # (B,)
@@ -316,13 +308,9 @@ def caption_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Denoising loss with the right captions and with others' captions, on the same noise.
 
-    Args:
-        latents: (N, 4, 8, 8) scaled; tokens, other_tokens: int64 (N, 77).
-
-    Returns:
-        (right, other): two tensors (N,), means over `draws` noises with timesteps spread evenly
-        over the pictures.
-    """
+    latents: (N, 4, 8, 8) scaled; tokens, other_tokens: int64 (N, 77).
+    Returns (right, other): two tensors (N,), means over `draws` noises with timesteps spread evenly
+    over the pictures."""
     generator = torch.Generator().manual_seed(seed)
     count, device = len(latents), latents.device
     sums = torch.zeros(2, count, device=device)
@@ -339,10 +327,7 @@ def caption_losses(
 @torch.no_grad()
 def psnr_db(vae: torch.nn.Module, pictures_rgb: torch.Tensor) -> float:
     """Peak signal-to-noise ratio of the autoencoder in dB, from each picture's mean squared error.
-
-    Args:
-        pictures_rgb: float (N, 3, 64, 64) in [-1, 1].
-    """
+    pictures_rgb: float (N, 3, 64, 64) in [-1, 1]."""
     ratios = []
     for part in pictures_rgb.split(64):
         output = vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1)
@@ -354,13 +339,9 @@ def psnr_db(vae: torch.nn.Module, pictures_rgb: torch.Tensor) -> float:
 def shuffled_positions(concepts: Sequence, seed: int = 0, groups: Sequence | None = None) -> torch.Tensor:
     """A seeded permutation that gives every picture the caption of another concept.
 
-    Args:
-        concepts: list of hashables, one a picture.
-        groups: optional list; captions then stay within their group (the style, for example).
-
-    Returns:
-        int64 tensor (N,).
-    """
+    concepts: list of hashables, one a picture.
+    groups: optional list; captions then stay within their group (the style, for example).
+    Returns int64 tensor (N,)."""
     rng = random.Random(seed)
     positions = list(range(len(concepts)))
     for group in sorted(set(groups or [None])):
