@@ -39,7 +39,6 @@ def parse_weighted_caption(caption: str) -> list[tuple[str, float]]:
             pieces.append([text, 1.0])
     for bracket, start in opened:
         multiply_from(start, UP_WEIGHT if bracket == "(" else 1 / UP_WEIGHT)
-
     joined = []
     for text, weight in pieces:
         if joined and joined[-1][1] == weight:
@@ -64,14 +63,12 @@ def tokenize_chunks(
         token_ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         body += token_ids
         weights += [weight] * len(token_ids)
-
     length = chunks * body_tokens
     body, weights = body[:length], weights[:length]
     if len(body) < length:
         body.append(eos)
         body += [pad] * (length - len(body))
     weights = [1.0] + weights + [1.0] * (length + 1 - len(weights))
-
     rows = []
     for start in range(0, length, body_tokens):
         part = body[start : start + body_tokens]
@@ -108,7 +105,6 @@ def encode_captions(
     pairs = [tokenize_chunks(tokenizer, caption, chunks, body_tokens, weighted) for caption in captions]
     device = next(text_encoder.parameters()).device
     ids = torch.stack([pair[0] for pair in pairs]).to(device)  # (B, n, 77)
-
     output = text_encoder(ids.flatten(0, 1), output_hidden_states=True)
     states = output.hidden_states[-2] if sdxl else _layer_states(text_encoder, output, clip_skip)  # (B n, 77, D)
     states = states.unflatten(0, (len(captions), chunks))

@@ -96,7 +96,6 @@ def from_diffusers_names(
         raise ValueError(
             f"{len(unknown)} keys are neither kohya's nor diffusers' LoRA names, the first is {unknown[0]}"
         )
-
     adapter = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
     for kohya_name, (part, module) in modules.items():
         alpha = (adapter.get(f"{part}.alpha_pattern") or {}).get(module, adapter.get(f"{part}.lora_alpha"))

@@ -69,7 +69,6 @@ def strongly_varied(pictures_uint8: np.ndarray) -> torch.Tensor:
     background = _soft_fields(count, 3, rgba.shape[-1], device) * 0.5 + torch.rand(count, 3, 1, 1, device=device)
     background = torch.where(white, torch.ones_like(background), background)
     picture = rgba[:, :3] + (1 - rgba[:, 3:]) * background
-
     recoloured = torch.rand(count, 1, 1, 1, device=device) < 0.5
     picture = torch.where(recoloured, _recolour(picture), picture)
     shaded = torch.rand(count, 1, 1, 1, device=device) < 0.4

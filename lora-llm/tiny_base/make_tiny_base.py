@@ -128,7 +128,6 @@ def make_tokenizer(args: argparse.Namespace) -> None:
     settings = json.loads(settings_path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 both know
     collect_text.write_text(settings_path, json.dumps(settings, indent=2) + "\n")
-
     eos = tokenizer.eos_token_id
     for side, records in splits.items():
         encoded = bpe.encode_batch([record["text"] for record in records])  # each begins with bos
