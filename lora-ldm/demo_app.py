@@ -39,9 +39,6 @@ STYLE = """
 """
 
 
-# ------------------------------------------------------------------------- what it was started with
-
-
 def parse_places(argv: Sequence[str] = None) -> Places:
     """Places from the words after `--`. Raises ValueError, once, for folders not there."""
     parser = argparse.ArgumentParser(prog="demo_app.py", allow_abbrev=False, exit_on_error=False)
@@ -79,9 +76,6 @@ def picture_maker(base: str, v2: bool, v_parameterization: bool, clip_skip: int 
     from demo.pictures import PictureMaker
 
     return PictureMaker(base, v2=v2, v_parameterization=v_parameterization, clip_skip=clip_skip)
-
-
-# -------------------------------------------------------------------------------------------- Watch
 
 
 def watch(places: Places) -> None:
@@ -184,9 +178,6 @@ def prompts_of(run: Run) -> list[str]:
         return []
 
 
-# ---------------------------------------------------------------------------------------------- Try
-
-
 def try_out(places: Places) -> None:
     st.title("Try it")
     run = choose_run(places, "tried")
@@ -259,9 +250,6 @@ def show_pictures() -> None:
             )
 
 
-# -------------------------------------------------------------------------------------------- Start
-
-
 def start(places: Places) -> None:
     st.title("Start a training")
     settings = ask_settings(places)
@@ -319,8 +307,6 @@ def ask_settings(places: Places) -> TrainingSettings:
         early_stop, interval, window, precision, seed, rule,
     )  # fmt: skip
 
-
-# ----------------------------------------------------------------------------------------- the page
 
 PAGES = {}
 

@@ -124,23 +124,17 @@ class EarlyStopCallback(TrainerCallback):
     # -------------------------------------------------------------------------------------- set up
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Optional[torch.nn.Module] = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model = kwargs["model"]
         keep_as_loaded(model)
-        batches_per_epoch, steps_per_epoch = self._epoch(args, train_dataloader)
+        batches_per_epoch, steps_per_epoch = self._epoch(args, kwargs["train_dataloader"])
         self.plan = self.settings.plan(["lm"], steps_per_epoch, state.max_steps)
         self._ended = False
         if self._training_loss is not None:
             self._training_loss.start(state.global_step)
-        measured = (
-            state.global_step - state.global_step % self.plan.cs_interval
-        )  # the last measurement of a resumed run
+        # The last measurement of a resumed run.
+        measured = state.global_step - state.global_step % self.plan.cs_interval
         logged = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] >= measured]
         self._logged_loss = logged[-1] if logged else None
         error = None
@@ -190,25 +184,13 @@ class EarlyStopCallback(TrainerCallback):
 
     # ------------------------------------------------------------------------------- while training
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Optional[dict[str, float]] = None,
-        **kwargs: Any,
-    ) -> None:
-        self._logged_loss = (logs or {}).get("loss", self._logged_loss)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._logged_loss = (kwargs["logs"] or {}).get("loss", self._logged_loss)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optional[torch.optim.Optimizer] = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._learning_rate = optimizer.param_groups[0]["lr"]
+        self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
 
     def _mean_loss(self, step: int) -> Optional[float]:
         """Mean training loss of the optimizer steps since the last measurement."""
@@ -217,14 +199,7 @@ class EarlyStopCallback(TrainerCallback):
         loss, self._logged_loss = self._logged_loss, None  # a logged loss is written down once
         return loss
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Optional[torch.nn.Module] = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.plan.due(state.global_step):
             return
         answer, error = GO_ON, None
@@ -232,7 +207,7 @@ class EarlyStopCallback(TrainerCallback):
             try:
                 answer = self._measure(state)
                 if answer == STOP:  # now: load_best_model_at_end may replace the last weights before on_train_end
-                    save_adapter(model, Path(args.output_dir) / LAST, self.outcome(args, state).facts("last"))
+                    save_adapter(kwargs["model"], Path(args.output_dir) / LAST, self.outcome(args, state).facts("last"))
             except Exception as failure:  # the other ranks must hear of it before it is raised
                 answer, error = FAILED, failure
         answer = self._raise_on_all(answer, error, args)
@@ -265,16 +240,9 @@ class EarlyStopCallback(TrainerCallback):
         # Not `decision`: a run resumed after its stop has decided already and stops again.
         return STOP if self.stopped else GO_ON
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Optional[dict[str, float]] = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._ended:
-            self.note_heldout(state.global_step, (metrics or {}).get("eval_loss"))
+            self.note_heldout(state.global_step, (kwargs["metrics"] or {}).get("eval_loss"))
 
     def note_heldout(self, step: int, loss: Optional[float]) -> None:
         """Write the held-out loss of a step's weights into the history, where it is finite."""
@@ -296,13 +264,9 @@ class EarlyStopCallback(TrainerCallback):
         state.log_history.append({"early_stop": sentence, "step": state.global_step})
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Optional[torch.nn.Module] = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model = kwargs["model"]
         self._ended, self._heard = True, decision_on_all(self.decision, args)
         held = best_step_loaded(args, state) or state.global_step
         if self.diverged is None and self.stopped:

@@ -202,9 +202,6 @@ def _prepare(
     return ready, refused
 
 
-# ------------------------------------------------------------------------------------- command line
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"multi_lora: {message}; see --help\n")

@@ -166,9 +166,6 @@ def _in_words(hint: Any) -> str:
     return " or ".join(words[kind] for kind in _kinds(hint) if kind in words)
 
 
-# ----------------------------------------------------------------------------------------- the file
-
-
 def read_jobs(path: Union[str, Path]) -> list[Job]:
     """The jobs of a toml, yaml or json file, grids expanded, in order.
 

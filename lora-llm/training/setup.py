@@ -70,9 +70,6 @@ def data_spec(settings: Settings, tokenizer: Any) -> DataSpec:
     )
 
 
-# --------------------------------------------------------------------------------------------- text
-
-
 def read_splits(settings: Settings, tokenizer: Any) -> Splits:
     """The rows of a run, each training row with its example's number where shadows need it. Raises
     ValueError or FileNotFoundError, also where the rule decides on rows that there are not."""
@@ -159,9 +156,6 @@ def training_collator(settings: Settings, collator: CausalCollator) -> Callable[
     return collator
 
 
-# -------------------------------------------------------------------------------------------- model
-
-
 def load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:
     """The base, with a fresh LoRA unless it is trained itself."""
     base = load_base(base_spec(settings))
@@ -197,9 +191,6 @@ def columns_of_rule(
         size = settings.training.per_device_eval_batch_size
         columns["heldout_loss"] = RowLoss(model, collator, list(splits.evaluation), size)
     return columns
-
-
-# ----------------------------------------------------------------------------------------- in words
 
 
 def history_header(settings: Settings) -> dict[str, Any]:

@@ -151,14 +151,9 @@ class ShadowAdapters(TrainerCallback):
     # -------------------------------------------------------------------------------- as a callback
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Optional[torch.optim.Optimizer] = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.training.step(optimizer)
+        self.training.step(kwargs["optimizer"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
