@@ -15,7 +15,8 @@ from lycoris.kohya import LycorisNetworkKohya, create_network_from_weights
 from lycoris.kohya import create_network as create_lycoris
 
 from base.sd import SDModel
-from cs_fluctuation import BLOCK_VALUES, LoraLayer
+from cs_fluctuation import LoraLayer
+from es_lora.weights import DenseUpdateLayer, without_dropout
 from network.lora_file import load_lora, rename_text_encoder
 
 MEASURABLE = ("LoConModule", "LohaModule", "LokrModule")
@@ -34,67 +35,6 @@ OPTIONS = """
 for _preset in PRESET.values():
     if "time_embedding.linear_1" in _preset.get("unet_target_name", ()):
         _preset["unet_target_module"] = [name for name in _preset["unet_target_module"] if name != "TimestepEmbedding"]
-
-
-class DenseUpdateLayer(LoraLayer):
-    """A layer whose update has no low-rank form B A, as the CS metric can take it.
-
-    The update D is formed for one layer at a time and dropped at once; W is not copied. Seen as a
-    rank-1 LoRA with A = (1) and B[i] = ||D[i]||, it has the norms of D, and ``project`` gives
-    <W[i], D[i]> / ||D[i]||, so that all products equal those with D itself.
-
-    module: a LyCORIS module around a frozen layer."""
-
-    def __init__(self, name: str, component: str, module: torch.nn.Module):
-        self.module = module
-        super().__init__(name, component, self, None, None)
-
-    @property
-    def down(self) -> torch.Tensor:
-        return torch.ones(1, 1, device=self._frozen().device)  # A (1, 1)
-
-    @property
-    def up(self) -> torch.Tensor:
-        return self._update().norm(dim=1, keepdim=True)  # B (out, 1)
-
-    @down.setter
-    def down(self, _value: Any) -> None:
-        """Given by the module."""
-
-    @up.setter
-    def up(self, _value: Any) -> None:
-        """Given by the module."""
-
-    def project(self, _down: torch.Tensor) -> torch.Tensor:
-        """<W[i], D[i]> / ||D[i]|| (out, 1), 0 for a row without update."""
-        update, weight = self._update(), self._frozen()
-        rows = max(1, BLOCK_VALUES // update.shape[1])
-        dots = [
-            (weight[start : start + rows].float() * update[start : start + rows]).sum(1, keepdim=True)
-            for start in range(0, update.shape[0], rows)
-        ]
-        return torch.cat(dots) / update.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-
-    def row_norms(self) -> torch.Tensor:
-        """||W[i]|| (out,)."""
-        return torch.linalg.vector_norm(self._frozen(), dim=1, dtype=torch.float32)
-
-    def _frozen(self):
-        return self.module.org_weight.detach().flatten(1)
-
-    @torch.no_grad()
-    def _update(self):
-        """D (out, in) in float32, without the dropouts of training."""
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            if type(self.module).__name__ == "LoConModule":
-                update = self.module.get_diff_weight()[0]
-            else:
-                update = self.module.get_weight(self.module.shape) * self.module.scalar
-        finally:
-            self.module.train(was_training)
-        return update.flatten(1).float()
 
 
 class LycorisNetwork:
@@ -150,7 +90,7 @@ class LycorisNetwork:
         names = [description.replace("textencoder", "te") for description in descriptions]
         return [{**group, "params": list(group["params"]), "name": name} for group, name in zip(groups, names)]
 
-    def layers(self) -> list[LoraLayer]:
+    def layers(self) -> list[LoraLayer | DenseUpdateLayer]:
         """What the CS metric looks at, live. Raises ValueError for updates not added to W."""
         if self._layers is None:
             self._layers = [_layer(module) for module in self.modules if type(module).__name__ != "NormModule"]
@@ -178,9 +118,7 @@ class LycorisNetwork:
         """Set the weights from ``tensors()`` or a file. Raises ValueError where they do not fit."""
         mine = self.tensors()
         tensors = rename_text_encoder(tensors, [module.lora_name for module in self.modules])
-        alphas = {
-            f"{module.lora_name}.alpha": float(module.alpha) for module in self.modules if hasattr(module, "alpha")
-        }
+        alphas = {f"{part.lora_name}.alpha": float(part.alpha) for part in self.modules if hasattr(part, "alpha")}
         problems = []
         for name, value in tensors.items():
             if name in alphas:
@@ -303,7 +241,12 @@ def _layer(module):
     if kind == "LoConModule" and not module.tucker and not isinstance(module.scalar, torch.nn.Parameter):
         weights = module.org_weight, module.lora_down.weight, module.lora_up.weight
         return LoraLayer(module.lora_name, _component(module), *weights)
-    return DenseUpdateLayer(module.lora_name, _component(module), module)
+
+    def update():
+        return module.get_diff_weight() if kind == "LoConModule" else module.get_weight(module.shape) * module.scalar
+
+    layer = module.lora_name, _component(module), module.org_weight
+    return DenseUpdateLayer(*layer, lambda: without_dropout(module, update))
 
 
 def _component(module):
