@@ -3,16 +3,16 @@
 Case does not matter. Any other class is named with its package: `torch.optim.Adamax`."""
 
 import contextlib
-import difflib
 import importlib
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from es_lora.command_line import nearest
 from settings.key_values import key_values
 
 # Name in lower case -> package, class, settings that the name stands for.
@@ -61,9 +61,8 @@ class Optimization:
         prepared = accelerator.prepare(optimizer)
         if hasattr(optimizer, "train"):
             optimizer.train()
-        return cls(
-            optimizer, prepared, scheduler, [weight for group in optimizer.param_groups for weight in group["params"]]
-        )
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        return cls(optimizer, prepared, scheduler, weights)
 
     def step(self, accelerator: Accelerator) -> None:
         """An optimizer step and one of the schedule; gradients are gone afterwards."""
@@ -145,9 +144,3 @@ def import_class(package: str, class_name: str, flag: str) -> type:
         raise ValueError(f"{flag} needs the package {top}: pip install {INSTALL.get(top, top)} ({error})") from error
     except AttributeError as error:
         raise ValueError(f"{flag}: {package} has no class {class_name}") from error
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?` with the known name that is nearest; empty where none is near."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from es_lora.command_line import nearest
 from settings.key_values import key_values
-from training.optimizers import built, import_class, is_schedule_free, nearest
+from training.optimizers import built, import_class, is_schedule_free
 
 DIFFUSERS_SCHEDULERS = "constant constant_with_warmup linear cosine cosine_with_restarts polynomial".split()
 TRANSFORMERS_SCHEDULERS = "inverse_sqrt cosine_with_min_lr warmup_stable_decay".split()
@@ -52,7 +53,8 @@ def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, total_step
             raise ValueError(
                 "--lr_scheduler piecewise_constant needs --lr_scheduler_args step_rules=1:100,0.1:200,0.01"
             )
-        return _diffusers_scheduler(name, optimizer, step_rules=_step_rules(args.lr_scheduler_args))
+        rules = next(word for word in args.lr_scheduler_args if word.startswith("step_rules=")).partition("=")[2]
+        return _diffusers_scheduler(name, optimizer, step_rules=rules.strip("'\""))
     if name in DIFFUSERS_SCHEDULERS:
         cycles = {"num_cycles": args.lr_scheduler_num_cycles} if name == "cosine_with_restarts" else {}
         power = {"power": args.lr_scheduler_power} if name == "polynomial" else {}
@@ -74,10 +76,6 @@ def _refuse_settings_without_effect(args, name):
 def _steps(value, total_steps):
     """A number of steps, or below 1 a fraction of all of them."""
     return int(value * total_steps) if isinstance(value, float) and value < 1 else int(value)
-
-
-def _step_rules(words):
-    return next(word for word in words if word.startswith("step_rules=")).partition("=")[2].strip("'\"")
 
 
 def _diffusers_scheduler(name, optimizer, **settings):
