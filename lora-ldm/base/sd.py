@@ -41,8 +41,6 @@ class SDModel:
     tokenizers: list
     scheduler_config: dict
     base_path: str
-    is_v2: bool = False
-    vae_path: str = None
     base_hashes: dict = field(default_factory=dict)  # ss_sd_model_* and ss_vae_* metadata
 
     @property
@@ -163,7 +161,7 @@ def load_sd_model(
         tokenizer = load_clip_tokenizer(config / "tokenizer", tokenizer_cache_dir)
         parts = *components, [tokenizer], read_json(config / "scheduler" / "scheduler_config.json")
     _check_version(path, parts[0], v2)
-    return make_model(SDModel, parts, path, location, vae, v_parameterization, dtype, is_v2=v2)
+    return make_model(SDModel, parts, path, location, vae, v_parameterization, dtype)
 
 
 def load_folder(folder: Path, dtype: torch.dtype, encoder_classes: dict[str, type]) -> tuple:
@@ -195,12 +193,9 @@ def make_model(
     vae: str | Path | None,
     v_parameterization: bool,
     dtype: torch.dtype,
-    **facts,
 ) -> SDModel:
     """A frozen model of ``load_folder``'s parts; another VAE, velocity prediction where asked.
-
-    path: as the person gave it; location: where it lies. facts: further fields of the model class.
-    """
+    path: as the person gave it; location: where it lies."""
     unet, vae_model, text_encoders, tokenizers, scheduler_config = parts
     hashes = hash_metadata("sd_model", path, location)
     if vae:
@@ -217,9 +212,7 @@ def make_model(
         tokenizers=tokenizers,
         scheduler_config=scheduler_config,
         base_path=str(path),
-        vae_path=str(vae) if vae else None,
         base_hashes=hashes,
-        **facts,
     )
 
 

@@ -38,9 +38,7 @@ _RESIDUAL_PARTS = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-_BLOCK_PATH = re.compile(
-    r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
-)
+_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
 class TextConditions(NamedTuple):
@@ -159,7 +157,7 @@ def original_unet_name(path: str, layers_per_block: int, up_block_types: list[st
     for own, original in _OUTSIDE_BLOCKS.items():
         if path == own or path.startswith(f"{own}."):
             return original + path.removeprefix(own)
-    match = _BLOCK_PATH.fullmatch(path)
+    match = _BLOCK.fullmatch(path)
     if match is None:
         return path
     side, kind, rest = match[1], match[3], match[5]

@@ -17,7 +17,6 @@ from base.tensor_files import read_tensors
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "sd_configs"
 CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SDXL_KEY = "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
-OPEN_CLIP_KEY = "cond_stage_model.model.ln_final.weight"
 
 
 def config_folder(path: str | Path, tensors: dict[str, torch.Tensor], v_parameterization: bool) -> Path:
