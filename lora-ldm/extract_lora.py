@@ -132,9 +132,8 @@ def share_outside(base: SDModel, tuned: SDModel, layers: list[ChangedLayer]) -> 
     finals = component_roots(tuned)
     for component, root in component_roots(base).items():
         final = dict(finals[component].named_parameters())
-        total += sum(
-            (final[name].float() - value.float()).square().sum().item() for name, value in root.named_parameters()
-        )
+        for name, value in root.named_parameters():
+            total += (final[name].float() - value.float()).square().sum().item()
     return max(0.0, 1 - sum(layer.energy for layer in layers) / total)
 
 

@@ -123,12 +123,10 @@ class EarlyStopCallback(TrainerCallback):
 
     # -------------------------------------------------------------------------------------- set up
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        model = kwargs["model"]
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        model = kw["model"]
         keep_as_loaded(model)
-        batches_per_epoch, steps_per_epoch = self._epoch(args, kwargs["train_dataloader"])
+        batches_per_epoch, steps_per_epoch = self._epoch(args, kw["train_dataloader"])
         self.plan = self.settings.plan(["lm"], steps_per_epoch, state.max_steps)
         self._ended = False
         if self._training_loss is not None:
@@ -263,10 +261,8 @@ class EarlyStopCallback(TrainerCallback):
         self.say(f"\n{sentence}")
         state.log_history.append({"early_stop": sentence, "step": state.global_step})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        model = kwargs["model"]
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        model = kw["model"]
         self._ended, self._heard = True, decision_on_all(self.decision, args)
         held = best_step_loaded(args, state) or state.global_step
         if self.diverged is None and self.stopped:

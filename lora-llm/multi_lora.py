@@ -78,7 +78,7 @@ def train_jobs(
     started, output_dir = time.monotonic(), Path(output_dir)
     _check_run(jobs, output_dir, bits, max_rows, max_jobs, resume)
     use_cpu = use_cpu or not torch.accelerator.is_available()
-    together = data_parallel if data_parallel is not None else len(jobs) < _processes_asked_for()
+    together = data_parallel if data_parallel is not None else len(jobs) < int(os.environ.get("WORLD_SIZE", "1"))
     processes = Processes(use_cpu, together)
     say = say if processes.is_first or not processes.together else lambda text: None
     spec = BaseSpec(
@@ -126,10 +126,6 @@ def _train_the_rest(training: FusedTraining, ready: Sequence[tuple[JobData, Memo
     own = training.processes.own_jobs(costs)
     if not training.train([to_train[index] for index in own], resume):
         raise Interrupted(f"interrupted; everything needed to go on is saved in {output_dir}")
-
-
-def _processes_asked_for() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_run(jobs: Sequence[Job], output_dir: Path, bits: int, max_rows: int, max_jobs: int, resume: bool) -> None:

@@ -70,9 +70,8 @@ class GradientEvidence:
         for index in seen:
             mean, square, passed = self._means[index], self._squares[index], 1 - self.decay ** self._counts[index]
             ratios = torch.where(square > 0, mean.square() / (square * passed), torch.zeros_like(square))
-            noise = (
-                (1 - self.decay) * (2 - passed) / ((1 + self.decay) * passed)
-            )  # E[m^2 / v] of independent zero means
+            # E[m^2 / v] of independent zero means.
+            noise = (1 - self.decay) * (2 - passed) / ((1 + self.decay) * passed)
             parts.append(torch.stack([ratios.sum() / noise, (square > 0).sum().to(ratios)]))
         evidence, count = torch.stack([part.to(parts[0]) for part in parts]).double().sum(0).tolist()
         return evidence / count if count and math.isfinite(evidence) else None

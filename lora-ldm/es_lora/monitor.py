@@ -80,10 +80,8 @@ class EarlyStopMonitor:
         self.snapshots: Optional[SnapshotStore] = None
         if tensors is not None:
             bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors().values())
-            disk_bytes = plan.stop.snapshot_disk_gb * 1e9
-            self.snapshots = SnapshotStore(
-                self.folder / SNAPSHOT_FOLDER, self.rule.lookback() + 1, bytes_each, disk_bytes
-            )
+            count, disk_bytes = self.rule.lookback() + 1, plan.stop.snapshot_disk_gb * 1e9
+            self.snapshots = SnapshotStore(self.folder / SNAPSHOT_FOLDER, count, bytes_each, disk_bytes)
         self.header = {"format": HISTORY_FORMAT, **plan.header(), **(header or {})}
         self._lines: List[Dict[str, Any]] = []
         if resume_from is not None:

@@ -69,14 +69,11 @@ def draw_noise(settings: Namespace, latent: torch.Tensor, generator: torch.Gener
     """Noise for one latent (C, h, w): white, then offset and multi-resolution noise if asked."""
     noise = torch.randn(latent.shape, generator=generator)  # (C, h, w)
     if settings.noise_offset:
-        noise = noise + _offset_strength(settings, latent, generator) * _per_channel(latent, generator)
+        strength = _offset_strength(settings, latent, generator)
+        noise = noise + strength * torch.randn((len(latent), 1, 1), generator=generator)
     if settings.multires_noise_iterations:
         noise = _multires(noise, settings.multires_noise_iterations, settings.multires_noise_discount, generator)
     return noise
-
-
-def _per_channel(latent, generator):
-    return torch.randn((latent.shape[0], 1, 1), generator=generator)
 
 
 def _offset_strength(settings, latent, generator):

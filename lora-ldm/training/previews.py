@@ -67,9 +67,7 @@ class Previews:
         for caption, part, tensors in [("no LoRA", "-base", None), *kinds]:
             network.load_tensors(live if tensors is None else tensors)
             network.multiplier = 0.0 if caption == "no LoRA" else 1.0
-            rows.append(
-                [(f"{caption}: {prompt.prompt} (seed {prompt.seed})", path) for prompt, path in self.save(part)]
-            )
+            rows += [[(f"{caption}: {prompt.prompt} (seed {prompt.seed})", path) for prompt, path in self.save(part)]]
         network.multiplier = 1.0
         network.load_tensors(live)
         return [picture for of_one_prompt in zip(*rows) for picture in of_one_prompt]

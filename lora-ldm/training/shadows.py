@@ -78,9 +78,8 @@ class ShadowNetworks:
         if not self._parts:
             return None
         inputs = args[0]
-        repeats = len(inputs) // sum(
-            count for _, count in self._parts
-        )  # a long caption is several rows of the text encoder
+        # A long caption is several rows of the text encoder.
+        repeats = len(inputs) // sum(count for _, count in self._parts)
         updates = []
         for (name, _), part in zip(self._parts, inputs.split([count * repeats for _, count in self._parts])):
             down, up = layer.lora_A[name], layer.lora_B[name]

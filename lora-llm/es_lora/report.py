@@ -27,9 +27,6 @@ class Panel:
     lines: List[Line]
     logarithmic: bool = False
 
-    def has_values(self) -> bool:
-        return any(points for points, _, _ in self.lines)
-
     def draw(self, axis: Any) -> None:
         for points, label, style in self.lines:
             if points:
@@ -103,7 +100,7 @@ def draw(history: History, decision: Optional[Decision], window: int, component:
     from matplotlib.figure import Figure
 
     panels = [_losses(history), _cosines(history, component), _fluctuation(history, window, component)]
-    panels = [panel for panel in [*panels, _evidence(history)] if panel.has_values()]
+    panels = [panel for panel in [*panels, _evidence(history)] if any(points for points, _, _ in panel.lines)]
     figure = Figure(figsize=(9, 1 + 2.4 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for panel, axis in zip(panels, axes):

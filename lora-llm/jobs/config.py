@@ -37,9 +37,7 @@ NOT_OF_A_JOB = ("calculate_cs", "shadows", "shadow_rank", "shadow_interval")  # 
 STOP_KEYS = [entry.name for entry in fields(StopSettings) if entry.name not in NOT_OF_A_JOB] + ["valley"]
 
 _usual = USUAL_STOP.as_flags()
-StopKeys = make_dataclass(
-    "StopKeys", [(name, Any, field(default=_usual.get(name))) for name in STOP_KEYS], kw_only=True
-)
+StopKeys = make_dataclass("StopKeys", [(key, Any, field(default=_usual.get(key))) for key in STOP_KEYS], kw_only=True)
 
 
 @dataclass
@@ -249,9 +247,7 @@ def _grid_problems(grid: Any, where: str) -> list[str]:
 
 def _expanded(entry: dict[str, Any], grid: dict[str, list], folder: Path) -> list[Job]:
     """One job a combination of the grid, named after what it sets; without a grid, the job."""
-    values = {
-        key: _found(value, folder) if key in PATH_KEYS else value for key, value in entry.items() if key != "grid"
-    }
+    values = {key: _found(item, folder) if key in PATH_KEYS else item for key, item in entry.items() if key != "grid"}
     jobs = []
     for combination in itertools.product(*grid.values()):
         chosen = dict(zip(grid, combination))

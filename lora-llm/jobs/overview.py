@@ -37,9 +37,7 @@ def choose(results: Sequence[dict[str, Any]]) -> Optional[tuple[dict[str, Any], 
     most examples when it came, for it could learn longest before it only memorised. On the tuning
     half of tests/benchmarks/stop_quality that is better than the first to its turning point in four
     of six data sets, and a weak judge all the same. Without any turning point none is chosen."""
-    kept = [
-        result for result in results if result["outcome"] in ("stopped_early", "budget_reached", "no_turning_point")
-    ]
+    kept = [job for job in results if job["outcome"] in ("stopped_early", "budget_reached", "no_turning_point")]
     scored = {result["name"]: kept_loss(result) for result in kept}
     if kept and all(loss is not None for loss in scored.values()):
         best = min(kept, key=lambda result: scored[result["name"]])
@@ -105,9 +103,7 @@ def _spark_of(folder: Path, keep_step: Optional[int]) -> str:
         history = read_history(folder)
     except (FileNotFoundError, ValueError):
         return ""
-    points = [
-        (record["step"], record["fluctuation"]) for record in history.records if record["fluctuation"] is not None
-    ]
+    points = [(line["step"], line["fluctuation"]) for line in history.records if line["fluctuation"] is not None]
     after = [index for index, (step, _) in enumerate(points) if keep_step is not None and step >= keep_step]
     return sparkline([value for _, value in points], after[0] if after else None)
 
@@ -156,17 +152,13 @@ def write_overview(
     """Write overview.html and overview.json; -> the latter. results: of every job, refused too."""
     chosen = choices(results)
     overview = {"summary": summary(results, seconds), "seconds": round(seconds, 1), "chosen": chosen, **facts}
-    listed = [
-        {key: value for key, value in result.items() if key not in ("settings", "versions")} for result in results
-    ]
+    listed = [{key: value for key, value in job.items() if key not in ("settings", "versions")} for job in results]
     write_text_whole(output_dir / "overview.json", json.dumps({**overview, "jobs": listed}, indent=2) + "\n")
     head = ["job", "rank, learning rate", "outcome", "kept", "last step", "CS-Fluctuation", "held-out loss before"]
     head += ["held-out loss kept", "seconds", "saved by the stop"]
     best = {choice["name"] for choice in chosen.values()}
     rows = "".join(_row(output_dir, result, best) for result in results)
-    sentences = [
-        f"{group}: {choice['name'] or 'none chosen'} ({choice['reason']})." for group, choice in chosen.items()
-    ]
+    sentences = [f"{group}: {one['name'] or 'none chosen'} ({one['reason']})." for group, one in chosen.items()]
     verdict = "<br>".join(html.escape(sentence) for sentence in [overview["summary"], *sentences])
     page = (
         f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>ES-LoRA: {html.escape(output_dir.name)}</title>'

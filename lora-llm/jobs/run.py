@@ -278,9 +278,7 @@ class JobRun:
         for name in self._NUMBERS:
             setattr(self, name, state[name])
         self.adapter.passes = state["passes"]
-        weights = {
-            name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name.startswith("weight.")
-        }
+        weights = {key.removeprefix("weight."): value for key, value in tensors.items() if key.startswith("weight.")}
         self.adapter.load_state_dict(weights)
         for index, parameter in enumerate(self.parameters):
             if f"grad.{index}" in tensors:
@@ -288,9 +286,7 @@ class JobRun:
             prefix = f"optimizer.{index}."
             moments = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             if moments:
-                self.optimizer.state[parameter] = {
-                    name: tensor.to(parameter.device) for name, tensor in moments.items()
-                }
+                self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
         self.schedule.load_state_dict({**self.schedule.state_dict(), **state["schedule"]})
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr()):
             group["lr"] = rate

@@ -12,9 +12,8 @@ from typing import Any, Optional
 # What a pass costs beside its tokens (reading, or dequantising, every frozen weight), in tokens.
 # For a CPU by tests/benchmarks/multi_lora_throughput.py with a 4-bit base; for a GPU an estimate.
 PASS_TOKENS = {"cpu": 32, "cuda": 512}
-LORA_BYTES = (
-    24  # of a LoRA parameter in training: weight, gradient, two Adam moments, and what measuring keeps, in float32
-)
+# Of a LoRA parameter in training: weight, gradient, two moments, what measuring keeps, in float32.
+LORA_BYTES = 24
 
 
 @dataclass(frozen=True)

@@ -141,11 +141,7 @@ def _completed(argv: list[str], given: set[str]) -> list[str]:
     given = _given_flags(argv)
     if "num_train_epochs" in given and "max_steps" not in given:
         argv += ["--max_steps", "-1"]
-    unsorted = given & {
-        "train_sampling_strategy",
-        "packing",
-        "streaming",
-    }  # with these there are no lengths to group by
+    unsorted = given & {"train_sampling_strategy", "packing", "streaming"}  # without lengths to group by
     if unsorted and "group_by_length" not in given:
         argv += ["--group_by_length", "False"]
     return argv

@@ -123,21 +123,17 @@ class MMLUCallback(TrainerCallback):
         self.results: list[dict[str, Any]] = []
         self._scored_weights: tuple[float, ...] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if state.global_step == 0:  # a resumed run has its baseline behind it
-            self._score("baseline", state, kwargs["model"])
+            self._score("baseline", state, kw["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = self._score("evaluation", state, kwargs["model"])
         if kwargs["metrics"] is not None:
             kwargs["metrics"].update(logs)  # so that --metric_for_best_model eval_mmlu_accuracy finds it
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._score("end", state, kwargs["model"])
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._score("end", state, kw["model"])
 
     def _score(self, when: str, state: Any, model: torch.nn.Module) -> dict[str, float]:
         weights = tuple(p.detach().sum(dtype=torch.float64).item() for p in model.parameters() if p.requires_grad)

@@ -160,9 +160,7 @@ class ShadowAdapters(TrainerCallback):
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_NAME
             write_whole(path, lambda temporary: save_file(self.training.state_tensors(), str(temporary)))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.fused.close()
 
 
@@ -183,7 +181,6 @@ def _fold_batches(
     for start in range(0, len(indices), batch_size):
         part = sorted(indices[start : start + batch_size], key=folds.get)
         members = [folds[index] for index in part]
-        batches.append(
-            (collator([rows[index] for index in part]), [members.count(shadow) for shadow in range(shadows)])
-        )
+        counts = [members.count(shadow) for shadow in range(shadows)]
+        batches.append((collator([rows[index] for index in part]), counts))
     return batches

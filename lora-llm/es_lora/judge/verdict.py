@@ -133,9 +133,7 @@ def build_history(run: Run, spacing: Spacing) -> History:
 def choose_rule(history: History, rule: Optional[str]) -> str:
     """The rule asked for, or the default if a history has its columns, or RULE_BY_WEIGHTS.
     Raises ValueError where the rule asked for needs a column that weights alone do not give."""
-    columns = WEIGHT_COLUMNS | {
-        name for record in history.records for name, value in record.items() if value is not None
-    }
+    columns = WEIGHT_COLUMNS | {name for line in history.records for name, value in line.items() if value is not None}
     if rule is not None:
         asked = rule_for(history, rule)
         lacking = [column for column in asked.needs if column not in columns]
