@@ -170,9 +170,8 @@ class EarlyStopCallback(TrainerCallback):
             columns=self.columns,
         )
         self.say(
-            f"CS is measured every {self.plan.cs_interval} steps, window M = {self.plan.window} "
-            "measurements (an epoch has "
-            f"{self.plan.steps_per_epoch} optimizer steps; rule {self.settings.stop_rule})."
+            f"CS is measured every {self.plan.cs_interval} steps, window M = {self.plan.window} measurements (an epoch "
+            f"has {self.plan.steps_per_epoch} optimizer steps; rule {self.settings.stop_rule})."
         )
         every = self.monitor.snapshots.every
         if every > 1:

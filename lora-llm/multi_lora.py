@@ -140,9 +140,8 @@ def _check_run(jobs: Sequence[Job], output_dir: Path, bits: int, max_rows: int, 
     largest = max(jobs, key=lambda job: job.batch_size, default=None)
     if largest is not None and max_rows >= 1 and largest.batch_size > max_rows:
         problems.append(
-            f"job {largest.name}: batch_size {largest.batch_size} is above --max_rows "
-            f"{max_rows}; raise --max_rows, or lower "
-            "batch_size and raise accumulation"
+            f"job {largest.name}: batch_size {largest.batch_size} is above --max_rows {max_rows}; raise --max_rows, or "
+            "lower batch_size and raise accumulation"
         )
     if problems:
         raise ValueError("; ".join(problems))

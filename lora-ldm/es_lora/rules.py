@@ -144,8 +144,7 @@ class NthValley(StopRule):
         keep, detected = self._steps[0], record["step"]
         reason = (
             f"CS-Fluctuation of {self.settings.component!r} passed {self._which()} at step {detected}: the direction "
-            "of the "
-            f"update has become steady. The turning point is step {keep}, where that window began."
+            f"of the update has become steady. The turning point is step {keep}, where that window began."
         )
         return Decision(keep, detected, (keep, detected), reason)
 
@@ -322,8 +321,7 @@ def make_rule(name: str, settings: RuleSettings) -> StopRule:
     if name not in RULES and name in MOVED_RULES:
         raise ValueError(
             f"stop rule {name!r} is a baseline of tests/benchmarks/stop_quality now, since others decide better; "
-            "choose "
-            f"one of {', '.join(RULES)}"
+            f"choose one of {', '.join(RULES)}"
         )
     if name not in RULES:
         raise ValueError(f"stop rule {name!r} is unknown; choose one of {', '.join(RULES)}")

@@ -42,8 +42,7 @@ def make_folds(examples: Iterable[Any], shadows: int, seed: int) -> Dict[Any, in
     if len(known) < max(FEWEST_EXAMPLES, shadows):
         raise ValueError(
             f"--shadows {shadows} needs at least {max(FEWEST_EXAMPLES, shadows)} different training examples, and "
-            "there are "
-            f"{len(known)}: give more, lower --shadows, or use another --stop_rule"
+            f"there are {len(known)}: give more, lower --shadows, or use another --stop_rule"
         )
     size = max(1, min(round(FOLD_SHARE * len(known)), len(known) // shadows))
     left_out = random.Random(f"{seed}/shadow folds").sample(known, size * shadows)
@@ -203,8 +202,7 @@ class ShadowTraining:
         if not fits or not torch.equal(state["folds"], self._fingerprint()):
             raise ValueError(
                 "the saved shadows belong to other data or other settings: go on with the same data, seed, --shadows "
-                "and "
-                "--shadow_rank, or start anew"
+                "and --shadow_rank, or start anew"
             )
         self._steps, self._measurements = int(state["steps"]), int(state["measurements"])
         for name, parameter, moments in self._named():

@@ -47,9 +47,8 @@ def choose(results: Sequence[dict[str, Any]]) -> Optional[tuple[dict[str, Any], 
         return None
     best = max(turned, key=_examples_to_turning_point)
     return best, (
-        f"of {len(turned)} with a turning point it learnt longest before it, "
-        f"{_examples_to_turning_point(best)} examples; "
-        "held-out examples would tell more"
+        f"of {len(turned)} with a turning point it learnt longest before it, {_examples_to_turning_point(best)} "
+        "examples; held-out examples would tell more"
     )
 
 

@@ -109,9 +109,8 @@ def _data_problems(settings: Settings) -> list[str]:
         )
         check(
             not stop.calculate_cs or None not in (stop.cs_interval, stop.window_size),
-            "--streaming: the length of an epoch is not known, so give --cs_interval and "
-            "--window_size (M measurements, about "
-            "one pass over the data), or --calculate_cs False",
+            "--streaming: the length of an epoch is not known, so give --cs_interval and --window_size (M "
+            "measurements, about one pass over the data), or --calculate_cs False",
         )
         for name in ("eval_strategy", "save_strategy"):
             check(getattr(training, name) != "epoch", f"--{name} epoch: a stream has no known epochs; give steps")
@@ -158,7 +157,6 @@ def _output_problems(settings: Settings) -> list[str]:
     if not holds_run or goes_on or settings.training.overwrite_output_dir or not settings.training.do_train:
         return []
     return [
-        f"--output_dir {output} holds an earlier run: choose another folder, go on with it by "
-        "--resume_from_checkpoint true, "
-        "or delete it by --overwrite_output_dir"
+        f"--output_dir {output} holds an earlier run: choose another folder, go on with it by --resume_from_checkpoint "
+        "true, or delete it by --overwrite_output_dir"
     ]

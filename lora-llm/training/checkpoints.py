@@ -28,9 +28,8 @@ def checkpoint_to_resume(settings: Settings) -> Optional[str]:
     checkpoints = complete_checkpoints(folder, settings.stop.calculate_cs)
     if not checkpoints:
         raise FileNotFoundError(
-            f"--resume_from_checkpoint: {folder} holds no complete checkpoint; give a "
-            "checkpoint-N folder or the folder of a "
-            "run that saved one (--save_steps), or start anew"
+            f"--resume_from_checkpoint: {folder} holds no complete checkpoint; give a checkpoint-N folder or the "
+            "folder of a run that saved one (--save_steps), or start anew"
         )
     training.resume_from_checkpoint = str(checkpoints[-1])
     return str(checkpoints[-1])

@@ -72,6 +72,5 @@ class Measurer:
         if unfit:
             raise BaseMismatchError(
                 f"{len(unfit)} weights of the base {self.base.path} have another shape: {'; '.join(unfit[:3])}; give "
-                "the "
-                "unquantised base that the adapters were trained on"
+                "the unquantised base that the adapters were trained on"
             )
