@@ -54,8 +54,7 @@ class LoraLayer:
     """One adapted layer: the frozen weight and live references to its LoRA matrices.
 
     name: the layer's name in its model. component: "unet", "te", "te1", "te2", "lm", ...
-    weight: a tensor (out, in) or (out, in, kh, kw), or any object with `project(down)` and
-    `row_norms()` as DenseWeight.
+    weight: a tensor (out, in) or (out, in, kh, kw), or an object with DenseWeight's methods.
     down: lora_down A (r, in) or (r, in, kh, kw). up: lora_up B (out, r) or (out, r, 1, 1)."""
 
     def __init__(self, name: str, component: str, weight: Any, down: torch.Tensor, up: torch.Tensor):

@@ -78,8 +78,7 @@ class EarlyStopCallback(TrainerCallback):
     before_restore: called before the kept weights are put back, on every process; a held-out loss
     of the last weights that it gives is noted in the history.
     log_scalar: takes (name, value, step) of CS and CS-Fluctuation under their published names.
-    columns: {name: function} of further columns of the history; a rule may need some, such as
-    heldout_loss.
+    columns: {name: function} of further columns of the history, such as heldout_loss.
     training_loss: whose mean is the history's loss; None: the loss that the Trainer logs is taken.
     report: at the end write result.json and report.html and delete the snapshots; False: the caller
     does. Raises TypeError for an unknown flag, ValueError for a bad value, and ValueError at the

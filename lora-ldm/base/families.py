@@ -18,8 +18,7 @@ from images.batches import ImageBatches
 class StableDiffusion:
     """SD 1.x or 2.x as a base to train on: the model, and how the settings of a run use it.
 
-    args: the settings of the run. weight_dtype: in which the U-Net computes; weights that are
-    trained are in float32.
+    args: the run's settings. weight_dtype: the U-Net's; trained weights are in float32.
     Raises ValueError / FileNotFoundError where the base cannot be loaded."""
 
     program = "es_lora_ldm"

@@ -167,8 +167,7 @@ def load_sd_model(
 def load_folder(folder: Path, dtype: torch.dtype, encoder_classes: dict[str, type]) -> tuple:
     """(unet, vae, [text encoders], [tokenizers], scheduler configuration) of a diffusers folder.
 
-    encoder_classes: {"text_encoder": its class, ...}; the tokenizer of ``text_encoder_2`` is
-    ``tokenizer_2``."""
+    encoder_classes: {"text_encoder": its class, ...}; ``text_encoder_2`` has ``tokenizer_2``."""
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoder_classes]
     needed = ["unet", "vae", *encoder_classes, *tokenizers, "scheduler"]
     missing = [name for name in needed if not (folder / name).is_dir()]

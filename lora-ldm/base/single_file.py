@@ -2,8 +2,7 @@
 
 The model configurations ship in sd_configs/. A checkpoint of another shape (a fine-tune of a small
 model) brings its
-own: a diffusers folder of configurations named like the file, with ``.config`` in place of
-``.safetensors``."""
+own: a diffusers folder of configurations, named like the file but for ``.config``."""
 
 from pathlib import Path
 
@@ -20,8 +19,7 @@ SDXL_KEY = "conditioner.embedders.0.transformer.text_model.embeddings.position_e
 
 
 def config_folder(path: str | Path, tensors: dict[str, torch.Tensor], v_parameterization: bool) -> Path:
-    """The configurations that fit a checkpoint: its own ``.config`` folder, or the shipped SD 1.x /
-    2.x ones."""
+    """The configurations of a checkpoint: its own ``.config`` folder, or the shipped ones."""
     own = Path(path).with_suffix(".config")
     if own.is_dir():
         return own

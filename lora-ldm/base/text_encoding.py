@@ -94,8 +94,7 @@ def encode_captions(
     text_encoder: a CLIP text model; gradients flow through it.
     captions: B strings.
     max_token_length: 75, 150 or 225 tokens (None means 75).
-    clip_skip: take the n-th state from the end, then the final layer norm; None or 1 is the last
-    layer.
+    clip_skip: the n-th state from the end, then the final layer norm; None or 1: the last.
     weighted: read ``(word:1.3)`` and ``[word]``; the mean of each caption's states is preserved.
     sdxl: as SDXL takes its text: the penultimate layer's states without the final layer norm,
     chunks joined as they are, and the first chunk's pooled output.

@@ -64,8 +64,7 @@ def rule_for(
 ) -> StopRule:
     """A fresh rule for a replay. What is not given is the header's; N only with its own rule.
 
-    rule: a name, or "recorded". window: M in measurements, or "auto". Raises ValueError for an
-    unknown rule."""
+    rule: a name, or "recorded". window: M, or "auto". Raises ValueError for an unknown rule."""
     header = history.header
     name = header["rule"] if rule == "recorded" else rule
     interval, per_epoch = header["cs_interval"], header["steps_per_epoch"]

@@ -43,10 +43,8 @@ class EarlyStopMonitor:
     layers: the LoRA layers, live. tensors: gives {name: live tensor}, what a snapshot holds; None
     keeps no snapshots.
     header: further facts for the first line of the history.
-    evidence: a GradientEvidence over the trained matrices, for the column grad_evidence; None
-    leaves it null.
-    columns: {name: function} of further columns; each is called at every measurement and gives a
-    float or None.
+    evidence: a GradientEvidence over the trained matrices, or None: grad_evidence is null.
+    columns: {name: function} of further columns, called at every measurement: a float or None.
     resume_from: a folder that save_state wrote; the history goes on from there.
     It never exits, prints or kills: `measure` returns the Decision once, and the trainer acts.
     Raises FileExistsError where the folder holds the history of another run, FileNotFoundError
@@ -113,9 +111,8 @@ class EarlyStopMonitor:
     def measure(self, step: int, epoch: float, **columns: Any) -> Optional[Decision]:
         """Measure after optimizer step `step`; returns the rule's Decision once, None otherwise.
 
-        columns: further columns of the history (loss, lr, heldout_loss, ...); a value that is not
-        finite becomes null. Raises NonFiniteWeightsError, before anything is recorded, where the
-        weights have diverged."""
+        columns: further columns of the history (loss, lr, ...); a value that is not finite is null.
+        Raises NonFiniteWeightsError, before anything is recorded, for diverged weights."""
         measured = measure_layers(self.layers)
         record: Dict[str, Any] = {
             "step": step,

@@ -25,8 +25,7 @@ def _flag(default: Any, text: str, read: Callable[[Any], Any] = str, **more: Any
 class StopSettings:
     """What a person can set about early stopping. None means automatic, or the rule's own number.
 
-    cs_interval: in optimizer steps. window_size: M, in measurements. shadow_interval: in
-    measurements.
+    cs_interval: in optimizer steps. window_size (M), shadow_interval: in measurements.
     cs_component: None is the U-Net where it is trained, else the part, or all parts, that are.
     shadows: None is DEFAULT_SHADOWS where the rule needs them, else 0 (`complete`)."""
 
@@ -54,8 +53,7 @@ class StopSettings:
     def given(self, values: Mapping[str, Any]) -> Tuple["StopSettings", List[str]]:
         """(these settings with the given values, every problem as a sentence that names its flag).
 
-        values: by flag name, as text or already read; None and names that are no setting are passed
-        over."""
+        values: by flag name, as text or already read; None and other names are passed over."""
         read, problems = {}, []
         for entry in fields(self):
             value = values.get(entry.name)
@@ -122,9 +120,8 @@ class StopSettings:
     def plan(self, components: Sequence[str], steps_per_epoch: float, total_steps: int) -> "MeasurementPlan":
         """Resolve what is automatic against a run.
 
-        components: the trained parts. steps_per_epoch, total_steps: completed optimizer steps,
-        everything counted in (repeats, accumulation, processes). Raises ValueError for a component
-        that is not trained."""
+        components: the trained parts. steps_per_epoch, total_steps: completed optimizer steps, all
+        counted in (repeats, ...). Raises ValueError for a component that is not trained."""
         interval = self.cs_interval or max(1, round(steps_per_epoch / 10))
         window = self.window_size or auto_window(steps_per_epoch, interval)
         rule = RuleSettings(window, self._component(components), steps_per_epoch, interval, self.rule_value)
@@ -208,8 +205,7 @@ def auto_window(steps_per_epoch: float, cs_interval: int) -> int:
 def add_stop_arguments(group: Any, usual: StopSettings, leave_out: Sequence[str] = ()) -> None:
     """Add every flag of early stopping to a parser or a group; `StopSettings.given` reads them.
 
-    usual: the trainer's defaults, shown in its help. Values stay text, so that all problems are
-    said at once."""
+    usual: the trainer's defaults, shown in its help. Values stay text, to be checked at once."""
     shown = usual.as_flags()
     for entry in fields(StopSettings):
         if entry.name in leave_out:

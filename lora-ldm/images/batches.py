@@ -186,8 +186,7 @@ class ImageBatches(torch.utils.data.Dataset):
 
         encode: pixels (B, 3, H, W) float32 in [-1, 1] -> latents (B, 4, H/8, W/8), scaled.
         vae_key: names the VAE; entries made with another one are made anew.
-        to_disk: keep npz files beside the images or in `folder`, which later runs use; else in
-        memory.
+        to_disk: npz files beside the images or in `folder`, for later runs; else in memory.
         write: False on ranks other than 0, which are to call this after rank 0 has finished.
         Raises ValueError: NaN in latents, or the cache cannot be written; RuntimeError: an entry
         that rank 0 should have written is missing."""

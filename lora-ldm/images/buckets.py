@@ -53,8 +53,7 @@ class BucketSelector:
     """Finds the placement of a picture.
 
     resolution_px: training resolution; its area bounds every bucket.
-    enable_bucket: without buckets every picture is scaled to cover `resolution_px` and cut to
-    exactly that.
+    enable_bucket: without it every picture is scaled to cover `resolution_px` and cut to that.
     no_upscale: a picture smaller than the area keeps its size (cut down to multiples of `step_px`).
     Raises ValueError: sizes that contradict each other, all of them in one message."""
 

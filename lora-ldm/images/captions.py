@@ -28,8 +28,7 @@ def process_caption(
     """The caption as it is trained on.
 
     caption: as written; with `enable_wildcard` several lines are alternatives.
-    epoch: counted from 0; `caption_dropout_every_n_epochs` = n drops all captions of every n-th
-    epoch.
+    epoch: from 0; `caption_dropout_every_n_epochs` = n drops all captions of every n-th.
     step: completed optimizer steps, for the token warm-up.
     total_steps: of the whole run; needed where `token_warmup_step` is a fraction (below 1)."""
     text = " ".join(part for part in (subset.caption_prefix, caption, subset.caption_suffix) if part)

@@ -232,8 +232,7 @@ def list_of_tables(value: Any, name: str, problems: list[str]) -> list[dict[str,
 def settings_from_toml(path: str | Path, args: Namespace) -> list[DatasetSettings]:
     """DatasetSettings of a --dataset_config file over the values of the command line.
 
-    Raises FileNotFoundError: no such file; ValueError: everything that is wrong in the file, one
-    line each."""
+    Raises FileNotFoundError: no such file; ValueError: all that is wrong in it, a line each."""
     content, problems = read_toml(path), []
     base = command_line_values(args, problems)
     for key in sorted(set(content) - {"general", "datasets"}):

@@ -27,12 +27,10 @@ REPEAT_FOLDER = re.compile(r"(\d+)(?:_(.*))?")
 class ImageRecord:
     """One image of a subset.
 
-    caption: as written; several lines only with `enable_wildcard`, which picks one of them each
-    time.
+    caption: as written; several lines only with `enable_wildcard`, which picks one.
     repeats: how often the image comes in one epoch.
     mask_path: picture whose red channel weighs the loss, or None.
-    size_px: (width, height) with the EXIF orientation applied; (0, 0) until the image has been
-    checked."""
+    size_px: (width, height), upright by EXIF; (0, 0) until the image has been checked."""
 
     path: Path
     caption: str

@@ -31,8 +31,7 @@ class UnreadableImageError(ValueError):
 def open_image(path: Path) -> Image.Image:
     """The decoded first frame, upright as its EXIF orientation says.
 
-    Raises UnreadableImageError: a ValueError that names the file; FileNotFoundError: no such
-    file."""
+    Raises UnreadableImageError, a ValueError that names the file, or FileNotFoundError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged EXIF block is no reason to leave a picture out

@@ -26,8 +26,7 @@ def fold_lora(model: SDModel, tensors: dict[str, torch.Tensor], weight: float = 
     """Add ``weight`` times a LoRA to a model's weights, in place. Before LoRA layers go in.
 
     model: SDModel. tensors: {kohya key: tensor}, as load_lora gives them.
-    Raises ValueError: names the modules that the model lacks or that do not fit; nothing is changed
-    then."""
+    Raises ValueError, before any change: the modules that the model lacks or that do not fit."""
     from network.lora import find_modules, rename_modules
 
     candidates = find_modules(model, everywhere=True)

@@ -215,11 +215,9 @@ def create_network(
     model: SDModel (unet, text_encoders, lora_unet_name).
     rank, alpha: of linear layers and 1x1 convolutions; an alpha of 0 or None means the rank.
     conv_rank, conv_alpha: of 3x3 convolutions; None leaves the convolution blocks alone.
-    dropout, rank_dropout, module_dropout: chance that a value between down and up, a rank, a whole
-    layer is off.
+    dropout, rank_dropout, module_dropout: chance that a value inside, a rank, a layer is off.
     weights: a LoRA file or {kohya key: tensor} to start from.
-    dim_from_weights: take modules, ranks and alphas from ``weights``; rank, alpha and conv_* are
-    then ignored.
+    dim_from_weights: modules, ranks and alphas are those of ``weights``, not rank, alpha, conv_*.
     Raises ValueError: nothing to train, or the weights do not fit."""
     if dim_from_weights and weights is None:
         raise ValueError("--dim_from_weights needs --network_weights, the LoRA whose ranks are to be taken")
@@ -326,8 +324,7 @@ def find_modules(
 def rename_modules(tensors: dict[str, torch.Tensor], candidates: list[tuple]) -> dict[str, torch.Tensor]:
     """{key of a LoRA file: tensor} under the names that this model's modules have.
 
-    Programs disagree on the first text encoder's prefix, and some name SDXL's U-Net as diffusers
-    does.
+    Programs disagree on the first text encoder's prefix; some name SDXL's U-Net as diffusers.
     candidates: what ``find_modules`` gives."""
     names = {f"lora_{part}_{path}".replace(".", "_"): name for part, path, name, _ in candidates if part == "unet"}
     renamed = {}

@@ -76,8 +76,7 @@ def from_diffusers_names(
 ) -> dict[str, torch.Tensor]:
     """{diffusers or PEFT key: tensor} -> {kohya key: tensor}.
 
-    A file without alphas means alpha = rank, unless its ``lora_adapter_metadata`` gives
-    ``lora_alpha``.
+    Without alphas alpha = rank, unless ``lora_adapter_metadata`` gives ``lora_alpha``.
     Raises ValueError for keys of no known form."""
     converted, unknown, modules = {}, [], {}
     for name, value in tensors.items():

@@ -160,8 +160,7 @@ def create_lycoris_network(
 
     network_args: the texts of --network_args, ``["algo=loha", "conv_dim=4", ...]``.
     weights: a LyCORIS file or its tensors; dim_from_weights: build the layers after them.
-    Raises ValueError: an unknown option or algorithm, nothing to train, or weights that do not
-    fit."""
+    Raises ValueError: an unknown option or algorithm, nothing to train, weights of others."""
     options = parse_lycoris_args(network_args)
     if isinstance(weights, (str, Path)):
         weights = load_lora(weights)[0]

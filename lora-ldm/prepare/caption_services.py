@@ -57,8 +57,7 @@ class Answer:
 def read_key(args: Namespace) -> Optional[str]:
     """The key from --key_file, --key_env or the service's own variable; never shown anywhere.
 
-    The service's variable is not used with --base_url: a key goes to nobody but the one who gave
-    it.
+    The service's variable is not used with --base_url: a key goes only to who gave it.
     Raises ValueError where there is none."""
     variable = args.key_env or (KEY_VARIABLES[args.captioner] if args.own_address else None)
     if args.key_file:

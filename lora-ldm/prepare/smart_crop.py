@@ -121,8 +121,7 @@ def face_finder(model_path: Optional[str] = None) -> Callable[[np.ndarray], list
 
     model_path: OpenCV's face_detection_yunet_*.onnx, which finds far more faces and fewer wrong
     ones; without it the frontal-face cascade in scikit-image.
-    Raises ValueError: the model file cannot be read, or scikit-image is missing; FileNotFoundError:
-    no such model file."""
+    Raises ValueError: an unreadable model, or no scikit-image; FileNotFoundError: no such model."""
     if model_path:
         return yunet_finder(model_path)
     try:

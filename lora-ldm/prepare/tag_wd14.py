@@ -44,8 +44,7 @@ class Tag:
 class Tagger:
     """An ONNX tagger: pictures in, one probability per row of selected_tags.csv out.
 
-    Raises ValueError: the model cannot be loaded, is of another kind, or has another number of tags
-    than the csv."""
+    Raises ValueError: the model cannot be loaded, is of another kind, or does not fit the csv."""
 
     def __init__(self, model_path: Path, tags: list[Tag]):
         try:

@@ -21,8 +21,7 @@ NOT_IN_CONFIG_FILE = ("config_file", "output_config", "wandb_api_key", "huggingf
 def parse_arguments(argv: Optional[Sequence[str]] = None, sdxl: bool = False) -> argparse.Namespace:
     """The checked settings of a run, an argparse.Namespace; `stop`: those of early stopping.
 
-    argv: list of words, or None for sys.argv. A --config_file supplies values that the command line
-    overrides.
+    argv: words, or None for sys.argv. A --config_file gives values that they override.
     sdxl: with the flags of es_lora_sdxl.py.
     Raises ValueError with one line per problem (unknown flag or key, unsupported flag,
     contradiction, missing file). With --output_config the settings that differ from the defaults

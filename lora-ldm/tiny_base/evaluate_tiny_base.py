@@ -100,8 +100,7 @@ def caption_gaps(pipeline: Any, latents: torch.Tensor, rows: list[dict], draws: 
 def measure(model_dir: Path, dataset_folder: Path) -> dict:
     """All figures of the exported folder.
 
-    Returns dict: parameters and bytes, PSNR of the autoencoder per style, caption gap per kind of
-    held-out picture."""
+    Returns parameters and bytes, the autoencoder's PSNR a style, caption gap a kind of picture."""
     pipeline = load_pipeline(model_dir)
     rows, rgb = read_heldout(model_dir)
     weights = [path for path in Path(model_dir).glob("*/*.safetensors")]

@@ -104,8 +104,7 @@ def learn_bpe(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE) -> t
 
     Every byte is in it, in the middle and at the end of a word, so that no text is unknown.
 
-    Returns (vocabulary, merges): {token: id} of exactly `vocabulary_size` entries and the list of
-    merged pairs."""
+    Returns (vocabulary, merges): {token: id} of `vocabulary_size` entries, list of merged pairs."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

@@ -309,8 +309,7 @@ def caption_losses(
     """Denoising loss with the right captions and with others' captions, on the same noise.
 
     latents: (N, 4, 8, 8) scaled; tokens, other_tokens: int64 (N, 77).
-    Returns (right, other): two tensors (N,), means over `draws` noises with timesteps spread evenly
-    over the pictures."""
+    Returns (right, other): tensors (N,), means over `draws` noises at evenly spread timesteps."""
     generator = torch.Generator().manual_seed(seed)
     count, device = len(latents), latents.device
     sums = torch.zeros(2, count, device=device)

@@ -23,8 +23,7 @@ SCHEDULER_SETTINGS = {
 def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
     """The scheduler of --lr_scheduler / --lr_scheduler_type; step it after each optimizer step.
 
-    total_steps: optimizer steps of the whole run. Raises ValueError for unknown names and settings
-    without effect."""
+    total_steps: of the run. Raises ValueError for unknown names and settings without effect."""
     if is_schedule_free(optimizer):
         if args.lr_scheduler != "constant" or args.lr_scheduler_type:
             raise ValueError("a schedule-free optimizer needs no schedule: drop --lr_scheduler and --lr_scheduler_type")

@@ -3,8 +3,7 @@
 Both trainers, the jobs of multi_lora.py, the callback and the patches leave the same result.json:
 
     format          "es-lora-result/1"
-    outcome         stopped_early, budget_reached, no_turning_point, stopped_by_other, diverged or
-                    interrupted
+    outcome         as in EXIT_CODES: stopped_early, budget_reached, no_turning_point, ...
     exit_code       0, 3 where training diverged, 130 where it was interrupted
     verdict         one sentence: what happened and which weights are kept
     reason          the rule's own sentence
@@ -14,8 +13,7 @@ Both trainers, the jobs of multi_lora.py, the callback and the patches leave the
     last_step       completed optimizer steps; total_steps: the budget
     rule, window, cs_interval   by what it was decided
     files           {"kept", "last", "turning_point", "state": {"path", "step", "averaged"}}
-    held_step       the step whose weights the model holds, where a caller goes on with it
-                    (callback)
+    held_step       the step whose weights the model holds, where a caller goes on
     heldout         {"before", "kept", "last": held-out loss}
     parts           {component: the rule's verdict on its own CS}
     shadows         what shadow adapters have cost

@@ -198,8 +198,7 @@ def write_report(
 ) -> None:
     """Write one self-contained HTML page: verdict, curves, tables, a grid of images, settings.
 
-    verdict: one sentence. tables: (title, head, rows). images: (caption, PNG file). The page
-    appears whole or not at all."""
+    verdict: one sentence. tables: (title, head, rows). images: (caption, PNG file)."""
     history = read_history(history_path)
     header = history.header
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="verdict">{html.escape(verdict)}</p>']

@@ -152,10 +152,9 @@ class NthValley(StopRule):
 class SecondValley(NthValley):
     """The published rule: the second valley, with the way the published code counts.
 
-    That code scans the whole F series anew at every measurement and starts each scan with the
-    derivative that the scan before ended with. A series whose first derivative is positive
-    therefore shows one valley more at its start whenever the last derivative was negative, and
-    stops at its first real valley."""
+    That code scans the whole F series anew at every measurement and starts each scan with the last
+    derivative of the scan before. A series whose first derivative is positive therefore shows one
+    valley more whenever that was negative, and stops at its first real valley."""
 
     name = "second-valley"
     value_help = ""  # it counts to 2
@@ -246,10 +245,8 @@ class ValidationPatience(LowestLoss):
 class Shadow(LowestLoss):
     """Validation without giving up data: mean loss of shadow adapters, each on its left-out fold.
 
-    Stops when nothing lower came for `value` epochs and in FEWEST_LATER losses at least: shadows
-    may be scored seldom.
-    Source: cross-validation as a stopping criterion (Stone 1974), with the folds' adapters trained
-    beside the one that is kept."""
+    Stops when nothing lower came for `value` epochs and in FEWEST_LATER losses at least.
+    Source: cross-validation as a stopping criterion (Stone 1974), the folds trained beside."""
 
     name = "shadow"
     needs = ("shadow_loss",)

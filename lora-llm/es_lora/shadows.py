@@ -50,9 +50,8 @@ def make_folds(examples: Iterable[Any], shadows: int, seed: int) -> Dict[Any, in
 
 
 def auto_interval(score_rows: float, trained_rows: float, epoch_rows: float) -> int:
-    """The measurements from one score to the next at which scores cost about SCORE_SHARE of the
-    main adapter's training, and no more than an epoch has: the rule `shadow` needs a score an
-    epoch.
+    """The measurements from score to score at which scores cost about SCORE_SHARE of training, and
+    no more than an epoch has: the rule `shadow` needs a score an epoch.
 
     score_rows: rows that a score of one shadow passes forward; trained_rows: rows that the main
     adapter is trained on between two measurements, each of them taken for three forward passes;
@@ -80,8 +79,7 @@ class ShadowTraining:
     ...], in the order of the main optimizer's groups. max_norm: clips each shadow's gradient; 0 or
     None: no clipping. interval: a score at every so many measurements; None: the trainer sets it
     before the first one. seed: of the shadows' dropouts, of any kind.
-    sum_over_processes: takes a tensor, gives its sum over all processes; None: there is one
-    process."""
+    sum_over_processes: a tensor to its sum over all processes; None: there is one."""
 
     def __init__(
         self,
@@ -126,8 +124,7 @@ class ShadowTraining:
 
     def backward(self, summed_loss: torch.Tensor, counts: Sequence[float]) -> None:
         """Add the gradients of a micro-batch. summed_loss: over all rows of all shadows, a scalar;
-        counts: for each shadow how many losses (pictures, tokens) were summed; the gradient of a
-        step is divided by their total."""
+        counts: each shadow's number of losses (pictures, tokens), the divisor of its step."""
         summed_loss.backward()
         self._counts = [total + count for total, count in zip(self._counts, counts)]
 

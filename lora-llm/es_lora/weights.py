@@ -85,9 +85,8 @@ def dense_weight(weight: torch.Tensor) -> DenseWeight:
 class DenseUpdateLayer:
     """A layer whose update D has no down and up (LoHa, LoKr, ...), as a cs_fluctuation.LoraLayer.
 
-    update: makes D (out, in) in float32. Seen as rank 1 it is A = (1) and B[i] = ||D[i]||, and
-    `project` gives <W[i], D[i]> / ||D[i]||: all products are those of D itself. D is made for one
-    layer at a time, and dropped."""
+    update: makes D (out, in) in float32, for one layer at a time. Seen as rank 1 it is A = (1),
+    B[i] = ||D[i]||, and `project` gives <W[i], D[i]> / ||D[i]||: all products are those of D."""
 
     def __init__(self, name: str, component: str, weight: torch.Tensor, update: Callable[[], torch.Tensor]):
         self.name, self.component, self.weight = name, component, self

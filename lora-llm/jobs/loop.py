@@ -36,10 +36,8 @@ def memory_need(base: torch.nn.Module, data: JobData) -> MemoryNeed:
 class FusedTraining:
     """Trains jobs over one base until none is left.
 
-    base: frozen, on its device. facts: {"model", "bits", ...} for headers and results. limits: of
-    rows, jobs and memory.
-    precision: torch.bfloat16 to compute under autocast, None not to. save_minutes: how often all
-    states are saved.
+    base: frozen, on its device. facts: {"model", "bits", ...} for headers and results.
+    precision: torch.bfloat16 for autocast, or None. save_minutes: how often states are saved.
     say: takes sentences for the person; ended: is given every result."""
 
     def __init__(

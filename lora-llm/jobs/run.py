@@ -35,8 +35,7 @@ Score = Callable[[str, Sequence[Example]], float]  # (adapter, held-out examples
 class JobRun:
     """A job whose turn it is.
 
-    folder: where it leaves everything. facts: of the whole run (base, bits), for the header and the
-    result.
+    folder: where it leaves everything. facts: of the whole run (base, bits), for its files.
     score: gives the held-out loss of the adapter as it is. resumed: go on from the state that
     save() left in the folder. Raises ValueError for target modules that the base does not have,
     FileExistsError where the folder holds another run."""

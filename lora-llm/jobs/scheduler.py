@@ -28,8 +28,7 @@ class MemoryNeed:
 class Limits:
     """max_rows: rows a pass. max_jobs: adapters in training. free_bytes: --memory_gb less the base.
 
-    token_bytes: activations of one token in a pass. Without free_bytes memory is not bounded.
-    pass_tokens: see PASS_TOKENS."""
+    token_bytes: activations of a token. free_bytes None: no bound. pass_tokens: see PASS_TOKENS."""
 
     max_rows: int
     max_jobs: int
@@ -55,9 +54,8 @@ def token_bytes(model: Any, layer_sizes: Sequence[tuple[int, int]], checkpointin
     """Bytes that one token takes in a training pass, estimated from the model's shape.
 
     layer_sizes: (in, out) of every linear layer. Kept for the backward pass: about twice each
-    layer's input and output (the layer's own, and those of norms and activations between), and the
-    logits three times in float32. With checkpointing only the inputs of blocks stay, and one block
-    at a time has all of its own."""
+    layer's input and output (its own, and those of norms and activations between), and the logits
+    three times in float32. With checkpointing only inputs of blocks stay, and one block's own."""
     config = model.config.get_text_config()
     size = model.get_input_embeddings().weight.element_size()
     layers = 2 * size * sum(sum(sizes) for sizes in layer_sizes)

@@ -20,8 +20,7 @@ class TrainingDiverged(RuntimeError):
 class LoraTrainer(Seq2SeqTrainer):
     """The Hugging Face Trainer that watches its loss: for the history, and for divergence.
 
-    observe_loss: is given the loss of every micro-step. shadows: trained on its micro-batches
-    beside it."""
+    observe_loss: is given every micro-step's loss. shadows: trained on its micro-batches."""
 
     def __init__(
         self,

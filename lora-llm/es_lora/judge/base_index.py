@@ -42,8 +42,7 @@ class BlockBuffer:
 class FileWeight(DenseWeight):
     """A frozen weight W (out, in) that stays in its file: blocks of rows are read for one use.
 
-    transposed: the file holds W^T (in, out), as GPT-2's Conv1D does. The row norms are computed
-    once."""
+    transposed: the file holds W^T (in, out), as GPT-2's Conv1D. Row norms are computed once."""
 
     def __init__(self, stored: Stored, out_rows: int, row_values: int, transposed: bool, buffer: BlockBuffer):
         super().__init__(stored)
