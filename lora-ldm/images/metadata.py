@@ -11,20 +11,10 @@ from images.buckets import aspect_ratio_error
 from images.dataset_settings import SubsetSettings
 from images.selection import BucketedDataset
 
-SUBSET_FACTS = (
-    "num_repeats",
-    "color_aug",
-    "flip_aug",
-    "random_crop",
-    "shuffle_caption",
-    "keep_tokens",
-    "keep_tokens_separator",
-    "secondary_separator",
-    "enable_wildcard",
-    "caption_prefix",
-    "caption_suffix",
-    "trigger_word",
-)
+SUBSET_FACTS = """
+    num_repeats color_aug flip_aug random_crop shuffle_caption keep_tokens keep_tokens_separator secondary_separator
+    enable_wildcard caption_prefix caption_suffix trigger_word
+""".split()
 
 
 def dataset_metadata(

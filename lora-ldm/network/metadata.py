@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 # The keys that --no_metadata leaves: what a program needs to use the file.
-MINIMUM_KEYS = (
-    "ss_v2",
-    "ss_base_model_version",
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_network_args",
-)
+MINIMUM_KEYS = "ss_v2 ss_base_model_version ss_network_module ss_network_dim ss_network_alpha ss_network_args".split()
 
 # Flags that are written as they are, ss_ before the name.
 PLAIN_FLAGS = """

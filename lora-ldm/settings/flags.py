@@ -330,19 +330,8 @@ def _validation(parser):
 
 def _metadata(parser):
     add = _adder(parser, "metadata of the file (modelspec)")
-    for name in (
-        "title",
-        "author",
-        "description",
-        "license",
-        "tags",
-        "usage_hint",
-        "thumbnail",
-        "merged_from",
-        "trigger_phrase",
-        "preprocessor",
-        "is_negative_embedding",
-    ):
+    texts = "title author description license tags usage_hint thumbnail".split()
+    for name in [*texts, "merged_from", "trigger_phrase", "preprocessor", "is_negative_embedding"]:
         add(f"--metadata_{name}", str)
 
 

@@ -29,19 +29,7 @@ PACKAGE_VERSIONS = {
 
 # Pictures whose meaning changes in a mirror, by emojibase group or by a word of the name.
 UNFLIPPABLE_GROUPS = {"symbols", "flags"}
-UNFLIPPABLE_WORDS = {
-    "arrow",
-    "left",
-    "right",
-    "leftwards",
-    "rightwards",
-    "clock",
-    "keycap",
-    "button",
-    "o'clock",
-    "thirty",
-    "calendar",
-}
+UNFLIPPABLE_WORDS = set("arrow left right leftwards rightwards clock keycap button o'clock thirty calendar".split())
 KEPT_SKIN_TONES = (1, 3, 5)  # light, medium, dark: the two between add little but near-copies
 _GENDERS = {"1F468": "1F9D1", "1F469": "1F9D1", "2640": "", "2642": ""}
 

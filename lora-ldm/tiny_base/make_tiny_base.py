@@ -40,39 +40,11 @@ STAGES = ("collect", "tokenizer", "vae", "unet", "export", "evaluate")
 # Fixed before the first picture was seen. The first 24 ask for things that have a picture in the
 # training styles or among the held-out ones; the last 8 ask for combinations that no picture shows.
 GRID_PROMPTS = (
-    "red heart",
-    "cat face",
-    "grinning face",
-    "pizza",
-    "green apple",
-    "sunflower",
-    "house with garden",
-    "snow-capped mountain",
-    "rainbow",
-    "full moon",
-    "dog face",
-    "tropical fish",
-    "automobile",
-    "sailboat",
-    "rocket",
-    "soccer ball",
-    "umbrella",
-    "castle",
-    "woman: red hair",
-    "man: beard",
-    "frog",
-    "birthday cake",
-    "christmas tree",
-    "blue heart",
-    "purple cat face",
-    "sad pumpkin",
-    "blue apple",
-    "green car",
-    "house in the snow",
-    "red flower and a heart",
-    "angry dog",
-    "yellow fish",
-)
+    "red heart; cat face; grinning face; pizza; green apple; sunflower; house with garden; snow-capped mountain; "
+    "rainbow; full moon; dog face; tropical fish; automobile; sailboat; rocket; soccer ball; umbrella; castle; "
+    "woman: red hair; man: beard; frog; birthday cake; christmas tree; blue heart; purple cat face; sad pumpkin; "
+    "blue apple; green car; house in the snow; red flower and a heart; angry dog; yellow fish"
+).split("; ")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,7 +4,6 @@ A state is a folder: lora.safetensors, optimizer.pt (tensors and numbers only), 
 progress.json, files of the early-stop monitor and the shadows. It appears whole or not at all."""
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from base.random_state import random_state, restore_random_state
-from es_lora.files import replace_folder
+from es_lora.files import flush, replace_folder
 from es_lora.monitor import EarlyStopMonitor
 from training.optimizers import Optimization
 from training.processes import Processes
@@ -91,7 +90,8 @@ def save_state(
     accelerator.wait_for_everyone()
     if processes.is_main:
         for file in aside.rglob("*"):
-            _flush(file)
+            if file.is_file():
+                flush(file)
         replace_folder(aside, folder)
         if monitor is not None:
             monitor.state_saved(folder)
@@ -148,9 +148,3 @@ def _plain(value):
     if isinstance(value, (list, tuple)):
         return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else list(map(_plain, value))
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _flush(file):
-    if file.is_file():
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())

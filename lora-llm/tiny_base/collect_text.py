@@ -125,28 +125,7 @@ class ProseParser(HTMLParser):
     """Collects running text, a paragraph a block element; not code, tables, menus, scripts."""
 
     SKIPPED = {"script", "style", "pre", "nav", "table", "head", "form", "button", "footer", "svg"}
-    BLOCKS = {
-        "p",
-        "div",
-        "li",
-        "dd",
-        "dt",
-        "ul",
-        "ol",
-        "dl",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "section",
-        "article",
-        "blockquote",
-        "body",
-        "main",
-        "hr",
-    }
+    BLOCKS = set("p div li dd dt ul ol dl h1 h2 h3 h4 h5 h6 section article blockquote body main hr".split())
 
     def __init__(self) -> None:
         super().__init__()

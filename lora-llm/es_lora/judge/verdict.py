@@ -145,11 +145,6 @@ def choose_rule(history: History, rule: Optional[str]) -> str:
     return DEFAULT_RULE if columns.issuperset(RULES[DEFAULT_RULE].needs) else RULE_BY_WEIGHTS
 
 
-def _nearby_windows(history: History, rule: str, window: int) -> List[Optional[int]]:
-    """The kept steps with the windows M-1, M and M+1: how much hangs on the choice."""
-    return [redecide(history, rule, window=m)["turning_step"] for m in (max(1, window - 1), window, window + 1)]
-
-
 def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History, Optional[Decision]]:
     """The verdict on a measured run (a JSON object), the history behind it, the Decision."""
     spacing = find_spacing(run)
@@ -184,7 +179,8 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
     else:
         decision = replay(deciding, history.records)
         _name_checkpoints(verdict, run, history, decision)
-        nearby = _nearby_windows(history, chosen, spacing.window)
+        windows = max(1, spacing.window - 1), spacing.window, spacing.window + 1  # how much hangs on the choice
+        nearby = [redecide(history, chosen, window=m)["turning_step"] for m in windows]
         verdict["turning_steps_of_nearby_windows"] = nearby
         told = [step for step in nearby if step is not None]
         if len(told) not in (0, 3) or (told and max(told) - min(told) > run.steps_per_epoch):
