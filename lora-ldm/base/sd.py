@@ -72,14 +72,8 @@ class SDModel:
         weighted: bool = False,
     ) -> torch.Tensor:
         """B captions -> (B, 75 n + 2, D) states; see text_encoding.encode_captions."""
-        return encode_captions(
-            self.text_encoders[0],
-            self.tokenizers[0],
-            captions,
-            max_token_length=max_token_length,
-            clip_skip=clip_skip,
-            weighted=weighted,
-        )
+        settings = {"max_token_length": max_token_length, "clip_skip": clip_skip, "weighted": weighted}
+        return encode_captions(self.text_encoders[0], self.tokenizers[0], captions, **settings)
 
     def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, 4, H/8, W/8), drawn from the VAE."""
@@ -204,15 +198,7 @@ def make_model(
         scheduler_config = {**scheduler_config, "prediction_type": "v_prediction"}
     for part in (unet, vae_model, *text_encoders):
         part.requires_grad_(False).eval()
-    return model_class(
-        unet=unet,
-        vae=vae_model,
-        text_encoders=text_encoders,
-        tokenizers=tokenizers,
-        scheduler_config=scheduler_config,
-        base_path=str(path),
-        base_hashes=hashes,
-    )
+    return model_class(unet, vae_model, text_encoders, tokenizers, scheduler_config, str(path), hashes)
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, family: str = "sd1") -> AutoencoderKL:

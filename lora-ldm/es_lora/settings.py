@@ -110,12 +110,8 @@ class StopSettings:
 
     def as_flags(self) -> Dict[str, Any]:
         """{flag: value} as they are written down: automatic ones as `auto`, unset ones as None."""
-        return {
-            entry.name: auto_word(getattr(self, entry.name))
-            if entry.metadata["read"] is number_or_auto
-            else getattr(self, entry.name)
-            for entry in fields(self)
-        }
+        given = ((entry.name, entry.metadata["read"], getattr(self, entry.name)) for entry in fields(self))
+        return {name: auto_word(value) if read is number_or_auto else value for name, read, value in given}
 
     def plan(self, components: Sequence[str], steps_per_epoch: float, total_steps: int) -> "MeasurementPlan":
         """Resolve what is automatic against a run.

@@ -57,11 +57,8 @@ class LoraNetwork:
         self, modules: list[LoraModule], *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0
     ):
         self.modules = modules
-        self.dropout, self.rank_dropout, self.module_dropout = (
-            dropout or 0.0,
-            rank_dropout or 0.0,
-            module_dropout or 0.0,
-        )
+        self.dropout, self.rank_dropout = dropout or 0.0, rank_dropout or 0.0
+        self.module_dropout = module_dropout or 0.0
         self.training = True
         self._multiplier = 1.0
         self._layers = None

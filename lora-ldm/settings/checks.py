@@ -194,11 +194,9 @@ def _components(args):
 def _shadows(args):
     if not args.stop.shadow_count:
         return []
-    lines = (
-        []
-        if args.stop.calculate_cs
-        else ["--shadows are scored when CS is measured: add --early_stop or --calculate_cs"]
-    )
+    lines = []
+    if not args.stop.calculate_cs:
+        lines.append("--shadows are scored when CS is measured: add --early_stop or --calculate_cs")
     if not rate_is_adams(optimizer_name(args)):
         lines.append(
             f"--shadows are trained by AdamW at the main learning rate, and the rate of {optimizer_name(args)} "

@@ -53,28 +53,10 @@ def build_parser(sdxl: bool = False) -> Parser:
         description=f"Train a LoRA for {family} and stop at its turning point.",
     )
     parser.set_defaults(sdxl=sdxl)
-    for add_group in (
-        _model,
-        *([_sdxl] if sdxl else []),
-        _data,
-        _dreambooth,
-        _captions,
-        _buckets,
-        _network,
-        _optimizer,
-        _schedule,
-        _step,
-        _loss,
-        _precision,
-        _output,
-        _resume,
-        _logging,
-        _samples,
-        _validation,
-        _metadata,
-        _early_stop,
-        _unsupported,
-    ):
+    groups = [_model, *([_sdxl] if sdxl else []), _data, _dreambooth, _captions, _buckets, _network]
+    groups += [_optimizer, _schedule, _step, _loss, _precision, _output, _resume, _logging]
+    groups += [_samples, _validation, _metadata, _early_stop, _unsupported]
+    for add_group in groups:
         add_group(parser)
     return parser
 

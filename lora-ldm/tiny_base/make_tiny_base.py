@@ -140,11 +140,8 @@ def unet(args: Namespace) -> None:
     held = [i for i, record in enumerate(records) if record["role"] == "validation"]
     held_latents = encode_plain(image_model, pictures[held], args.device)
     held_tokens = torch.from_numpy(tokens["fixed"][held]).long().to(args.device)
-    denoiser, text, scheduler = (
-        build_unet().to(args.device),
-        build_text_encoder().to(args.device),
-        build_noise_scheduler(),
-    )
+    denoiser, text = build_unet().to(args.device), build_text_encoder().to(args.device)
+    scheduler = build_noise_scheduler()
     if args.device == "cpu":
         from diffusers.models.attention_processor import AttnProcessor
 
@@ -170,12 +167,8 @@ def unet(args: Namespace) -> None:
         max_minutes=args.unet_minutes,
         max_steps=args.max_steps,
     )
-    for name, state in (
-        ("unet_last", denoiser.state_dict()),
-        ("text_last", text.state_dict()),
-        ("unet_best", best[0]),
-        ("text_best", best[1]),
-    ):
+    last = denoiser.state_dict(), text.state_dict()
+    for name, state in zip(("unet_last", "text_last", "unet_best", "text_best"), (*last, *best)):
         save_states(args.results, name, state)
     write_json(args.results / "unet_training.json", figures)
     print("denoiser:", figures, flush=True)

@@ -176,11 +176,9 @@ def _redecided_rows(history: History) -> List[List[Any]]:
                 rows.append([name, "", f"needs {', '.join(missing)}", ""])
                 continue
             verdict = redecide(history, name, window=window)
-            kept = (
-                "had not decided when the run ended"
-                if not verdict["stopped"]
-                else f"keeps step {verdict['turning_step']}"
-            )
+            kept = "had not decided when the run ended"
+            if verdict["stopped"]:
+                kept = f"keeps step {verdict['turning_step']}"
             rows.append([name, window if rule.uses_window else "", kept, verdict["stop_step"] or ""])
     return rows
 

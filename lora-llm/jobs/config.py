@@ -259,13 +259,10 @@ def _expanded(entry: dict[str, Any], grid: dict[str, list], folder: Path) -> lis
 
 
 def _short(value: Any) -> str:
-    text = (
-        Path(value).stem
-        if isinstance(value, str) and "/" in value
-        else f"{value:g}"
-        if type(value) is float
-        else str(value)
-    )
+    if isinstance(value, str) and "/" in value:
+        text = Path(value).stem
+    else:
+        text = f"{value:g}" if type(value) is float else str(value)
     return re.sub(r"[^\w.+=-]", "_", text)
 
 

@@ -54,20 +54,10 @@ class FusedTraining:
         say: Callable[[str], None] = print,
         ended: Callable[[dict[str, Any]], None] = lambda result: None,
     ):
-        self.base, self.tokenizer, self.output_dir, self.processes, self.limits = (
-            base,
-            tokenizer,
-            output_dir,
-            processes,
-            limits,
-        )
-        self.facts, self.precision, self.save_seconds, self.say, self.ended = (
-            facts,
-            precision,
-            60 * save_minutes,
-            say,
-            ended,
-        )
+        self.base, self.tokenizer, self.output_dir = base, tokenizer, output_dir
+        self.processes, self.limits, self.facts = processes, limits, facts
+        self.precision, self.save_seconds = precision, 60 * save_minutes
+        self.say, self.ended = say, ended
         self.fused = FusedLora(base)
         self.active: list[tuple[JobRun, MemoryNeed]] = []
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -116,11 +106,8 @@ class FusedTraining:
         run = JobRun(data, self.fused, self._folder(data), self.processes, self.facts, self.score, resumed)
         self.active.append((run, need))
         budget = f"{data.total_steps} steps of {len(data.train)} examples from {data.source}"
-        self.say(
-            f"{data.job.name}: goes on from step {run.step}."
-            if resumed
-            else f"{data.job.name}: starts; budget {budget}."
-        )
+        begins = f"goes on from step {run.step}" if resumed else f"starts; budget {budget}"
+        self.say(f"{data.job.name}: {begins}.")
         for notice in data.plan.notices if not resumed else ():
             self.say(f"{data.job.name}: {notice}")
         run.score_start()

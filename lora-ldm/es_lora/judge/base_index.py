@@ -121,11 +121,9 @@ def unet_layer_name(name: str, layers_per_block: int) -> str:
             return f"{prefix}_downsamplers_0_conv"
         if rest == "conv":
             return f"{prefix}_upsamplers_0_conv"
-        return (
-            f"{prefix}_resnets_{index}_{RESNET.get(rest, rest)}"
-            if slot == "0"
-            else f"{prefix}_attentions_{index}_{rest}"
-        )
+        if slot == "0":
+            return f"{prefix}_resnets_{index}_{RESNET.get(rest, rest)}"
+        return f"{prefix}_attentions_{index}_{rest}"
     match = re.match(r"middle_block_(\d)_(.+)$", name)
     if match:
         part = "attentions_0" if match[1] == "1" else f"resnets_{int(match[1]) // 2}"
