@@ -192,24 +192,17 @@ def _run(args):
 
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "--model_org", required=True, help="the base: diffusers folder, .safetensors/.ckpt file, hub name"
-    )
-    parser.add_argument("--model_tuned", required=True, help="the same model after training")
-    parser.add_argument("--save_to", required=True, help="the LoRA file")
-    parser.add_argument(
-        "--rank", "--dim", type=int, default=16, help="at most; a small layer gets its own (default %(default)s)"
-    )
-    parser.add_argument(
-        "--select", default="energy:0.9", help="all, top:N or energy:SHARE of the most changed (%(default)s)"
-    )
-    parser.add_argument(
-        "--save_precision", choices=["float", "fp16", "bf16"], help="of the saved tensors (default float)"
-    )
-    parser.add_argument("--v2", action="store_true", help="the models are SD 2.x")
-    parser.add_argument("--v_parameterization", action="store_true", help="they predict velocity")
-    parser.add_argument("--tokenizer_cache_dir", help="where the CLIP vocabulary lies, for single files")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("--model_org", required=True, help="the base: diffusers folder, .safetensors/.ckpt file, hub name")
+    add("--model_tuned", required=True, help="the same model after training")
+    add("--save_to", required=True, help="the LoRA file")
+    add("--rank", "--dim", type=int, default=16, help="at most; a small layer gets its own (default %(default)s)")
+    add("--select", default="energy:0.9", help="all, top:N or energy:SHARE of the most changed (%(default)s)")
+    add("--save_precision", choices=["float", "fp16", "bf16"], help="of the saved tensors (default float)")
+    add("--v2", action="store_true", help="the models are SD 2.x")
+    add("--v_parameterization", action="store_true", help="they predict velocity")
+    add("--tokenizer_cache_dir", help="where the CLIP vocabulary lies, for single files")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 

@@ -95,19 +95,18 @@ def _check(args):
 
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--sd_model", required=True, help="base: diffusers folder, .safetensors or .ckpt file, hub name"
-    )
-    parser.add_argument("--models", required=True, nargs="+", metavar="LORA", help="LoRA files")
-    parser.add_argument("--ratios", nargs="+", type=float, help="strength of each LoRA (default 1)")
-    parser.add_argument("--save_to", required=True, help="new .safetensors file (from a file) or new folder")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--sd_model", required=True, help="base: diffusers folder, .safetensors or .ckpt file, hub name")
+    add("--models", required=True, nargs="+", metavar="LORA", help="LoRA files")
+    add("--ratios", nargs="+", type=float, help="strength of each LoRA (default 1)")
+    add("--save_to", required=True, help="new .safetensors file (from a file) or new folder")
+    add(
         "--save_precision", "--precision", choices=["float", "fp16", "bf16"],
         help="of the saved weights; the sum is computed in float32 (default: as the base file, float for a folder)",
     )  # fmt: skip
-    parser.add_argument("--v2", action="store_true", help="the base is SD 2.x")
-    parser.add_argument("--v_parameterization", action="store_true", help="the base predicts velocity")
-    parser.add_argument("--tokenizer_cache_dir", help="where the CLIP vocabulary lies, for file to folder")
+    add("--v2", action="store_true", help="the base is SD 2.x")
+    add("--v_parameterization", action="store_true", help="the base predicts velocity")
+    add("--tokenizer_cache_dir", help="where the CLIP vocabulary lies, for file to folder")
     return parser
 
 

@@ -270,9 +270,7 @@ def find_masks(paths: list[Path], subset: SubsetSettings, problems: list[str]) -
     missing = [path.name for path in paths if path.stem not in by_stem]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        problems.append(
-            f"conditioning_data_dir {folder} has no mask of the same name for {len(missing)} images: {shown}"
-        )
+        problems += [f"conditioning_data_dir {folder} has no mask of the same name for {len(missing)} images: {shown}"]
     return {path: by_stem[path.stem] for path in paths if path.stem in by_stem}
 
 

@@ -223,9 +223,7 @@ def _full_unet(args):
     for name in (name for name, value in stop.items() if value):
         lines.append(f"--train_full_unet trains no LoRA, so that there is no similarity to stop by: leave --{name} out")
     if args.save_model_as not in (None, "diffusers_safetensors") or args.use_safetensors:
-        lines.append(
-            "--train_full_unet saves a diffusers folder: leave --save_model_as out or give diffusers_safetensors"
-        )
+        lines += ["--train_full_unet saves a diffusers folder: leave --save_model_as out or give diffusers_safetensors"]
     return lines
 
 
@@ -237,9 +235,7 @@ def _sdxl(args):
         lines.append("--clip_skip: SDXL always takes the penultimate layer of its text encoders; leave it out")
     caches = args.cache_text_encoder_outputs or args.cache_text_encoder_outputs_to_disk
     if caches and not (args.network_train_unet_only or args.train_full_unet):
-        lines.append(
-            "--cache_text_encoder_outputs needs --network_train_unet_only: what is encoded once is not trained"
-        )
+        lines += ["--cache_text_encoder_outputs needs --network_train_unet_only: what is encoded once is not trained"]
     return lines
 
 

@@ -321,27 +321,26 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("stage", choices=list(STAGES))
-    parser.add_argument(
-        "--work_dir", type=Path, default=here.parents[1] / "output" / "tiny_base", help="packages, text and token ids"
-    )
-    parser.add_argument("--out_dir", type=Path, default=here, help="where the model's folder is written")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--heldout_percent", type=float, default=2.0)
-    parser.add_argument("--tokens", type=float, default=4e8, help="training tokens (with repetition)")
-    parser.add_argument("--max_minutes", type=float, help="ends the schedule early if time runs out first")
-    parser.add_argument("--batch_size", type=int, default=128, help=f"windows of {CONTEXT_TOKENS} tokens a step")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.1)
-    parser.add_argument("--log_every", type=int, default=100, help="steps between validations")
-    parser.add_argument(
+    add = parser.add_argument
+    add("stage", choices=list(STAGES))
+    add("--work_dir", type=Path, default=here.parents[1] / "output" / "tiny_base", help="packages, text and token ids")
+    add("--out_dir", type=Path, default=here, help="where the model's folder is written")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--heldout_percent", type=float, default=2.0)
+    add("--tokens", type=float, default=4e8, help="training tokens (with repetition)")
+    add("--max_minutes", type=float, help="ends the schedule early if time runs out first")
+    add("--batch_size", type=int, default=128, help=f"windows of {CONTEXT_TOKENS} tokens a step")
+    add("--learning_rate", type=float, default=2e-3)
+    add("--weight_decay", type=float, default=0.1)
+    add("--log_every", type=int, default=100, help="steps between validations")
+    add(
         "--precision",
         choices=("bf16", "fp32"),
         default="bf16" if torch.cuda.is_available() else "fp32",
         help="of the matrix products; bf16 on a CPU only pays where its cores have bf16 arithmetic",
     )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
     return parser.parse_args()
 
 
