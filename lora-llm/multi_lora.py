@@ -220,12 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", help="recompute activations to save memory", **switch)
     add("--max_rows", type=int, default=32, help="examples in one pass, of all jobs together (default 32)")
     add("--max_jobs", type=int, default=16, help="adapters that train at once; others wait (default 16)")
-    add(
-        "--memory_gb",
-        type=float,
-        default=None,
-        help="bound on the estimated memory of base, adapters and activations, in GB",
-    )
+    add("--memory_gb", type=float, help="bound on the estimated memory of base, adapters and activations, in GB")
     together = "several processes train every job together; default: only where there are fewer jobs than processes"
     add("--data_parallel", **{**switch, "default": None}, help=together)
     add("--save_minutes", type=float, default=10.0, help="save everything for --resume so often (default 10)")

@@ -38,14 +38,8 @@ from es_lora.settings import MeasurementPlan
 
 RESULT_NAME, REPORT_NAME = "result.json", "report.html"
 RESULT_FORMAT = "es-lora-result/1"
-EXIT_CODES = {
-    "stopped_early": 0,
-    "budget_reached": 0,
-    "no_turning_point": 0,
-    "stopped_by_other": 0,
-    "diverged": 3,
-    "interrupted": 130,
-}
+EXIT_CODES = dict.fromkeys(("stopped_early", "budget_reached", "no_turning_point", "stopped_by_other"), 0)
+EXIT_CODES.update(diverged=3, interrupted=130)
 WEIGHTS = {"before": "before training", "kept": "kept", "last": "last step"}
 PART_NAMES = {"unet": "U-Net", "te": "text encoder", "te1": "first text encoder", "te2": "second text encoder"}
 

@@ -41,18 +41,10 @@ def _column(history: History, name: str) -> Points:
 
 
 def _losses(history: History) -> Panel:
-    return Panel(
-        "loss",
-        [
-            (_column(history, "loss"), "training loss", {"color": COLOURS["train"]}),
-            (history.heldout(), "held-out loss", {"color": COLOURS["heldout"], "marker": "."}),
-            (
-                _column(history, "shadow_loss"),
-                "shadows' loss on their folds",
-                {"color": COLOURS["lines"], "marker": "."},
-            ),
-        ],
-    )
+    training = _column(history, "loss"), "training loss", {"color": COLOURS["train"]}
+    heldout = history.heldout(), "held-out loss", {"color": COLOURS["heldout"], "marker": "."}
+    style = {"color": COLOURS["lines"], "marker": "."}
+    return Panel("loss", [training, heldout, (_column(history, "shadow_loss"), "shadows' loss on their folds", style)])
 
 
 def _cosines(history: History, component: str) -> Panel:

@@ -114,12 +114,8 @@ class EarlyStopMonitor:
         columns: further columns of the history (loss, lr, ...); a value that is not finite is null.
         Raises NonFiniteWeightsError, before anything is recorded, for diverged weights."""
         measured = measure_layers(self.layers)
-        record: Dict[str, Any] = {
-            "step": step,
-            "epoch": round(epoch, 6),
-            "cs": measured[f"cs_{self.reduction}"],
-            **measured,
-        }
+        cs = measured[f"cs_{self.reduction}"]
+        record: Dict[str, Any] = {"step": step, "epoch": round(epoch, 6), "cs": cs, **measured}
         record["fluctuation"] = self.series.update(record["cs"][self.plan.component]).fluctuation
         record["grad_evidence"] = self.evidence.value() if self.evidence is not None else None
         measured_now = {name: function() for name, function in self.columns.items()}

@@ -119,12 +119,8 @@ def build_history(run: Run, spacing: Spacing) -> History:
     series, records = FluctuationSeries(spacing.window), []
     for checkpoint in spacing.measured:
         cs = checkpoint.columns[f"cs_{header['reduction']}"]
-        record = {
-            "step": checkpoint.step,
-            "epoch": checkpoint.step / run.steps_per_epoch,
-            "cs": cs,
-            **checkpoint.columns,
-        }
+        epoch = checkpoint.step / run.steps_per_epoch
+        record = {"step": checkpoint.step, "epoch": epoch, "cs": cs, **checkpoint.columns}
         record["fluctuation"] = series.update(cs[header["decided_on"]]).fluctuation
         records.append({**recorded.get(checkpoint.step, {}), **record})
     return History(header, records, run.history.events if run.history else [])

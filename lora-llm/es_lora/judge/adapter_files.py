@@ -100,11 +100,8 @@ def read_adapter(file: Path) -> Adapter:
             raise ValueError(f"layer {key[1]}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} do not fit")
         # diffusers keeps a PEFT configuration for each part, its names led by the part's.
         part_names = [name for name, component in _PARTS.items() if name and component == key[0]]
-        own = {
-            name.partition(".")[2]: value
-            for name, value in diffusers_config.items()
-            if name.partition(".")[0] in part_names
-        }
+        parted = ((name.partition("."), value) for name, value in diffusers_config.items())
+        own = {path: value for (part, _, path), value in parted if part in part_names}
         scale = float(sides["alpha"]) / rank if "alpha" in sides else _peft_scale(config or own, key[1], rank)
         modules[key] = LoraModule(down, up, scale)
     return Adapter(modules, bool(config.get("fan_in_fan_out")))
