@@ -1,8 +1,7 @@
 """Stable Diffusion 1.x and 2.x as one object: load it, encode text and images, predict noise.
 
 A base model is a folder in diffusers layout, a single .safetensors or .ckpt file in the original
-layout, or a name on the Hugging Face hub. Nothing is fetched unless a hub name is given or a single
-file's tokenizer is found nowhere here."""
+layout, or a hub name. Only a hub name, or a tokenizer found nowhere here, is fetched."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

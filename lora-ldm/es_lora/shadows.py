@@ -34,10 +34,9 @@ NOT_ADAM = ("dadapt", "schedulefree")  # Adam in name, but their rate means some
 def make_folds(examples: Iterable[Any], shadows: int, seed: int) -> Dict[Any, int]:
     """{example: number of the shadow that leaves it out}, the same for the same examples and seed.
 
-    examples: their identities (numbers or texts), in any order, each as often as it comes; they
-    must be sortable. Every fold holds about FOLD_SHARE of them, 1/K where K > 5, and at least one;
-    folds are disjoint, and for fewer than five shadows some examples are in none. Raises ValueError
-    where there are too few examples."""
+    examples: sortable identities (numbers or texts), in any order, each as often as it comes. Every
+    fold holds about FOLD_SHARE of them, 1/K where K > 5, and at least one; folds are disjoint, and
+    with fewer than five some are in none. Raises ValueError where there are too few examples."""
     known = sorted(set(examples))
     if len(known) < max(FEWEST_EXAMPLES, shadows):
         raise ValueError(

@@ -64,8 +64,7 @@ def save_full_model(
 ) -> None:
     """Write the base with these U-Net weights as a diffusers folder, whole or not at all.
 
-    tensors: {diffusers name: tensor on the CPU}. dtype: of the saved U-Net, None keeps theirs. A
-    folder of that name is replaced."""
+    tensors: {diffusers name: CPU tensor}. dtype: of the file, or None. Replaces a folder."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(model.unet.config)
     unet.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, assign=True)

@@ -130,9 +130,8 @@ def rename_text_encoder(tensors: dict[str, torch.Tensor], known_names: Iterable[
 def lora_hashes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[str, str]:
     """(sshs_model_hash, sshs_legacy_hash): how WebUIs recognise a LoRA.
 
-    The first is the SHA-256 of the safetensors file after its header, so that later edits of the
-    metadata keep it; the second the first 8 digits of the SHA-256 of 64 KiB from 1 MiB on, of the
-    file with only its ``ss_`` metadata."""
+    The first: SHA-256 of the safetensors file after its header, so that edits of metadata keep it.
+    The second: 8 digits of the SHA-256 of 64 KiB from 1 MiB on, with only ``ss_`` metadata."""
     training_facts = {name: value for name, value in metadata.items() if name.startswith("ss_")}
     content = safetensors.torch.save(tensors, training_facts)
     header_bytes = int.from_bytes(content[:8], "little")

@@ -1,8 +1,7 @@
 """Who writes the captions: Claude, OpenAI or a compatible server by SDK, or a local model.
 
-Every captioner has `destination` (where pictures go, for the person to read), `caption(picture) ->
-Answer`, and `tokens_of(width_px, height_px)`, the tokens that a picture costs; the SDKs repeat a
-request that failed, with back-off."""
+Every captioner has `destination` (where pictures go, to read), `caption(picture) -> Answer`, and
+`tokens_of(width_px, height_px)`, what a picture costs; the SDKs repeat failed requests."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Shadow adapters of a language model: small LoRAs beside the main one; see es_lora/shadows.py.
 
 Every micro-batch goes through the frozen base a second time, its rows repeated for the shadows that
-train on them: one pass for all shadows, each row through its own (fused_lora). The main adapter is
-off meanwhile, and its training is untouched."""
+train on them, each row through its own (fused_lora). The main adapter is off."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
