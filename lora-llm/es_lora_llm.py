@@ -234,7 +234,8 @@ def _save(run: Run, outcome: Outcome, what: str, name: str, step: int) -> None:
         run.model.save_pretrained(str(folder))
     else:
         base = {"bits": training.bits, "quant_type": training.quant_type, "double_quant": training.double_quant}
-        save_adapter(run.model, folder, {**outcome.facts(what), "base": base})
+        facts = {**outcome.facts(what), "base": base, "prompt_template": run.settings.data.prompt_template}
+        save_adapter(run.model, folder, facts)
     run.collator.tokenizer.save_pretrained(str(folder))
 
 

@@ -2,18 +2,23 @@
 
     python merge_adapter.py --adapter OUTPUT/adapter --output MERGED
     python merge_adapter.py --adapter RUN1/adapter:0.7 RUN2/adapter:0.3 --output MERGED
+    python merge_adapter.py --adapter OUTPUT/adapter --gguf MODEL.gguf --modelfile Modelfile
+    python merge_adapter.py --adapter OUTPUT/adapter --lora_gguf ADAPTER.gguf --modelfile Modelfile
 
 Every layer is added up in float32 and cast once. The folder appears only after the model in it has
-given the same logits as base and adapters apart. Exit codes: 0 merged; 2 bad input, or the logits
-differ (nothing is written).
+given the same logits as base and adapters apart. --gguf writes the merged model for llama.cpp and
+Ollama; --lora_gguf the adapters alone, which run there over a GGUF of the base. Exit codes: 0
+written; 2 bad input, or the logits differ (nothing is written).
 """
 
 import json
 import os
 import shutil
 import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,7 +27,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters.folders import (
     AdapterFolder,
@@ -34,6 +39,10 @@ from adapters.folders import (
     put_adapters_on,
     stored_dtype,
 )
+from adapters.gguf_export import TYPES, check_lora_alone, layout_of, write_lora_gguf, write_merged_gguf
+from adapters.modelfile import CHAT, PLAIN, licence_of, modelfile, path_from, prompt_of
+from base.gguf_vocabulary import SOURCE_NAME, Entry, adds_bos, fitted_vocabulary, vocabulary_for
+from es_lora.files import write_text_whole
 from text.collator import encode_source, pad_batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,12 +61,25 @@ PROBES = (
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
     parser = OneLineParser([], description="Fold LoRA adapters into their base.", allow_abbrev=False)
     parser.add_argument("--adapter", nargs="+", required=True, help="adapter folders, each as FOLDER or FOLDER:WEIGHT")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--output", type=Path, help="folder to write; must not exist")
     parser.add_argument(
         "--base", help="folder or hub name of the base (default: the one in the adapter's configuration)"
     )
     parser.add_argument("--bits", type=int, choices=(4, 8, 16, 32), help="the base's bits (default: as in training)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the folder written (default: as the base is stored)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the merged model (default: as the base is stored)")
+    parser.add_argument("--gguf", type=Path, help="write the merged model to this GGUF file, for llama.cpp and Ollama")
+    parser.add_argument("--gguf_type", choices=list(TYPES), default="f16", help="of its matrices (default %(default)s)")
+    parser.add_argument("--gguf_vocab", type=Path, help="a GGUF of the same base, to copy the tokenizer's keys from")
+    parser.add_argument("--lora_gguf", type=Path, help="write the adapters alone to this GGUF file: llama-cli --lora")
+    parser.add_argument("--modelfile", type=Path, help="write a Modelfile for `ollama create` to this file")
+    parser.add_argument(
+        "--modelfile_from", help="a GGUF or an Ollama model that the adapters run over (default: the base's GGUF)"
+    )
+    parser.add_argument(
+        "--modelfile_prompt",
+        choices=(CHAT, PLAIN),
+        help="chat template or the prompt as typed (default: as in training)",
+    )
     return parser.parse(argv)
 
 
@@ -182,20 +204,104 @@ def merge(
     return facts
 
 
+# ------------------------------------------------------------------------------ what is written
+
+
+def check_files(arguments: Any) -> None:
+    """Raises ValueError where nothing is asked for, a name is taken, or a Modelfile has no
+    model."""
+    problems = []
+    files = {name: getattr(arguments, name) for name in ("output", "gguf", "lora_gguf", "modelfile")}
+    if not any((arguments.output, arguments.gguf, arguments.lora_gguf)):
+        problems.append("give --output FOLDER, --gguf FILE or --lora_gguf FILE")
+    elif arguments.modelfile and not (arguments.gguf or arguments.lora_gguf):
+        problems.append("--modelfile needs --gguf or --lora_gguf, the model that it names")
+    for name, path in files.items():
+        if path is not None and path.exists():
+            problems.append(f"--{name} {path} exists; choose another name, nothing is written over")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def ollama_text(
+    arguments: Any, adapters: Sequence[AdapterFolder], base: str, tokenizer: Any, vocabulary: Sequence[Entry]
+) -> str:
+    """The Modelfile's text: the merged model where it is written, else the adapters over the base's
+    GGUF. Raises ValueError where that is not known."""
+    source, adapter = arguments.modelfile_from, None
+    if arguments.gguf:
+        source = path_from(arguments.modelfile, arguments.gguf)
+    else:
+        adapter = path_from(arguments.modelfile, arguments.lora_gguf)
+        beside = Path(base) / SOURCE_NAME
+        source = source or (path_from(arguments.modelfile, beside) if beside.is_file() else None)
+    if source is None:
+        raise ValueError("--modelfile: no GGUF of the base is known; name it, or Ollama's model, by --modelfile_from")
+    return modelfile(
+        tokenizer,
+        arguments.modelfile_prompt or prompt_of(adapters[0].facts, tokenizer),
+        source=source,
+        adapter=adapter,
+        adds_bos=adds_bos(vocabulary),
+        context=AutoConfig.from_pretrained(base).max_position_embeddings,
+        licence=licence_of(base),
+    )
+
+
+@contextmanager
+def folder_for(arguments: Any) -> Iterator[Path]:
+    """Where the merged folder goes: --output, or beside the GGUF file for as long as it is
+    needed."""
+    if arguments.output is not None:
+        yield arguments.output
+        return
+    arguments.gguf.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.gguf.parent, prefix=f".{arguments.gguf.name}.") as scratch:
+        yield Path(scratch) / "merged"
+
+
+def write_all(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -> None:
+    """Everything that is asked for; what cannot be written is found before anything is merged."""
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else stored_dtype(base)
+    vocabulary, text = [], None
+    if arguments.gguf or arguments.lora_gguf:
+        layout_of(AutoConfig.from_pretrained(base))
+    if arguments.gguf or arguments.modelfile:
+        tokenizer = load_tokenizer_of(base, adapters)
+        vocabulary = vocabulary_for(tokenizer, base, arguments.gguf_vocab)
+    if arguments.modelfile:
+        text = ollama_text(arguments, adapters, base, tokenizer, vocabulary)
+    if arguments.lora_gguf:
+        check_lora_alone(adapters)
+    if arguments.output or arguments.gguf:
+        with folder_for(arguments) as folder:
+            merge(adapters, base, arguments.bits, dtype, folder)
+            if arguments.gguf:
+                config = AutoConfig.from_pretrained(folder)
+                fitted = fitted_vocabulary(vocabulary, config.vocab_size, tokenizer)
+                write_merged_gguf(folder, config, fitted, arguments.gguf_type, arguments.gguf)
+    if arguments.lora_gguf:
+        write_lora_gguf(adapters, AutoConfig.from_pretrained(base), arguments.lora_gguf)
+    if text is not None:
+        write_text_whole(arguments.modelfile, text)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command line; the exit code."""
     arguments = parse_arguments(argv)
     try:
-        if arguments.output.exists():
-            raise ValueError(f"--output {arguments.output} exists; choose another name, nothing is written over")
+        check_files(arguments)
         adapters = [open_adapter(text) for text in arguments.adapter]
         check_together(adapters)
-        base = base_of(adapters, arguments.base)
-        dtype = DTYPES[arguments.dtype] if arguments.dtype else stored_dtype(base)
-        merge(adapters, base, arguments.bits, dtype, arguments.output)
+        write_all(arguments, adapters, base_of(adapters, arguments.base))
     except (ValueError, FileNotFoundError) as error:
         print(f"merge_adapter: {error}", file=sys.stderr)
         return 2
-    print(f"merged: {arguments.output.resolve()}")
+    for name in ("output", "gguf", "lora_gguf", "modelfile"):
+        if getattr(arguments, name) is not None:
+            print(f"{'merged' if name == 'output' else name}: {getattr(arguments, name).resolve()}")
+    if arguments.modelfile:
+        print(f"next: ollama create NAME -f {arguments.modelfile}")
     return 0
 
 

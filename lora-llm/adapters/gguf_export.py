@@ -1,8 +1,9 @@
-"""GGUF files for llama.cpp and Ollama: a merged model, or the LoRA alone for use over a GGUF of its base.
+"""GGUF files for llama.cpp and Ollama: a merged model, or the LoRA alone for use over a GGUF of its
+base.
 
-The package gguf gives the names and writes the bytes. llama.cpp turns q and k by rotations of neighbours,
-Hugging Face of halves; the rows of q and k of the llama architecture are permuted for it. A file appears
-whole or not at all.
+The package gguf gives the names and writes the bytes. llama.cpp turns q and k by rotations of
+neighbours, Hugging Face of halves; the rows of q and k of the llama architecture are permuted for
+it. A file appears whole or not at all.
 """
 
 import math
@@ -77,10 +78,13 @@ def permute_rows(rows: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def layout_of(config: Any) -> Layout:
-    """The layout of a model with that configuration. Raises ValueError, by name, on one that cannot be written."""
+    """The layout of a model with that configuration. Raises ValueError, by name, on one that cannot
+    be written."""
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"a model of the type {config.model_type} cannot be written as GGUF here; those that can: {known}")
+        raise ValueError(
+            f"a model of the type {config.model_type} cannot be written as GGUF here; those that can: {known}"
+        )
     architecture, permuted = ARCHITECTURES[config.model_type]
     rope, act = _rope(config)["rope_type"], config.hidden_act
     if rope not in ROPE_TYPES:
@@ -106,8 +110,8 @@ def _head_dim(config: Any) -> int:
 def write_merged_gguf(folder: Path, config: Any, vocabulary: Sequence[Entry], kind: str, path: Path) -> None:
     """Write a model folder in Hugging Face format as GGUF; `kind` is f16 or q8_0, for matrices.
 
-    vocabulary: as long as the model has embeddings. Tensors are read, converted and written one at a
-    time. Raises ValueError on what cannot be written.
+    vocabulary: as long as the model has embeddings. Tensors are read, converted and written one at
+    a time. Raises ValueError on what cannot be written.
     """
     layout = layout_of(config)
     tensors = list(_tensors(folder, config, layout))
@@ -221,8 +225,8 @@ def _write_header(writer: GGUFWriter) -> None:
 def write_lora_gguf(adapters: Sequence[AdapterFolder], config: Any, path: Path) -> None:
     """Write adapters as one LoRA in float32, for `llama-cli --lora` or Ollama's ADAPTER.
 
-    llama.cpp scales every layer by alpha / rank; what differs from that is multiplied into B. Several
-    adapters are put side by side. Raises ValueError on what is no LoRA of a linear layer.
+    llama.cpp scales every layer by alpha / rank; what differs from that is multiplied into B.
+    Several adapters are put side by side. Raises ValueError on what is no LoRA of a linear layer.
     """
     layout = layout_of(config)
     pairs = _lora_pairs(adapters, config)
@@ -248,7 +252,8 @@ def write_lora_gguf(adapters: Sequence[AdapterFolder], config: Any, path: Path) 
 
 @dataclass(frozen=True)
 class LoraPart:
-    """One adapter's part of a layer: down (r, in), up (out, r), and what their product is multiplied by."""
+    """One adapter's part of a layer: down (r, in), up (out, r), and what their product is
+    multiplied by."""
 
     down: torch.Tensor
     up: torch.Tensor
@@ -273,13 +278,19 @@ def _lora_pairs(adapters: Sequence[AdapterFolder], config: Any) -> dict[str, lis
     pairs: dict[str, list[LoraPart]] = {}
     for adapter in adapters:
         with safe_open(str(adapter.path / WEIGHTS_FILE), framework="pt") as handle:
-            tensors = {name.removeprefix("base_model.model."): handle.get_tensor(name).float() for name in handle.keys()}
+            tensors = {
+                name.removeprefix("base_model.model."): handle.get_tensor(name).float() for name in handle.keys()
+            }
         for name, down in tensors.items():
             module, found, _ = name.partition(".lora_A.weight")
             if not found and not name.endswith(".lora_B.weight"):
-                raise ValueError(f"--adapter {adapter.path}: {name} is no LoRA of a linear layer; write the merged model by --gguf")
+                raise ValueError(
+                    f"--adapter {adapter.path}: {name} is no LoRA of a linear layer; write the merged model by --gguf"
+                )
             if module == "lm_head" and config.tie_word_embeddings:
-                raise ValueError("lm_head is the embeddings here, and a GGUF has no layer of its own for it; use --gguf")
+                raise ValueError(
+                    "lm_head is the embeddings here, and a GGUF has no layer of its own for it; use --gguf"
+                )
             if found:
                 part = LoraPart(down, tensors[f"{module}.lora_B.weight"], _scale(adapter, module, down.shape[0]))
                 pairs.setdefault(module, []).append(part)
@@ -302,4 +313,3 @@ def _side_by_side(parts: Sequence[LoraPart], alpha: float) -> tuple[torch.Tensor
         factor = part.scale * rank / alpha
         ups.append(part.up if math.isclose(factor, 1) else part.up * factor)
     return torch.cat([part.down for part in parts]).contiguous(), torch.cat(ups, 1).contiguous()
-

@@ -1,8 +1,8 @@
 """The Modelfile that `ollama create` reads: FROM, ADAPTER, TEMPLATE, SYSTEM, PARAMETER, LICENSE.
 
-Ollama does not run a tokenizer's chat template (Jinja) but a template of its own (Go). It is derived by
-rendering conversations of known texts and cutting out what stands between them. Instructions as
-documented in Ollama's docs/modelfile.md and docs/template.md.
+Ollama does not run a tokenizer's chat template (Jinja) but a template of its own (Go). It is
+derived by rendering conversations of known texts and cutting out what stands between them.
+Instructions as documented in Ollama's docs/modelfile.md and docs/template.md.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class Turns:
     """What a chat template writes around the contents of turns.
 
     opening: before everything. before_answer: after a user's content, up to the answer; where the
-    answer is to be generated, the same. default_system: what it puts where none is given; `system` is
-    None where there is no such turn.
+    answer is to be generated, the same. default_system: what it puts where none is given; `system`
+    is None where there is no such turn.
     """
 
     opening: str
@@ -74,7 +74,8 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
 
 
 def _system_turn(tokenizer: Any, opening: str, user: str, tail: str) -> Optional[tuple[str, str]]:
-    """What stands around a system's content; None where the template has no turn of its own for it."""
+    """What stands around a system's content; None where the template has no turn of its own for
+    it."""
     try:
         head, middle, end = _between(tokenizer, [_SYSTEM, _USER])
     except ValueError:
@@ -85,7 +86,8 @@ def _system_turn(tokenizer: Any, opening: str, user: str, tail: str) -> Optional
 
 
 def _default_system(before_user: str, system: Optional[tuple[str, str]]) -> Optional[str]:
-    """The system's text of a conversation without one; "" where it has an empty turn, None where none."""
+    """The system's text of a conversation without one; "" where it has an empty turn, None where
+    none."""
     if not before_user:
         return None
     before, after = system or ("", "")
@@ -127,7 +129,9 @@ def _literal(text: str) -> str:
 def stop_words(tokenizer: Any, turns: Optional[Turns]) -> list[str]:
     """The end token, and the special tokens that open or close a turn."""
     around = "" if turns is None else turns.user + turns.before_answer + turns.after_answer
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token) in around]
+    special = [
+        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token) in around
+    ]
     return list(dict.fromkeys([tokenizer.eos_token, *special]))
 
 
@@ -136,9 +140,9 @@ def modelfile(
 ) -> str:
     """The text of a Modelfile.
 
-    prompt: CHAT (the tokenizer's chat template) or PLAIN (what is typed, as it is). source: a GGUF or a
-    model of Ollama. adapter: a LoRA over it. adds_bos: whether the model puts the bos token first by
-    itself. context: the longest the model knows, in tokens. Raises ValueError.
+    prompt: CHAT (the tokenizer's chat template) or PLAIN (what is typed, as it is). source: a GGUF
+    or a model of Ollama. adapter: a LoRA over it. adds_bos: whether the model puts the bos token
+    first by itself. context: the longest the model knows, in tokens. Raises ValueError.
     """
     turns = turns_of_template(tokenizer) if prompt == CHAT else None
     bos = tokenizer.bos_token or ""
@@ -155,6 +159,15 @@ def modelfile(
     if licence:
         lines.append(f"LICENSE {_long(licence)}")
     return "\n".join(lines) + "\n"
+
+
+def prompt_of(facts: dict[str, Any], tokenizer: Any) -> str:
+    """How an adapter was asked in training, by what its metadata says: CHAT or PLAIN.
+
+    An adapter of another trainer says nothing: the chat template, where there is one.
+    """
+    known = facts.get("prompt_template") == CHAT if facts else bool(tokenizer.chat_template)
+    return CHAT if known else PLAIN
 
 
 def _quoted(path: str) -> str:

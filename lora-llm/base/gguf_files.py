@@ -1,8 +1,9 @@
-"""GGUF files as bases: dequantised once into a folder in Hugging Face format, which everything else reads.
+"""GGUF files as bases: dequantised once into a folder in Hugging Face format, which everything else
+reads.
 
-The library transformers knows the architectures and their tensor names. One tensor at a time is dense
-while it is converted, and the model is held in the precision of the folder, never whole in float32
-unless that was asked for.
+The library transformers knows the architectures and their tensor names. One tensor at a time is
+dense while it is converted, and the model is held in the precision of the folder, never whole in
+float32 unless that was asked for.
 """
 
 import hashlib
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import Keys
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-from es_lora.files import write_folder_whole
+from base.gguf_vocabulary import PRE_TOKENIZERS, SOURCE_NAME, copied_vocabulary, set_pre_tokenizer
+from es_lora.files import link_or_copy, write_folder_whole
 
 GGUF_SUFFIX = ".gguf"
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -33,7 +36,8 @@ def gguf_architecture(file: Path) -> str:
 
 
 def check_gguf(file: Path) -> None:
-    """Raises FileNotFoundError or ValueError, naming the architecture, where a file cannot be read."""
+    """Raises FileNotFoundError or ValueError, naming the architecture, where a file cannot be
+    read."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: check the path, or --gguf_file")
     architecture = gguf_architecture(file)
@@ -59,8 +63,23 @@ def load_gguf(file: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def load_gguf_tokenizer(file: Path) -> Any:
-    """The tokenizer of a GGUF file, with its chat template."""
-    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    """The tokenizer of a GGUF file, with its chat template, splitting words as llama.cpp does."""
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    name = next((entry.value for entry in copied_vocabulary(file) if entry.key == Keys.Tokenizer.PRE), None)
+    if name in PRE_TOKENIZERS:  # transformers does not know all of them, and then splits as GPT-2 does
+        set_pre_tokenizer(tokenizer.backend_tokenizer, name)
+    return tokenizer
+
+
+def convert_gguf(file: Path, dtype: torch.dtype, folder: Path) -> None:
+    """Write model and tokenizer in Hugging Face format, and the file itself beside them.
+
+    llama.cpp and Ollama put adapters over that file, and what it says of the tokenizer is copied
+    into merged models. On the same disk it is a second name of the file and takes no room.
+    """
+    load_gguf(file, dtype).save_pretrained(folder)
+    load_gguf_tokenizer(file).save_pretrained(folder)
+    link_or_copy(file, folder / SOURCE_NAME)
 
 
 def gguf_folder(file: Path, dtype: torch.dtype, root: Path) -> Path:
@@ -73,12 +92,7 @@ def gguf_folder(file: Path, dtype: torch.dtype, root: Path) -> Path:
     folder = root / f"{file.stem}-{DTYPE_NAMES[dtype]}-{_fingerprint(file)}"
     if not folder.is_dir():  # it appears whole
         print(f"Converting {file.name} into {folder} (once) ...", flush=True)
-
-        def convert(aside: Path) -> None:
-            load_gguf(file, dtype).save_pretrained(aside)
-            load_gguf_tokenizer(file).save_pretrained(aside)
-
-        write_folder_whole(folder, convert)
+        write_folder_whole(folder, lambda aside: convert_gguf(file, dtype, aside))
     return folder
 
 

@@ -1,7 +1,9 @@
-"""What a GGUF file says of a tokenizer (its keys `tokenizer.*`): copied from a GGUF, or derived from a tokenizer.
+"""What a GGUF file says of a tokenizer (its keys `tokenizer.*`): copied from a GGUF, or derived
+from a tokenizer.
 
-llama.cpp splits a text into words by rules of its own, which a file names (`tokenizer.ggml.pre`). The rules that are
-known here are in PRE_TOKENIZERS, as the library tokenizers writes them; a name serves in both directions.
+llama.cpp splits a text into words by rules of its own, which a file names (`tokenizer.ggml.pre`).
+The rules that are known here are in PRE_TOKENIZERS, as the library tokenizers writes them; a name
+serves in both directions.
 """
 
 import json
@@ -18,8 +20,8 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# {name: (steps before the bytes, whether ByteLevel splits into words, ignore_merges)}; a step is a regular expression,
-# or "digits": every digit alone.
+# {name: (steps before the bytes, whether ByteLevel splits into words, ignore_merges)}; a step is a
+# regular expression, or "digits": every digit alone.
 PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
     "gpt-2": ((), True, False),
     "smollm": (("digits",), True, False),
@@ -38,7 +40,8 @@ class Entry(NamedTuple):
 
 
 def copied_vocabulary(file: Path) -> list[Entry]:
-    """The keys `tokenizer.*` of a GGUF file. Raises ValueError where it is none or holds no tokens."""
+    """The keys `tokenizer.*` of a GGUF file. Raises ValueError where it is none or holds no
+    tokens."""
     try:
         fields = GGUFReader(str(file)).fields
     except (ValueError, OSError, IndexError, KeyError) as error:
@@ -107,8 +110,8 @@ def _of_tokens(described: dict[str, Any], tokenizer: Any) -> list[Entry]:
         for index, token in enumerate(tokens):
             if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
                 kinds[index] = TokenType.BYTE
-    if tokenizer.unk_token_id is not None:
-        kinds[tokenizer.unk_token_id] = TokenType.UNKNOWN
+        if tokenizer.unk_token_id is not None:
+            kinds[tokenizer.unk_token_id] = TokenType.UNKNOWN
     return [
         Entry(Keys.Tokenizer.LIST, tokens, GGUFValueType.ARRAY, GGUFValueType.STRING),
         Entry(Keys.Tokenizer.TOKEN_TYPE, [int(kind) for kind in kinds], GGUFValueType.ARRAY, GGUFValueType.INT32),
@@ -141,7 +144,8 @@ def _of_special_tokens(tokenizer: Any) -> list[Entry]:
 def fitted_vocabulary(entries: list[Entry], rows: int, tokenizer: Any) -> list[Entry]:
     """The keys for a model of `rows` embeddings, with the tokens that were added in training.
 
-    The chat template is the tokenizer's own. Raises ValueError where there are more tokens than rows.
+    The chat template is the tokenizer's own. Raises ValueError where there are more tokens than
+    rows.
     """
     found = {entry.key: entry for entry in entries}
     tokens = list(found[Keys.Tokenizer.LIST].value)
@@ -194,7 +198,8 @@ def pre_tokenizer_name(described: dict[str, Any]) -> str:
 
 
 def _steps(pre_tokenizer: dict[str, Any]) -> tuple[tuple[str, ...], bool, bool]:
-    """(steps before the bytes, whether ByteLevel splits into words, whether it puts a blank first)."""
+    """(steps before the bytes, whether ByteLevel splits into words, whether it puts a blank
+    first)."""
     steps, split_words, prefix = [], False, True
     for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         if step.get("type") == "ByteLevel":
@@ -208,10 +213,8 @@ def _steps(pre_tokenizer: dict[str, Any]) -> tuple[tuple[str, ...], bool, bool]:
     return tuple(steps), split_words, prefix
 
 
-def set_pre_tokenizer(tokenizer: Tokenizer, name: str) -> bool:
-    """Let a tokenizer split words as llama.cpp does under that name; False where it is not known here."""
-    if name not in PRE_TOKENIZERS:
-        return False
+def set_pre_tokenizer(tokenizer: Tokenizer, name: str) -> None:
+    """Let a tokenizer split words as llama.cpp does under a name of PRE_TOKENIZERS."""
     steps, split_words, ignore_merges = PRE_TOKENIZERS[name]
     parts: list[Any] = [
         pre_tokenizers.Digits(individual_digits=True)
@@ -222,4 +225,3 @@ def set_pre_tokenizer(tokenizer: Tokenizer, name: str) -> bool:
     parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
     tokenizer.model.ignore_merges = ignore_merges
-    return True

