@@ -47,6 +47,7 @@ TYPES = {
 }
 Q8_BLOCK = 32
 LARGEST_F16 = 65504.0
+MERGE = "write the merged model by --gguf"
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -269,7 +270,7 @@ def check_lora_alone(adapters: Sequence[AdapterFolder]) -> None:
         if has:
             problems.append(f"--adapter {adapter.path} has {' and '.join(has)}, which llama.cpp has no LoRA for")
     if problems:
-        raise ValueError("; ".join(problems) + "; write the merged model by --gguf")
+        raise ValueError(f"{'; '.join(problems)}; {MERGE}")
 
 
 def _lora_pairs(adapters: Sequence[AdapterFolder], config: Any) -> dict[str, list[LoraPart]]:
@@ -283,14 +284,12 @@ def _lora_pairs(adapters: Sequence[AdapterFolder], config: Any) -> dict[str, lis
             }
         for name, down in tensors.items():
             module, found, _ = name.partition(".lora_A.weight")
+            if name.startswith("lm_head.") and config.tie_word_embeddings:
+                raise ValueError(
+                    f"--adapter {adapter.path}: lm_head is the embeddings here, no layer of a GGUF; {MERGE}"
+                )
             if not found and not name.endswith(".lora_B.weight"):
-                raise ValueError(
-                    f"--adapter {adapter.path}: {name} is no LoRA of a linear layer; write the merged model by --gguf"
-                )
-            if module == "lm_head" and config.tie_word_embeddings:
-                raise ValueError(
-                    "lm_head is the embeddings here, and a GGUF has no layer of its own for it; use --gguf"
-                )
+                raise ValueError(f"--adapter {adapter.path}: {name} is no LoRA of a linear layer; {MERGE}")
             if found:
                 part = LoraPart(down, tensors[f"{module}.lora_B.weight"], _scale(adapter, module, down.shape[0]))
                 pairs.setdefault(module, []).append(part)
