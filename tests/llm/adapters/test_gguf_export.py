@@ -4,15 +4,15 @@ import json
 import re
 from types import SimpleNamespace
 
-import merge_adapter
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from small_gguf_models import KINDS, LINEAR, TEXT, make_adapter, make_base, run, sentencepiece_like
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adapters.gguf_export import TYPES, layout_of, permute_rows, rope_factors
@@ -27,41 +27,6 @@ from base.gguf_vocabulary import (
     pre_tokenizer_name,
     set_pre_tokenizer,
 )
-
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TEXT = "how long do 12 beans soak, and in how much water?"
-KINDS = {
-    "llama": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 128},  # transformers takes no other from a GGUF
-}
-
-
-def make_base(kind, tokenizer, folder, **more):
-    """A random model of two layers with grouped queries, its vectors random too."""
-    torch.manual_seed(0)
-    shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2)
-    shape |= dict(num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=kind == "llama")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**shape, **KINDS[kind], **more}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def make_adapter(base, folder, seed=1, targets=LINEAR, **more):
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": targets, "init_lora_weights": False, **more},
-        task_type="CAUSAL_LM",
-    )
-    get_peft_model(model, config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +47,6 @@ def adapters(bases, tmp_path_factory):
 @torch.no_grad()
 def logits_of(model, tokenizer):
     return model.float().eval()(**tokenizer(TEXT, return_tensors="pt")).logits
-
-
-def run(*words):
-    return merge_adapter.main([str(word) for word in words])
 
 
 # ---------------------------------------------------------------------------- the merged model
@@ -293,22 +254,6 @@ def test_the_gguf_that_a_base_was_made_of_describes_its_tokenizer(bases, adapter
     copied = entries_of(copied_vocabulary(file))
     assert copied["pre"] == "of-another-world" and copied["tokens"][0] == "t0"
     assert len(copied["tokens"]) == len(copied["token_type"]) == len(tokenizer)  # filled up to the embeddings
-
-
-def sentencepiece_like():
-    """A BPE with byte fallback, as Llama 2 and Mistral have it in tokenizer.json."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁h", "el", "▁hel", "▁", *"helo"]
-    model = models.BPE(
-        vocab={piece: number for number, piece in enumerate(pieces)},
-        merges=[("▁", "h"), ("e", "l"), ("▁h", "el")],
-        byte_fallback=True,
-        fuse_unk=True,
-        unk_token="<unk>",
-    )
-    backend = Tokenizer(model)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.ByteFallback()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def test_a_sentencepiece_bpe_is_described_by_scores():
