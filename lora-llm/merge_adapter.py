@@ -66,7 +66,11 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
         "--base", help="folder or hub name of the base (default: the one in the adapter's configuration)"
     )
     parser.add_argument("--bits", type=int, choices=(4, 8, 16, 32), help="the base's bits (default: as in training)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the merged model (default: as the base is stored)")
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="of the merged model (default: as the base is stored; f16 for --gguf alone)",
+    )
     parser.add_argument("--gguf", type=Path, help="write the merged model to this GGUF file, for llama.cpp and Ollama")
     parser.add_argument("--gguf_type", choices=list(TYPES), default="f16", help="of its matrices (default %(default)s)")
     parser.add_argument("--gguf_vocab", type=Path, help="a GGUF of the same base, to copy the tokenizer's keys from")
@@ -248,6 +252,18 @@ def ollama_text(
     )
 
 
+def merged_dtype(arguments: Any, base: str) -> torch.dtype:
+    """The precision to merge in: as the base is stored.
+
+    It is f16 where only a GGUF is written, which holds f16 and not bf16: to round twice costs 27
+    times the difference (tests/benchmarks/gguf_export.md).
+    """
+    if arguments.dtype:
+        return DTYPES[arguments.dtype]
+    stored = stored_dtype(base)
+    return torch.float16 if arguments.output is None and stored == torch.bfloat16 else stored
+
+
 @contextmanager
 def folder_for(arguments: Any) -> Iterator[Path]:
     """Where the merged folder goes: --output, or beside the GGUF file for as long as it is
@@ -262,7 +278,6 @@ def folder_for(arguments: Any) -> Iterator[Path]:
 
 def write_all(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -> None:
     """Everything that is asked for; what cannot be written is found before anything is merged."""
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else stored_dtype(base)
     vocabulary, text = [], None
     if arguments.gguf or arguments.lora_gguf:
         layout_of(AutoConfig.from_pretrained(base))
@@ -275,7 +290,7 @@ def write_all(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -> N
         check_lora_alone(adapters)
     if arguments.output or arguments.gguf:
         with folder_for(arguments) as folder:
-            merge(adapters, base, arguments.bits, dtype, folder)
+            merge(adapters, base, arguments.bits, merged_dtype(arguments, base), folder)
             if arguments.gguf:
                 config = AutoConfig.from_pretrained(folder)
                 fitted = fitted_vocabulary(vocabulary, config.vocab_size, tokenizer)

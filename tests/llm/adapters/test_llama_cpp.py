@@ -13,13 +13,12 @@ from base.packaged import BASES_FOLDER, PACKAGED_BASES
 
 pytestmark = pytest.mark.skipif(llama_cpp_runner.interpreter() is None, reason=llama_cpp_runner.ABSENT)
 
-# Largest difference of two next-token logits, as a share of the largest logit. Measured on the
-# small models below: F16 0.0009 (llama.cpp rounds the activations of a product to f16 too), Q8_0
-# 0.02.
-TOLERANCE = {"f16": 3e-3, "q8_0": 5e-2}
-# On SmolLM2 with the original Q4_1 file, where llama.cpp rounds activations to 8 bits: measured in
-# tests/benchmarks/gguf_export.md.
-TOLERANCE_Q4_1 = 0.1
+# Largest difference of two next-token logits, as a share of the largest logit; about twice what was
+# measured. On the small models below: F16 0.0014 (llama.cpp rounds the activations of a product to
+# f16 too), Q8_0 0.029. On SmolLM2's original Q4_1 file, where activations are rounded to 8 bits:
+# 0.023 (tests/benchmarks/gguf_export.md has a trained adapter).
+TOLERANCE = {"f16": 3e-3, "q8_0": 6e-2}
+TOLERANCE_Q4_1 = 5e-2
 TEXTS = [TEXT, "in 1969  12 kg, it's\n\n  3", "漢字 é", " a", "helo hel el"]
 
 
@@ -83,11 +82,11 @@ def test_a_sentencepiece_bpe_splits_a_text_the_same_in_llama_cpp(tmp_path):
 
 
 def test_an_adapter_over_the_original_4_bit_file_of_smollm2(tmp_path):
-    """A random adapter that moves the logits as much as a trained one does."""
+    """With a random adapter that moves the logits more than llama.cpp's rounding does."""
     base = BASES_FOLDER / PACKAGED_BASES["smollm2"].folder
     if not (base / SOURCE_NAME).is_file():
         pytest.skip(f"{base} is not there: it is made by the first run with --model_name_or_path smollm2")
-    adapter = make_adapter(base, tmp_path / "adapter", lora_alpha=0.5)
+    adapter = make_adapter(base, tmp_path / "adapter", lora_alpha=4)
     lora = tmp_path / "lora.gguf"
     assert run("--adapter", adapter, "--lora_gguf", lora) == 0
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -100,4 +99,4 @@ def test_an_adapter_over_the_original_4_bit_file_of_smollm2(tmp_path):
     with model.disable_adapter():
         plain = next_logits(model, prompts)
     moved = (plain - expected).abs().max() / expected.abs().max()
-    assert moved > 2 * share(told, expected)
+    assert moved > 3 * share(told, expected)
