@@ -38,6 +38,7 @@ from adapters.folders import (
     open_adapter,
     put_adapters_on,
     stored_dtype,
+    trained_bits,
 )
 from adapters.gguf_export import TYPES, check_lora_alone, layout_of, write_lora_gguf, write_merged_gguf
 from adapters.modelfile import CHAT, PLAIN, licence_of, modelfile, path_from, prompt_of
@@ -69,7 +70,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help="of the merged model (default: as the base is stored; f16 for --gguf alone)",
+        help="of the merged model (default: as the base is stored; finer for --gguf alone)",
     )
     parser.add_argument("--gguf", type=Path, help="write the merged model to this GGUF file, for llama.cpp and Ollama")
     parser.add_argument("--gguf_type", choices=list(TYPES), default="f16", help="of its matrices (default %(default)s)")
@@ -252,16 +253,20 @@ def ollama_text(
     )
 
 
-def merged_dtype(arguments: Any, base: str) -> torch.dtype:
+def merged_dtype(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -> torch.dtype:
     """The precision to merge in: as the base is stored.
 
-    It is f16 where only a GGUF is written, which holds f16 and not bf16: to round twice costs 27
-    times the difference (tests/benchmarks/gguf_export.md).
+    A bf16 base of which only a GGUF is written is merged in f16, which a GGUF holds (in float32 where
+    it is loaded in 32 bits): by way of bf16 the difference is 27 times as large
+    (tests/benchmarks/gguf_export.md).
     """
     if arguments.dtype:
         return DTYPES[arguments.dtype]
     stored = stored_dtype(base)
-    return torch.float16 if arguments.output is None and stored == torch.bfloat16 else stored
+    if arguments.output is not None or stored != torch.bfloat16:
+        return stored
+    bits = arguments.bits or (trained_bits(adapters) or {}).get("bits")
+    return torch.float32 if bits == 32 else torch.float16
 
 
 @contextmanager
@@ -278,7 +283,8 @@ def folder_for(arguments: Any) -> Iterator[Path]:
 
 def write_all(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -> None:
     """Everything that is asked for; what cannot be written is found before anything is merged."""
-    vocabulary, text = [], None
+    vocabulary: list[Entry] = []
+    text = None
     if arguments.gguf or arguments.lora_gguf:
         layout_of(AutoConfig.from_pretrained(base))
     if arguments.gguf or arguments.modelfile:
@@ -290,7 +296,7 @@ def write_all(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -> N
         check_lora_alone(adapters)
     if arguments.output or arguments.gguf:
         with folder_for(arguments) as folder:
-            merge(adapters, base, arguments.bits, merged_dtype(arguments, base), folder)
+            merge(adapters, base, arguments.bits, merged_dtype(arguments, adapters, base), folder)
             if arguments.gguf:
                 config = AutoConfig.from_pretrained(folder)
                 fitted = fitted_vocabulary(vocabulary, config.vocab_size, tokenizer)

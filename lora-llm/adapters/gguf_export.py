@@ -9,6 +9,7 @@ it. A file appears whole or not at all.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -147,12 +148,12 @@ def _tensors(folder: Path, config: Any, layout: Layout) -> Iterator[Tensor]:
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     continue
                 shape = tuple(handle.get_slice(name).get_shape())
-                yield layout.name(name), shape, lambda file=file, name=name: layout.permuted(name, _read(file, name))
+                yield layout.name(name), shape, partial(_read_permuted, layout, file, name)
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
+def _read_permuted(layout: Layout, file: Path, name: str) -> torch.Tensor:
     with safe_open(str(file), framework="pt") as handle:
-        return handle.get_tensor(name).float()
+        return layout.permuted(name, handle.get_tensor(name).float())
 
 
 def rope_factors(config: Any) -> torch.Tensor:
@@ -300,7 +301,7 @@ def _scale(adapter: AdapterFolder, module: str, rank: int) -> float:
     """What PEFT multiplies B A by in a layer, times the adapter's weight."""
     config = adapter.config
     patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
     return adapter.weight * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -7,6 +7,7 @@ serves in both directions.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -141,7 +142,7 @@ def _of_special_tokens(tokenizer: Any) -> list[Entry]:
     ]
 
 
-def fitted_vocabulary(entries: list[Entry], rows: int, tokenizer: Any) -> list[Entry]:
+def fitted_vocabulary(entries: Sequence[Entry], rows: int, tokenizer: Any) -> list[Entry]:
     """The keys for a model of `rows` embeddings, with the tokens that were added in training.
 
     The chat template is the tokenizer's own. Raises ValueError where there are more tokens than
@@ -176,12 +177,12 @@ def vocabulary_for(tokenizer: Any, base: str, given: Optional[Path]) -> list[Ent
     return copied_vocabulary(file) if file.is_file() else derived_vocabulary(tokenizer)
 
 
-def add_vocabulary(writer: GGUFWriter, entries: list[Entry]) -> None:
+def add_vocabulary(writer: GGUFWriter, entries: Sequence[Entry]) -> None:
     for entry in entries:
         writer.add_key_value(entry.key, entry.value, entry.type, entry.subtype)
 
 
-def adds_bos(entries: list[Entry]) -> bool:
+def adds_bos(entries: Sequence[Entry]) -> bool:
     """Whether llama.cpp puts the bos token before a text by itself."""
     return any(entry.key == Keys.Tokenizer.ADD_BOS and entry.value for entry in entries)
 

@@ -425,3 +425,14 @@ def test_bad_requests_are_one_message(adapters, tmp_path, capsys, words, said):
 def test_permuted_rows_turn_halves_into_neighbours():
     rows = torch.arange(8.0)
     assert permute_rows(rows, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(16, "float16"), (32, "float32")])
+def test_a_bf16_base_is_not_rounded_twice(tokenizer, tmp_path, bits, expected, capsys):
+    base = make_base("llama", tokenizer, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    assert run("--adapter", adapter, "--bits", bits, "--gguf", tmp_path / "model.gguf") == 0
+    assert f"written as torch.{expected}" in capsys.readouterr().out
+    assert run("--adapter", adapter, "--bits", bits, "--gguf", tmp_path / "m", "--output", tmp_path / "merged") == 0
+    assert "written as torch.bfloat16" in capsys.readouterr().out
