@@ -38,6 +38,7 @@ from training.setup import (
     announcement,
     base_spec,
     columns_of_rule,
+    fetch_base,
     history_header,
     load_model,
     packed_splits,
@@ -91,6 +92,7 @@ def set_up(settings: Settings) -> Run:
     training.eval_on_start = training.do_eval and resume is None
     if data.streaming:
         training.accelerator_config.dispatch_batches = False  # every process reads the stream and takes its share
+    fetch_base(settings)
     tokenizer = load_tokenizer(base_spec(settings))
     splits = read_splits(settings, tokenizer)
     collator = CausalCollator(tokenizer, data.source_max_len, data.target_max_len, training.train_on_source)

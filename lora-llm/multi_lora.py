@@ -30,6 +30,7 @@ import torch
 
 from base.layers import linear_layers, linear_shape
 from base.loading import compute_dtype, fit_embeddings, load_base, load_tokenizer
+from base.origin import local_base
 from base.spec import BaseSpec
 from es_lora.command_line import command_line, nearest, truth, without_flag
 from jobs.config import Job, read_jobs
@@ -82,7 +83,7 @@ def train_jobs(
     processes = Processes(use_cpu, together)
     say = say if processes.is_first or not processes.together else lambda text: None
     spec = BaseSpec(
-        str(base_model),
+        _fetched(str(base_model), bits, cache_dir, processes),
         bits,
         compute=compute_dtype(bf16, fp16=False),
         device=None if use_cpu else processes.device,
@@ -91,7 +92,7 @@ def train_jobs(
         trust_remote_code=trust_remote_code,
     )
     tokenizer, base = _frozen_base(spec, processes.device)
-    facts = {"model": str(base_model), "bits": bits}
+    facts = {"model": spec.name, "bits": bits}
     limits = _limits(base, max_rows, max_jobs, memory_gb, gradient_checkpointing)
     say_once = say if processes.is_first else lambda text: None
     ready, refused = _prepare(jobs, base, tokenizer, limits, cache_dir, say_once)
@@ -105,6 +106,12 @@ def train_jobs(
         overview = write_overview(output_dir, results, time.monotonic() - started, facts)
     processes.wait()
     return overview
+
+
+def _fetched(name: str, bits: int, cache_dir: Optional[str], processes: Processes) -> str:
+    """The base as a folder that can be loaded; one process converts it, the others wait."""
+    with processes.first_one_first():
+        return local_base(name, torch.float32 if bits == 32 else torch.bfloat16, cache_dir=cache_dir)
 
 
 def _frozen_base(spec: BaseSpec, device: torch.device) -> tuple[Any, torch.nn.Module]:
@@ -210,7 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--base_model", "--model_name_or_path", required=True, help="a folder in Hugging Face format, or a hub name")
+    add("--base_model", "--model_name_or_path", required=True, help="as in es_lora_llm.py: folder, hub name, GGUF file, smollm2")
     add("--config", required=True, help="the jobs: a toml, yaml or json file")
     add("--output_dir", default="./output", help="where everything goes; a new folder for every run")
     add("--bits", type=int, default=None, help="bits of the frozen base: 4 (the default), 8, 16 or 32")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 from base.loading import fit_embeddings, load_base
+from base.origin import local_base
 from base.spec import BaseSpec
 from es_lora.command_line import nearest
 
@@ -89,9 +90,11 @@ def _folder_and_weight(text: str) -> tuple[Path, float]:
 
 def base_of(adapters: Sequence[AdapterFolder], given: Optional[str]) -> str:
     """Folder or hub name of the base: the one given, else the one all adapters were trained on.
-    Raises ValueError."""
+
+    Raises ValueError, and as local_base.
+    """
     if given:
-        return given
+        return local_base(given, torch.bfloat16)
     bases = sorted({str(adapter.config.get("base_model_name_or_path")) for adapter in adapters})
     if len(bases) != 1 or bases == ["None"]:
         named = " and ".join(bases) if bases else "none"

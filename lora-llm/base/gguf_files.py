@@ -18,7 +18,6 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 from base.gguf_vocabulary import PRE_TOKENIZERS, SOURCE_NAME, copied_vocabulary, set_pre_tokenizer
 from es_lora.files import link_or_copy, write_folder_whole
 
-GGUF_SUFFIX = ".gguf"
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 

@@ -16,7 +16,9 @@ def check_base_path(name: str) -> None:
     """Raises FileNotFoundError where `name` is meant as a folder and holds no model."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"--model_name_or_path {name}: the folder holds no config.json, so it is no model")
+        found = ", ".join(sorted(file.name for file in path.glob("*.gguf")))
+        fix = f"; of its GGUF files choose one by --gguf_file: {found}" if found else ""
+        raise FileNotFoundError(f"--model_name_or_path {name}: the folder holds no config.json, so it is no model{fix}")
     looks_like_path = name.startswith((".", "/", "~")) or path.exists() or name.count("/") > 1
     if looks_like_path and not path.is_dir():
         raise FileNotFoundError(f"--model_name_or_path {name}: there is no such folder")

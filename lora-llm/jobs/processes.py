@@ -3,6 +3,7 @@
 Started by `torchrun --nproc_per_node 2 multi_lora.py ...` or `accelerate launch`."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -84,6 +85,10 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether it is true on any of the processes that train together."""
         return bool(self.summed(torch.tensor([float(flag)], device=self.device)).item())
+
+    def first_one_first(self) -> AbstractContextManager[None]:
+        """The first process goes through a block alone, the others after it."""
+        return self._state.main_process_first()
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -39,7 +39,11 @@ PRESETS: dict[str, dict[str, str]] = {
 @dataclass
 class ModelArguments:
     model_name_or_path: Optional[str] = field(
-        default="EleutherAI/pythia-12b", metadata={"help": "folder or hub name of the base model"}
+        default="EleutherAI/pythia-12b",
+        metadata={"help": "folder or hub name of the base model, a GGUF file, or smollm2: SmolLM2-135M-Instruct"},
+    )
+    gguf_file: Optional[str] = field(
+        default=None, metadata={"help": "the GGUF file of this name in the folder or hub repository is the base"}
     )
     trust_remote_code: Optional[bool] = field(
         default=False, metadata={"help": "run code that comes with the base model (only if you trust its authors)"}

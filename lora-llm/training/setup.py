@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from adapters.weights import attach_lora, trainable_parameters
 from base.loading import bf16_products, compute_dtype, fit_embeddings, load_base
+from base.origin import local_base
 from base.spec import BaseSpec
 from es_lora.rules import RULES
 from settings.flags import Settings
@@ -26,6 +27,18 @@ from training.losses import RowLoss
 from training.shadows import ExampleCollator, ShadowAdapters, with_examples
 
 Column = Callable[[], Optional[float]]
+
+
+def fetch_base(settings: Settings) -> None:
+    """Make the base a folder that can be loaded: a packaged base or a GGUF file is converted once.
+
+    Raises as local_base.
+    """
+    model, training = settings.model, settings.training
+    dtype = base_spec(settings).stored_dtype if training.bits in (16, 32) else torch.bfloat16
+    hub = {"cache_dir": training.cache_dir, "token": model.use_auth_token or None}
+    with training.main_process_first(desc="the base model"):
+        model.model_name_or_path = local_base(model.model_name_or_path, dtype, model.gguf_file, **hub)
 
 
 def base_spec(settings: Settings) -> BaseSpec:
