@@ -256,8 +256,8 @@ def ollama_text(
 def merged_dtype(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -> torch.dtype:
     """The precision to merge in: as the base is stored.
 
-    A bf16 base of which only a GGUF is written is merged in f16, which a GGUF holds (in float32 where
-    it is loaded in 32 bits): by way of bf16 the difference is 27 times as large
+    A bf16 base of which only a GGUF is written is merged in f16, which a GGUF holds. Where it is
+    loaded in 32 bits, it is merged in float32. By way of bf16 the difference is 27 times as large
     (tests/benchmarks/gguf_export.md).
     """
     if arguments.dtype:

@@ -217,7 +217,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--base_model", "--model_name_or_path", required=True, help="as in es_lora_llm.py: folder, hub name, GGUF file, smollm2")
+    base = "folder in Hugging Face format, hub name, GGUF file, or smollm2"
+    add("--base_model", "--model_name_or_path", required=True, help=base)
     add("--config", required=True, help="the jobs: a toml, yaml or json file")
     add("--output_dir", default="./output", help="where everything goes; a new folder for every run")
     add("--bits", type=int, default=None, help="bits of the frozen base: 4 (the default), 8, 16 or 32")

@@ -15,8 +15,9 @@ from gguf import Keys
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+from base.bases_folder import convert_once
 from base.gguf_vocabulary import PRE_TOKENIZERS, SOURCE_NAME, copied_vocabulary, set_pre_tokenizer
-from es_lora.files import link_or_copy, write_folder_whole
+from es_lora.files import link_or_copy
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -89,10 +90,7 @@ def gguf_folder(file: Path, dtype: torch.dtype, root: Path) -> Path:
     """
     check_gguf(file)
     folder = root / f"{file.stem}-{DTYPE_NAMES[dtype]}-{_fingerprint(file)}"
-    if not folder.is_dir():  # it appears whole
-        print(f"Converting {file.name} into {folder} (once) ...", flush=True)
-        write_folder_whole(folder, lambda aside: convert_gguf(file, dtype, aside))
-    return folder
+    return convert_once(folder, file.name, lambda aside: convert_gguf(file, dtype, aside))
 
 
 def _fingerprint(file: Path) -> str:

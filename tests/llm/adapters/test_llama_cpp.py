@@ -8,8 +8,9 @@ from small_gguf_models import KINDS, TEXT, make_adapter, make_base, run, sentenc
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from adapters.gguf_export import write_merged_gguf
+from base.bases_folder import BASES_FOLDER
 from base.gguf_vocabulary import SOURCE_NAME, derived_vocabulary
-from base.packaged import BASES_FOLDER, PACKAGED_BASES
+from base.packaged import PACKAGED_BASES
 
 pytestmark = pytest.mark.skipif(llama_cpp_runner.interpreter() is None, reason=llama_cpp_runner.ABSENT)
 
