@@ -6,8 +6,8 @@
     python generate_text.py --adapter RUN1 RUN2 --prompts FILE --output ANSWERS.jsonl
     python generate_text.py --adapter OUTPUT --chat
 
-The generation flags are the trainer's (--do_sample, --temperature, ...). A prompt goes in as the
-trainer's source does.
+The generation flags are the trainer's (--do_sample, --temperature, ...). A prompt goes in as in
+training: through the chat template after --prompt_template chat, else as it is.
 """
 
 import json
@@ -27,12 +27,15 @@ from peft import PeftModel
 from transformers import TextStreamer, set_seed
 
 from adapters.folders import (
+    CHAT,
+    PLAIN,
     AdapterFolder,
     OneLineParser,
     base_of,
     load_frozen_base,
     load_tokenizer_of,
     open_adapter,
+    prompt_of,
     put_adapters_on,
 )
 from es_lora.files import write_text_whole
@@ -62,6 +65,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the sampling, set anew for every answer (default %(default)s)"
     )
+    how = "a prompt through the chat template, or as it is (default: as in training; of a base alone, chat if it can)"
+    parser.add_argument("--prompt_as", choices=(CHAT, PLAIN), help=how)
     arguments = parser.parse(argv)
     problems = list(generation_problems(arguments))
     if not arguments.adapter and not arguments.base:
@@ -114,14 +119,25 @@ def named_adapters(texts: Sequence[str]) -> dict[str, AdapterFolder]:
 
 @dataclass
 class Speaker:
-    """One base with adapters that take turns. `adapters` maps a name to PEFT's name for it; `base`
-    is always there."""
+    """One base with adapters that take turns.
+
+    `adapters` maps a name to PEFT's name for it, `prompts` to CHAT or PLAIN; `base` is always
+    there.
+    """
 
     model: Any
     tokenizer: Any
     adapters: dict[str, Optional[str]]
+    prompts: dict[str, str]
     generation: GenerationArguments
     seed: int
+
+    def source(self, text: str, name: str) -> list[int]:
+        """Token ids of a prompt as the adapter `name` knows it."""
+        if self.prompts[name] == PLAIN:
+            return encode_source(self.tokenizer, text)
+        turn = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
 
     def answer(self, source: Sequence[int], name: str, stream: bool) -> str:
         """The answer to token ids by the adapter `name` (or the base), streamed to the screen if
@@ -156,10 +172,14 @@ def load_speaker(adapters: dict[str, AdapterFolder], arguments: Any) -> Speaker:
     tokenizer = load_tokenizer_of(base_name, folders)
     model = put_adapters_on(base, tokenizer, folders) if folders else base
     names = {BASE: None, **{name: f"adapter{number}" for number, name in enumerate(adapters)}}
+    if arguments.prompt_as == CHAT and not tokenizer.chat_template:
+        raise ValueError("--prompt_as chat: the tokenizer has no chat template; leave it out")
+    told = [arguments.prompt_as or prompt_of(folder.facts, tokenizer) for folder in folders]
+    prompts = dict(zip(names, [told[0] if told else arguments.prompt_as or prompt_of({}, tokenizer), *told]))
     generation = GenerationArguments(
         **{entry.name: getattr(arguments, entry.name) for entry in fields(GenerationArguments)}
     )
-    return Speaker(model, tokenizer, names, generation, arguments.seed)
+    return Speaker(model, tokenizer, names, prompts, generation, arguments.seed)
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:
@@ -209,13 +229,13 @@ def answer_all(speaker: Speaker, requests: Sequence[dict[str, Any]], compare: bo
     answers = []
     for request in requests:
         names = [BASE, *trained] if compare else [request["adapter"]] if request.get("adapter") else trained or [BASE]
-        source, texts = encode_source(speaker.tokenizer, request["input"]), []
+        texts: list[str] = []
         if len(requests) > 1 or compare:
             print(f"\n> {request['input']}")
         for name in names:
             if len(speaker.adapters) > 2 and not compare:
                 print(f"[{name}]")
-            texts.append(speaker.answer(source, name, stream=not compare))
+            texts.append(speaker.answer(speaker.source(request["input"], name), name, stream=not compare))
             answers.append({"input": request["input"], "adapter": name, "answer": texts[-1]})
         if compare:
             print(side_by_side(names, texts, shutil.get_terminal_size((120, 24)).columns))

@@ -30,18 +30,21 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters.folders import (
+    CHAT,
+    PLAIN,
     AdapterFolder,
     OneLineParser,
     base_of,
     load_frozen_base,
     load_tokenizer_of,
     open_adapter,
+    prompt_of,
     put_adapters_on,
     stored_dtype,
     trained_bits,
 )
 from adapters.gguf_export import TYPES, check_lora_alone, layout_of, write_lora_gguf, write_merged_gguf
-from adapters.modelfile import CHAT, PLAIN, licence_of, modelfile, path_from, prompt_of
+from adapters.modelfile import licence_of, modelfile, path_from
 from base.gguf_vocabulary import SOURCE_NAME, Entry, adds_bos, fitted_vocabulary, vocabulary_for
 from es_lora.files import write_text_whole
 from text.collator import encode_source, pad_batch

@@ -21,6 +21,7 @@ from base.spec import BaseSpec
 from es_lora.command_line import nearest
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+PLAIN, CHAT = "plain", "chat"  # how a prompt goes in: as it is, or through the chat template
 
 
 class OneLineParser(HfArgumentParser):
@@ -105,6 +106,15 @@ def base_of(adapters: Sequence[AdapterFolder], given: Optional[str]) -> str:
 def trained_bits(adapters: Sequence[AdapterFolder]) -> Optional[dict[str, Any]]:
     """{"bits", "quant_type", "double_quant"} of the base in training, where an adapter tells."""
     return next((adapter.facts["base"] for adapter in adapters if adapter.facts.get("base")), None)
+
+
+def prompt_of(facts: dict[str, Any], tokenizer: Any) -> str:
+    """How an adapter was asked in training, by what its metadata says: CHAT or PLAIN.
+
+    An adapter of another trainer says nothing: the chat template, where there is one.
+    """
+    known = facts.get("prompt_template") == CHAT if facts else bool(tokenizer.chat_template)
+    return CHAT if known else PLAIN
 
 
 def stored_dtype(base: str) -> torch.dtype:

@@ -12,8 +12,9 @@ from typing import Any, Optional
 
 from jinja2.exceptions import TemplateError
 
+from adapters.folders import CHAT
+
 CONTEXT_TOKENS = 4096  # at most: a longer context costs memory whether it is used or not
-PLAIN, CHAT = "plain", "chat"
 _SYSTEM, _USER, _ANSWER, _NEXT = "Ssystemtext", "Uusertext", "Aanswertext", "Nnexttext"
 FIX = "write the model without --modelfile, or with --modelfile_prompt plain"
 
@@ -159,15 +160,6 @@ def modelfile(
     if licence:
         lines.append(f"LICENSE {_long(licence)}")
     return "\n".join(lines) + "\n"
-
-
-def prompt_of(facts: dict[str, Any], tokenizer: Any) -> str:
-    """How an adapter was asked in training, by what its metadata says: CHAT or PLAIN.
-
-    An adapter of another trainer says nothing: the chat template, where there is one.
-    """
-    known = facts.get("prompt_template") == CHAT if facts else bool(tokenizer.chat_template)
-    return CHAT if known else PLAIN
 
 
 def _quoted(path: str) -> str:

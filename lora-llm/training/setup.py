@@ -228,7 +228,8 @@ def announcement(settings: Settings, splits: Splits, model: torch.nn.Module) -> 
         name: len(rows) if hasattr(rows, "__len__") else "streamed" for name, rows in sizes.items() if rows is not None
     }
     present = ", ".join(f"{count} {name}" for name, count in counts.items())
-    where = "CPU" + (bf16_products() if training.bf16 else "") if training.use_cpu else str(training.device)
+    in_bf16 = training.bf16 or training.bits == 16
+    where = "CPU" + (bf16_products() if in_bf16 else "") if training.use_cpu else str(training.device)
     folder = Path(training.output_dir).resolve()
     return [
         f"Data: {present} examples ({splits.format}) from {splits.source}.",

@@ -229,7 +229,7 @@ def test_no_float32_copy_of_a_whole_gguf_is_held_while_it_is_dequantised(tokeniz
     """The memory in use grows by the model in bf16 and some tensors, not by its float32 size."""
     base = make_base("llama", tokenizer, tmp_path / "hf", num_hidden_layers=14, hidden_size=512, intermediate_size=2048)
     file = tmp_path / "large.gguf"
-    write_merged_gguf(base, AutoConfig.from_pretrained(base), derived_vocabulary(tokenizer), "q8_0", file)
+    write_merged_gguf(base, AutoConfig.from_pretrained(base), derived_vocabulary(tokenizer), "f16", file)
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(TREE)!r})

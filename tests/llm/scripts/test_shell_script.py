@@ -13,7 +13,7 @@ def run_script(tmp_path, *flags):
     place = tmp_path / "a folder with blanks"
     place.symlink_to(ROOT)
     command = ["bash", str(place / "early_stop_lora_llm.sh"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "base_model": "tiny"}
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
 
 
