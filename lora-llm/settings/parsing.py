@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from es_lora.command_line import nearest
 from es_lora.settings import StopSettings, add_stop_arguments, stop_values
-from settings.checks import AT_LEAST, collect_problems
+from settings.checks import collect_problems
 from settings.flags import (
     PRESETS,
     USUAL_STOP,
@@ -53,11 +53,6 @@ REJECTED = {
     "push_to_hub_organization": "use --hub_model_id ORGANISATION/NAME",
     "push_to_hub_token": "use --hub_token",
 }
-AT_LEAST.update(
-    dict.fromkeys(("max_train_samples", "max_eval_samples", "max_mmlu_samples", "max_new_tokens", "num_beams"), 1)
-)
-AT_LEAST.update(max_forgetting_samples=1, seq_length=2)
-AT_LEAST.update(source_max_len=1, target_max_len=1, mmlu_source_max_len=1, weight_decay=0, max_grad_norm=0)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

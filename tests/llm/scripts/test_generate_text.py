@@ -227,3 +227,35 @@ def test_mistakes_get_one_line_and_exit_code_2(run, tmp_path, capsys, flags, sai
         code = stop.code
     error = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and line.strip()]
     assert code == 2 and len(error) == 1 and said in error[0], error
+
+
+@pytest.mark.parametrize(
+    "facts, flags, through_template",
+    [
+        ({"prompt_template": "chat"}, [], True),
+        ({"prompt_template": None}, [], False),
+        ({"rule": "an earlier version, which did not say"}, [], False),
+        ({}, [], True),  # another trainer's
+        ({"prompt_template": "chat"}, ["--prompt_as", "plain"], False),
+        ({"prompt_template": None}, ["--prompt_as", "chat"], True),
+    ],
+)
+def test_a_prompt_goes_in_as_in_training(run, random_base, tmp_path, monkeypatch, facts, flags, through_template):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(tensors, adapter / "adapter_model.safetensors", {"es_lora": json.dumps(facts)} if facts else None)
+    tokenizer = AutoTokenizer.from_pretrained(random_base)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(adapter)
+    asked = []
+    monkeypatch.setattr(generate_text.Speaker, "answer", lambda self, source, name, stream: asked.append(source) or "")
+    assert main(["--adapter", str(adapter), "--prompt", PROMPT, *SHORT, *flags]) == 0
+    text = f"<user>{PROMPT}<assistant>" if through_template else PROMPT
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert asked == [ids if through_template else encode_source(tokenizer, PROMPT)]
+
+
+def test_a_chat_template_that_is_not_there_is_not_asked_for(run, capsys):
+    assert main(["--adapter", str(run), "--prompt", PROMPT, "--prompt_as", "chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err
