@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests of both trees, each in its own environment:  bash tests/run.sh [llm|ldm] [pytest arguments]
-# Makes the environments that are missing. The vendored files (tests/cs) are tested with each tree.
+# Makes the environments that are missing. Two processes share the files; -n 0 for one, -n 8 for more.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$here"
@@ -38,6 +38,6 @@ for tree in "${trees[@]}"; do
     (cd lora-llm && "$environment/bin/mypy" --config-file ../pyproject.toml "${typed[@]}") || status=1
   fi
   echo "Testing lora-$tree ..."
-  "$environment/bin/python" -m pytest "${paths[@]}" "$@" || status=1
+  "$environment/bin/python" -m pytest -n 2 --dist loadfile "${paths[@]}" "$@" || status=1
 done
 exit "$status"

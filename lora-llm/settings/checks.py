@@ -12,8 +12,9 @@ from text.packing import PACKINGS
 
 # Ranges, checked where a value is given; NaN is in none of them.
 _AT_LEAST_1 = """
-    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_train_samples max_eval_samples
-    max_mmlu_samples max_forgetting_samples max_new_tokens num_beams source_max_len target_max_len mmlu_source_max_len
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
+    max_train_samples max_eval_samples max_mmlu_samples max_forgetting_samples max_new_tokens num_beams
+    source_max_len target_max_len mmlu_source_max_len
 """.split()
 AT_LEAST = {**dict.fromkeys(_AT_LEAST_1, 1), "seq_length": 2, "weight_decay": 0, "max_grad_norm": 0}
 ABOVE_ZERO = ("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "temperature", "top_p")
