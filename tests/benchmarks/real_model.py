@@ -41,7 +41,8 @@ COMMON += ["--gradient_checkpointing", "False", "--output_dir"]
 
 
 def ran(script: str, *words: Any, kill_at: Path | None = None) -> tuple[float, str]:
-    """(seconds, output) of a script of the tree; killed by -9 as soon as the file `kill_at` is there."""
+    """(seconds, output) of a script of the tree; killed by -9 as soon as the file `kill_at` is
+    there."""
     command = [sys.executable, str(TREE / script), *map(str, words)]
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -98,7 +99,7 @@ def speed(bits: int) -> dict[str, float]:
 
 
 def speeds() -> Iterator[str]:
-    yield "| bits | tokens a second | a step of 8 notes | peak memory | a measurement of CS | its share, every 2 steps |"
+    yield "| bits | tokens a second | 8 notes | peak memory | a measurement of CS | its share, every 2 steps |"
     yield "|---|---|---|---|---|---|"
     for bits in (32, 4):
         done = subprocess.run(
@@ -106,8 +107,8 @@ def speeds() -> Iterator[str]:
         )
         told = json.loads(done.stdout.splitlines()[-1])
         yield (
-            f"| {bits} | {told['tokens']:.0f} | {told['step']:.2f} s | {told['peak'] / 1e9:.2f} GB | {told['cs']:.3f} s | "
-            f"{told['cs'] / (2 * told['step']):.1%} |"
+            f"| {bits} | {told['tokens']:.0f} | {told['step']:.2f} s | {told['peak'] / 1e9:.2f} GB "
+            f"| {told['cs']:.3f} s | {told['share']:.1%} |"
         )
 
 
@@ -116,15 +117,17 @@ def default_run(run: Path) -> Iterator[str]:
     yield f"{result['verdict']} {result['seconds']:.0f} seconds.\n"
     yield "| weights | held-out loss | loss on general text |"
     yield "|---|---|---|"
-    general = result["forgetting"] or {}
+    general = (result["forgetting"] or {"loss": {}})["loss"]
     for name, loss in result["heldout"].items():
         told = general.get(name)
         yield f"| {name} | {loss:.3f} | {told if not isinstance(told, float) else f'{told:.3f}'} |"
 
 
 def mmlu(run: Path, questions: Path) -> Iterator[str]:
-    """Accuracy by subject of base, kept and last weights; five-shot with the first five questions of
-    a subject as examples, which are not scored in either way."""
+    """Accuracy by subject of base, kept and last weights.
+
+    The first five questions of a subject are the examples of five-shot; they are never scored.
+    """
     from adapters.folders import load_frozen_base, load_tokenizer_of, open_adapter, put_adapters_on
     from text.mmlu import read_prompts
     from training.scores import MMLUScorer
@@ -194,7 +197,8 @@ def killed(scratch: Path) -> Iterator[str]:
 
     a, b = map(load_file, files)
     equal = sum(a[name].equal(b[name]) for name in a)
-    yield f"Killed by `kill -9` after step 2 of 4 and resumed: {equal} of {len(a)} tensors are bit-equal to the whole run's."
+    yield "Killed by `kill -9` after step 2 of 4 and resumed: "
+    yield f"{equal} of {len(a)} tensors are bit-equal to those of a run that was not."
 
 
 def merged(run: Path, scratch: Path) -> Iterator[str]:
@@ -226,9 +230,7 @@ def main() -> None:
     able = torch.cpu.get_capabilities()
     units = ", ".join(name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if able.get(name))
     lines = ["# A real model: SmolLM2-135M-Instruct\n", f"Machine: {os.cpu_count()} cores ({units}), no GPU; Python "]
-    lines[-1] += (
-        f"{platform.python_version()}, torch {torch.__version__}. Made by `real_model.py`, whose head has the commands.\n"
-    )
+    lines[-1] += f"{platform.python_version()}, torch {torch.__version__}. The commands stand in `real_model.py`.\n"
     for title, section in sections.items():
         lines += [f"## {title}\n", *section(), ""]
         print("\n".join(lines[-3:]), flush=True)
