@@ -21,7 +21,7 @@ alpha=32                    # LoRA alpha
 learning_rate=1e-3          # 1e-4 to 2e-4 for a base of billions of parameters
 epochs=4                    # the budget: training stops earlier, at the turning point
 prompt_template=chat        # chat: the base's own chat template; "": input and output as they are; or a line with {columns}
-batch_size=8                # examples at once; lower it if memory runs out ...
+batch_size=4                # examples at once; lower it if memory runs out ...
 accumulation=1              # ... and raise this: optimizer steps see batch_size x accumulation examples
 longest_source=128          # tokens of the input; the rest is cut off
 longest_target=128          # tokens of the output
@@ -34,7 +34,7 @@ cs_interval=auto            # optimizer steps between measurements; auto: ten an
 # For a model of your own on a GPU:  base_model=mistralai/Mistral-7B-v0.3  learning_rate=2e-4  epochs=5
 #   batch_size=1  accumulation=16  longest_source=1024  longest_target=512  precision=--bf16  recompute=True  bits=4
 if [ "$base_model" = tiny ]; then
-  base_model="$here/lora-llm/tiny_base" bits=4 learning_rate=2e-3 epochs=12 prompt_template=""
+  base_model="$here/lora-llm/tiny_base" bits=4 learning_rate=2e-3 epochs=12 batch_size=8 prompt_template=""
 fi
 
 # ------------------------------------------------------------------ environment
