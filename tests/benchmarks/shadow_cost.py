@@ -33,7 +33,7 @@ WAYS = {  # name: flags
 
 
 def text_flags(output):
-    """Sixteen steps (about an epoch) of the default run of early_stop_lora_llm.sh."""
+    """Sixteen steps (about an epoch) of `base_model=tiny bash early_stop_lora_llm.sh`."""
     flags = {
         "model_name_or_path": ROOT / "lora-llm" / "tiny_base",
         "dataset": ROOT / "dataset" / "kitchen_notes" / "train.jsonl",
