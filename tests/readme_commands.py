@@ -4,8 +4,8 @@
 
 Runs, in order and in this checkout, every command that needs no GPU, hub or service, and prints
 command, exit code and seconds, or why a command was not run. Exit codes: 0 all that ran ended with
-0; 1 one did not; 2 an earlier run is in the way. SD_SCRIPTS_DIR and QLORA_DIR name git repositories
-of the upstreams, for the commands that need a checkout of one.
+0; 1 one did not; 2 an earlier run is in the way, or an upstream cannot be cloned. SD_SCRIPTS_DIR
+and QLORA_DIR name git repositories of the upstreams, for the commands that need a checkout of one.
 """
 
 import ast
@@ -217,11 +217,16 @@ def folders_in_the_way(chosen: Iterable[Command]) -> list[str]:
 
 
 def make_checkouts(chosen: Iterable[Command]) -> None:
-    """Clone the upstreams that the commands need."""
+    """Clone the upstreams that the commands need. Raises ValueError where one cannot be cloned."""
     text = "\n".join(command.text for command in chosen)
     for word, name in CHECKOUTS.items():
         if word in text:
-            subprocess.run(["git", "clone", "-q", os.environ[name], str(ROOT / PLACEHOLDERS[word])], check=True)
+            target = str(ROOT / PLACEHOLDERS[word])
+            done = subprocess.run(["git", "clone", "-q", os.environ[name], target], capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(
+                    f"{name}={os.environ[name]} cannot be cloned ({done.stderr.strip()}); name a whole clone"
+                )
 
 
 def run(command: Command) -> tuple[int, float, str]:
@@ -249,7 +254,11 @@ def main(argv: Sequence[str]) -> int:
     if in_the_way := folders_in_the_way(chosen):
         print(f"{', '.join(in_the_way)}: of an earlier run; delete them, or do this in a fresh clone", file=sys.stderr)
         return 2
-    make_checkouts(chosen)
+    try:
+        make_checkouts(chosen)
+    except ValueError as error:
+        print(f"readme_commands: {error}", file=sys.stderr)
+        return 2
     print("| command | exit code | seconds |\n|---|---|---|", flush=True)
     status = 0
     for command in found:
