@@ -27,6 +27,7 @@ from es_lora.peft_models import restore_finite, save_adapter
 from settings.flags import Settings
 from settings.parsing import parse_arguments
 from text.collator import CausalCollator
+from text.conversations import chat_ready
 from text.sources import Splits
 from text.streams import StreamedRowError
 from training.checkpoints import checkpoint_to_resume, delete_earlier_run
@@ -93,6 +94,7 @@ def set_up(settings: Settings) -> Run:
         training.accelerator_config.dispatch_batches = False  # every process reads the stream and takes its share
     tokenizer = load_tokenizer(base_spec(settings))
     splits = read_splits(settings, tokenizer)
+    tokenizer = chat_ready(tokenizer, (splits.train, splits.evaluation, splits.test))
     collator = CausalCollator(tokenizer, data.source_max_len, data.target_max_len, training.train_on_source)
     mmlu_rows, general_text = read_mmlu(settings), read_general_text(settings, tokenizer)
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:

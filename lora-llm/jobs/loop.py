@@ -59,13 +59,7 @@ class FusedTraining:
         say: Callable[[str], None] = print,
         ended: Callable[[dict[str, Any]], None] = lambda result: None,
     ):
-        self.base, self.tokenizer, self.output_dir, self.processes, self.limits = (
-            base,
-            tokenizer,
-            output_dir,
-            processes,
-            limits,
-        )
+        self.base, self.output_dir, self.processes, self.limits = base, output_dir, processes, limits
         self.facts, self.precision, self.save_seconds, self.say, self.ended = (
             facts,
             precision,
@@ -127,14 +121,14 @@ class FusedTraining:
             if resumed
             else f"{data.job.name}: starts; budget {budget}."
         )
-        for notice in data.plan.notices if not resumed else ():
+        for notice in data.notices if not resumed else ():
             self.say(f"{data.job.name}: {notice}")
         run.score_start()
 
     def _end_jobs(self) -> None:
         for entry in [entry for entry in self.active if entry[0].ended_as is not None]:
             self.active.remove(entry)
-            result = entry[0].finish(self.tokenizer.save_pretrained)
+            result = entry[0].finish(entry[0].data.tokenizer.save_pretrained)
             if result:
                 self.say(f"{result['name']}: {result['verdict']}")
                 self.ended(result)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "lora-llm"
-sys.path[:0] = [str(TREE), str(ROOT / "tests")]
+sys.path[:0] = [str(TREE), str(ROOT / "tests"), str(ROOT / "tests" / "llm")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub, and asking for one costs half a minute
 
 
