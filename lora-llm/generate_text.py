@@ -7,7 +7,7 @@
     python generate_text.py --adapter OUTPUT --chat
 
 The generation flags are the trainer's (--do_sample, --temperature, ...). A prompt goes in as the
-trainer's source does.
+trainer's source does; with --as_message as a person's turn of a conversation.
 """
 
 import json
@@ -58,6 +58,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
     asked.add_argument("--prompt", help="the input, as in the training data")
     asked.add_argument("--prompts", type=Path, help="a txt file, a prompt a line, or jsonl with input (and adapter)")
     asked.add_argument("--chat", action="store_true", help="talk to it")
+    parser.add_argument("--as_message", action="store_true", help="put prompts into the chat template, as a message")
     parser.add_argument("--compare", action="store_true", help="base, turning point and last of a run side by side")
     parser.add_argument("--output", type=Path, help="write the answers to this jsonl file too")
     parser.add_argument(
@@ -71,6 +72,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Any:
         problems.append("--compare needs --adapter, and --prompt or --prompts")
     if arguments.output is not None and arguments.chat:
         problems.append("--output keeps the answers of --prompt and --prompts; leave it out with --chat")
+    if arguments.as_message and arguments.chat:
+        problems.append("--as_message is for --prompt and --prompts: --chat writes messages by itself")
     if problems:
         raise ValueError("; ".join(problems))
     return arguments
@@ -198,7 +201,17 @@ def side_by_side(titles: Sequence[str], texts: Sequence[str], width: int) -> str
     return "\n".join(" | ".join(cell.ljust(column) for cell in row).rstrip() for row in rows)
 
 
-def answer_all(speaker: Speaker, requests: Sequence[dict[str, Any]], compare: bool) -> list[dict[str, Any]]:
+def message_source(tokenizer: Any, talk: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a talk and the opening of its answer. Raises ValueError without a chat
+    template."""
+    if not tokenizer.chat_template:
+        raise ValueError("--as_message: the tokenizer has no chat template; leave it out")
+    return tokenizer.apply_chat_template(list(talk), add_generation_prompt=True, return_dict=False)
+
+
+def answer_all(
+    speaker: Speaker, requests: Sequence[dict[str, Any]], compare: bool, as_message: bool = False
+) -> list[dict[str, Any]]:
     """Every request by its own adapter, else by all of them in turn; [{"input", "adapter",
     "answer"}]."""
     trained = [name for name in speaker.adapters if name != BASE]
@@ -210,7 +223,11 @@ def answer_all(speaker: Speaker, requests: Sequence[dict[str, Any]], compare: bo
     answers = []
     for request in requests:
         names = [BASE, *trained] if compare else [request["adapter"]] if request.get("adapter") else trained or [BASE]
-        source, texts = encode_source(speaker.tokenizer, request["input"]), []
+        if as_message:
+            source = message_source(speaker.tokenizer, [{"role": "user", "content": request["input"]}])
+        else:
+            source = encode_source(speaker.tokenizer, request["input"])
+        texts: list[str] = []
         if len(requests) > 1 or compare:
             print(f"\n> {request['input']}")
         for name in names:
@@ -252,7 +269,7 @@ def chat(speaker: Speaker, name: str) -> None:
         elif message:
             talk.append({"role": "user", "content": message})
             if has_template:
-                source = speaker.tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+                source = message_source(speaker.tokenizer, talk)
             else:
                 source = encode_source(speaker.tokenizer, message)
             talk.append({"role": "assistant", "content": speaker.answer(source, name, stream=True)})
@@ -272,7 +289,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if arguments.chat:
             chat(speaker, next((name for name in speaker.adapters if name != BASE), BASE))
             return 0
-        answers = answer_all(speaker, requests, arguments.compare)
+        answers = answer_all(speaker, requests, arguments.compare, arguments.as_message)
     except (FileNotFoundError, ValueError) as error:
         print(f"generate_text: {error}", file=sys.stderr)
         return 2

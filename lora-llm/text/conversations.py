@@ -317,11 +317,14 @@ def conversation_row(tokenizer: Any, row: Row, limit: Limit | None) -> tuple[str
     return text[:start], text[start:], spans
 
 
-def chat_ready(tokenizer: Any, splits: Iterable[Iterable[Mapping[str, Any]] | None]) -> Any:
-    """The tokenizer as it is saved: where it has no chat template and rows are conversations, a
-    copy with the plain one."""
-    firsts = (next(iter(rows), {}) for rows in splits if rows is not None)
-    if tokenizer.chat_template or not any(LEARN in first for first in firsts):
+def has_conversations(splits: Iterable[Iterable[Mapping[str, Any]] | None]) -> bool:
+    """Whether rows of any of the splits are written by a chat template, as their first one is."""
+    return any(LEARN in next(iter(rows), {}) for rows in splits if rows is not None)
+
+
+def with_chat_template(tokenizer: Any) -> Any:
+    """The tokenizer; where it has no chat template, a copy that has the plain one."""
+    if tokenizer.chat_template:
         return tokenizer
     ready = copy.copy(tokenizer)
     ready.chat_template = PLAIN_TEMPLATE

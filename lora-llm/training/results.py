@@ -52,12 +52,16 @@ def forgetting_sentence(outcome: Outcome) -> str:
     return forgetting["sentence"] or "General text: nothing was scored after training."
 
 
-def next_commands(outcome: str, folder: Path, program: Path, argv: Sequence[str]) -> dict[str, str]:
-    """{what for: the exact command}: try the adapter, or go on with the run. program: the trainer's
-    file."""
+def next_commands(
+    outcome: str, folder: Path, program: Path, argv: Sequence[str], chats: bool = False
+) -> dict[str, str]:
+    """{what for: the exact command}: try the adapter, or go on with the run.
+
+    program: the trainer's file. chats: it has learnt conversations.
+    """
     if outcome == "interrupted":
         return {"go on": command_line(sys.executable, program, [*without_flag(argv, RESUME), RESUME, "true"])}
     if not (folder / "adapter").exists():
         return {}
-    words = ["--adapter", shown_path(folder / "adapter"), "--prompt"]
+    words = ["--adapter", shown_path(folder / "adapter"), *(["--as_message"] if chats else []), "--prompt"]
     return {"try it": f'{command_line(sys.executable, program.with_name("generate_text.py"), words)} "..."'}

@@ -79,6 +79,22 @@ def test_an_adapter_on_a_base_without_a_template_is_talked_to_in_the_plain_one(t
     assert "no chat template" not in capsys.readouterr().out
 
 
+def test_the_next_command_asks_by_a_message_of_the_chat_template(random_base, conversation_files, tmp_path, capsys):
+    assert run(random_base, conversation_files["train"], tmp_path / "run") == 0
+    assert '--as_message --prompt "..."' in capsys.readouterr().out
+    ask = ["--adapter", str(tmp_path / "run"), "--prompt", "how long do beans soak?", "--max_new_tokens", "4"]
+    assert generate([*ask, "--as_message", "--output", str(tmp_path / "message.jsonl")]) == 0
+    written = ["--prompt", "### User:\nhow long do beans soak?\n\n### Assistant:\n"]
+    assert generate([*ask[:2], *written, *ask[4:], "--output", str(tmp_path / "written.jsonl")]) == 0
+    answers = [json.loads((tmp_path / f"{name}.jsonl").read_text())["answer"] for name in ("message", "written")]
+    assert answers[0] == answers[1]
+
+
+def test_a_message_without_a_chat_template_is_refused(random_base, capsys):
+    assert generate(["--base", str(random_base), "--prompt", "hi", "--as_message"]) == 2
+    assert "--as_message: the tokenizer has no chat template" in capsys.readouterr().err
+
+
 def test_the_last_answer_alone_trains_as_a_pair_of_input_and_output(random_base, conversation_files, tmp_path):
     talks = [json.loads(line)["messages"] for line in conversation_files["train"].read_text().splitlines()]
     texts = [[turn["content"].strip() for turn in talk] for talk in talks]

@@ -13,10 +13,11 @@ from text.collator import IGNORE_INDEX, CausalCollator
 from text.conversations import (
     PLAIN_TEMPLATE,
     Limit,
-    chat_ready,
     conversation_format,
     cut_notices,
     end_tokens,
+    has_conversations,
+    with_chat_template,
 )
 from text.formats import convert_row
 from text.packing import encode_sample
@@ -243,12 +244,13 @@ def test_the_plain_template_writes_tools_calls_and_their_results():
     assert learnt_text(tokenizer, row_of("a tool call")) == f"{call}</s>It is sunny.</s>"
 
 
-def test_the_plain_template_is_saved_with_conversations_alone(tmp_path):
+def test_a_tokenizer_gets_the_plain_template_where_it_has_none_and_stays_as_it_was():
     tokenizer = family_tokenizer("mistral", None)
     row = converted(tokenizer, {"messages": said(ASK, ANSWER)})
-    assert chat_ready(tokenizer, ([{"input": "a", "output": "b"}], None)) is tokenizer
-    ready = chat_ready(tokenizer, (None, [row]))
+    assert has_conversations((None, [row])) and not has_conversations(([{"input": "a", "output": "b"}], None))
+    ready = with_chat_template(tokenizer)
     assert tokenizer.chat_template is None and ready.chat_template == PLAIN_TEMPLATE
+    assert with_chat_template(ready) is ready
     assert labels_of(ready, {"messages": said(ASK, ANSWER)}) == labels_of(tokenizer, {"messages": said(ASK, ANSWER)})
 
 
