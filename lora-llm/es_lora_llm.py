@@ -27,7 +27,7 @@ from es_lora.peft_models import restore_finite, save_adapter
 from settings.flags import Settings
 from settings.parsing import parse_arguments
 from text.collator import CausalCollator
-from text.conversations import has_conversations, with_chat_template
+from text.conversations import with_chat_template
 from text.sources import Splits
 from text.streams import StreamedRowError
 from training.checkpoints import checkpoint_to_resume, delete_earlier_run
@@ -65,7 +65,6 @@ class Run:
     shadows: Optional[ShadowAdapters]
     mmlu: Optional[MMLUCallback]
     resume: Optional[str]
-    chats: bool  # the rows are conversations
     say: Callable[[str], None]
 
     @property
@@ -95,8 +94,7 @@ def set_up(settings: Settings) -> Run:
         training.accelerator_config.dispatch_batches = False  # every process reads the stream and takes its share
     tokenizer = load_tokenizer(base_spec(settings))
     splits = read_splits(settings, tokenizer)
-    chats = has_conversations((splits.train, splits.evaluation, splits.test))
-    tokenizer = with_chat_template(tokenizer) if chats else tokenizer
+    tokenizer = with_chat_template(tokenizer) if splits.chats else tokenizer
     collator = CausalCollator(tokenizer, data.source_max_len, data.target_max_len, training.train_on_source)
     mmlu_rows, general_text = read_mmlu(settings), read_general_text(settings, tokenizer)
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
@@ -140,7 +138,7 @@ def set_up(settings: Settings) -> Run:
         scorer = MMLUScorer(tokenizer, mmlu_rows, training.mmlu_source_max_len, training.per_device_eval_batch_size)
         mmlu = MMLUCallback(trainer, scorer)
         trainer.add_callback(mmlu)
-    return Run(settings, splits, collator, trainer, scores, interrupt, early_stop, shadows, mmlu, resume, chats, say)
+    return Run(settings, splits, collator, trainer, scores, interrupt, early_stop, shadows, mmlu, resume, say)
 
 
 # -------------------------------------------------------------------------------------------- train
@@ -205,7 +203,7 @@ def finish(run: Run, outcome: Outcome, argv: Sequence[str], seconds: float) -> N
     if run.early_stop is not None and outcome.name != "interrupted":
         run.early_stop.monitor.close()
     leave_results(run.output_dir, outcome, run.settings)
-    commands = next_commands(outcome.name, run.output_dir, Path(__file__).resolve(), argv, run.chats)
+    commands = next_commands(outcome.name, run.output_dir, Path(__file__).resolve(), argv, run.splits.chats)
     print(*outcome.last_lines(run.output_dir, [forgetting_sentence(outcome)], commands), sep="\n")
 
 

@@ -12,7 +12,7 @@ from es_lora.monitor import MEASURED
 from es_lora.settings import MeasurementPlan
 from jobs.config import Job
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
-from text.conversations import Limit, conversation_format, cut_notices, has_conversations, with_chat_template
+from text.conversations import Limit, conversation_format, cut_notices, with_chat_template
 from text.sources import load_splits
 from training.epoch_order import epoch_order
 
@@ -84,7 +84,7 @@ def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> Jo
     limit = Limit(job.source_max_len + job.target_max_len, "source_max_len or target_max_len")
     conversations = conversation_format(tokenizer, None if job.train_on_source else limit)
     splits = load_splits(job.data_spec(cache_dir, conversations if job.learn_turns == "all" else None))
-    if has_conversations((splits.train, splits.evaluation)):
+    if splits.chats:
         tokenizer = with_chat_template(tokenizer)
     collator = CausalCollator(tokenizer, job.source_max_len, job.target_max_len, job.train_on_source)
     train = [example for example in encode_examples(splits.train, collator) if example.targets]

@@ -209,7 +209,8 @@ class Chat:
 
     def _check_complete(self, messages: Sequence[Message], text: str, spans: Spans) -> None:
         learnt = "".join(text[start:end] for start, end in spans)
-        for what in self._left_out(messages, text, learnt):
+        what = next(self._left_out(messages, text, learnt), None)
+        if what is not None:
             raise ValueError(
                 f"{self._named} leaves out {what}: write it into the content of a turn, or use a base whose template "
                 "writes it"
@@ -285,6 +286,7 @@ def conversation_format(tokenizer: Any, limit: Limit | None = None) -> Format:
         lambda row: conversation_row(tokenizer, row, limit),
         ("messages", "conversations", "tools"),
         f"conversations in {written_in}, every answer learnt",
+        chats=True,
     )
 
 
@@ -315,11 +317,6 @@ def conversation_row(tokenizer: Any, row: Row, limit: Limit | None) -> tuple[str
             )
     start = spans[-1][0]
     return text[:start], text[start:], spans
-
-
-def has_conversations(splits: Iterable[Iterable[Mapping[str, Any]] | None]) -> bool:
-    """Whether rows of any of the splits are written by a chat template, as their first one is."""
-    return any(LEARN in next(iter(rows), {}) for rows in splits if rows is not None)
 
 
 def with_chat_template(tokenizer: Any) -> Any:

@@ -40,13 +40,15 @@ class Format:
     """One column layout: the columns a row must have, those it may have, and how it becomes (input,
     output).
 
-    A conversation becomes (input, output, what of both is learnt).
+    A conversation becomes (input, output, what of both is learnt). chats: a chat template writes
+    its rows, and an adapter trained on them is asked by it.
     """
 
     columns: tuple[str, ...]
     convert: Callable[[Row], tuple[Any, ...]]
     optional: tuple[str, ...] = ()
     description: str = ""
+    chats: bool = False
 
 
 def _text(row: Row, column: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Optional
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from text.deeplake_rows import PREFIX, deeplake_rows
-from text.formats import Format, check_columns, convert_row, described, to_input_output
+from text.formats import LEARN, Format, check_columns, convert_row, described, to_input_output
 from text.hub import hub_dataset
 from text.mmlu import train_split_for_subject
 from text.spec import DataSpec
@@ -45,13 +45,17 @@ Pools = dict[str, Optional[Dataset]]
 @dataclass
 class Splits:
     """Three data sets of columns "input" and "output" (text), and "learn" of conversations; one
-    that was not asked for is None."""
+    that was not asked for is None.
+
+    chats: rows are written by a chat template.
+    """
 
     train: Dataset | IterableDataset | None
     evaluation: Dataset | None
     test: Dataset | None
     format: str
     source: str
+    chats: bool = False
 
 
 def load_splits(spec: DataSpec) -> Splits:
@@ -74,6 +78,7 @@ def load_splits(spec: DataSpec) -> Splits:
         test=pools["test"],
         format=format_name,
         source=source,
+        chats=any(LEARN in pool.column_names for pool in pools.values() if pool is not None),
     )
 
 

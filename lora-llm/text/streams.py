@@ -42,6 +42,7 @@ def load_streamed_splits(spec: DataSpec) -> Splits:
         )
     opened = [_open(source.name, spec) for source in sources]
     streams, formats = [stream for stream, _ in opened], dict.fromkeys(described(name) for _, name in opened)
+    chats = any(isinstance(name, Format) and name.chats for _, name in opened)
     stream, seed = streams[0], spec.seed
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
@@ -68,6 +69,7 @@ def load_streamed_splits(spec: DataSpec) -> Splits:
         test=test,
         format=", ".join(formats),
         source=f"the stream of {' and '.join(source.name for source in sources)}",
+        chats=chats,
     )
 
 

@@ -104,7 +104,8 @@ def _chat_format(tokenizer: Any, conversations: Optional[Format]) -> Format:
         answer = whole[len(given) :].rstrip("\n").removesuffix(tokenizer.eos_token or "")
         return given.removeprefix(tokenizer.bos_token or ""), answer
 
-    return Format((), convert, ("conversations", "messages"), "the tokenizer's chat template")
+    chats = conversations is not None
+    return Format((), convert, ("conversations", "messages"), "the tokenizer's chat template", chats)
 
 
 def _pair_as_turns(row: Mapping[str, Any]) -> Sequence[dict[str, str]]:

@@ -16,7 +16,6 @@ from text.conversations import (
     conversation_format,
     cut_notices,
     end_tokens,
-    has_conversations,
     with_chat_template,
 )
 from text.formats import convert_row
@@ -246,8 +245,6 @@ def test_the_plain_template_writes_tools_calls_and_their_results():
 
 def test_a_tokenizer_gets_the_plain_template_where_it_has_none_and_stays_as_it_was():
     tokenizer = family_tokenizer("mistral", None)
-    row = converted(tokenizer, {"messages": said(ASK, ANSWER)})
-    assert has_conversations((None, [row])) and not has_conversations(([{"input": "a", "output": "b"}], None))
     ready = with_chat_template(tokenizer)
     assert tokenizer.chat_template is None and ready.chat_template == PLAIN_TEMPLATE
     assert with_chat_template(ready) is ready
@@ -365,5 +362,6 @@ def test_conversations_and_pairs_are_mixed(tmp_path):
     talk.write_text(json.dumps(row_of("two answers")) + "\n")
     pairs.write_text(json.dumps({"input": "Hi", "output": "Hello"}) + "\n")
     splits = load_splits(DataSpec([str(pairs), str(talk)], conversations=conversation_format(tokenizer)))
-    assert [bool(row["learn"]) for row in splits.train] == [False, True]
+    assert [bool(row["learn"]) for row in splits.train] == [False, True] and splits.chats
+    assert not load_splits(DataSpec(str(pairs), conversations=conversation_format(tokenizer))).chats
     assert CausalCollator(tokenizer, 64, 64)(list(splits.train))["labels"].shape[0] == 2
