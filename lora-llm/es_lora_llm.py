@@ -20,6 +20,7 @@ from early_stop_callback import LAST, TURNING_POINT, EarlyStopCallback, Training
 from tqdm import tqdm
 from transformers import TrainerCallback, set_seed
 
+from adapters.folders import CHAT
 from adapters.weights import trainable_parameters
 from base.loading import load_tokenizer
 from es_lora.outcome import Outcome
@@ -27,6 +28,7 @@ from es_lora.peft_models import restore_finite, save_adapter
 from settings.flags import Settings
 from settings.parsing import parse_arguments
 from text.collator import CausalCollator
+from text.conversations import with_chat_template
 from text.sources import Splits
 from text.streams import StreamedRowError
 from training.checkpoints import checkpoint_to_resume, delete_earlier_run
@@ -95,6 +97,7 @@ def set_up(settings: Settings) -> Run:
     fetch_base(settings)
     tokenizer = load_tokenizer(base_spec(settings))
     splits = read_splits(settings, tokenizer)
+    tokenizer = with_chat_template(tokenizer) if splits.chats else tokenizer
     collator = CausalCollator(tokenizer, data.source_max_len, data.target_max_len, training.train_on_source)
     mmlu_rows, general_text = read_mmlu(settings), read_general_text(settings, tokenizer)
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
@@ -236,7 +239,11 @@ def _save(run: Run, outcome: Outcome, what: str, name: str, step: int) -> None:
         run.model.save_pretrained(str(folder))
     else:
         base = {"bits": training.bits, "quant_type": training.quant_type, "double_quant": training.double_quant}
-        facts = {**outcome.facts(what), "base": base, "prompt_template": run.settings.data.prompt_template}
+        facts = {
+            **outcome.facts(what),
+            "base": base,
+            "prompt_template": CHAT if run.splits.chats else run.settings.data.prompt_template,
+        }
         save_adapter(run.model, folder, facts)
     run.collator.tokenizer.save_pretrained(str(folder))
 

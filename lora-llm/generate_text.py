@@ -7,7 +7,7 @@
     python generate_text.py --adapter OUTPUT --chat
 
 The generation flags are the trainer's (--do_sample, --temperature, ...). A prompt goes in as in
-training: through the chat template after --prompt_template chat, else as it is.
+training: through the chat template after conversations or --prompt_template chat, else as it is.
 """
 
 import json
@@ -42,6 +42,7 @@ from es_lora.files import write_text_whole
 from settings.checks import ABOVE_ZERO, AT_LEAST
 from settings.flags import GenerationArguments
 from text.collator import encode_source
+from text.conversations import end_tokens
 
 BASE = "base"
 CHAT_HELP = (
@@ -144,7 +145,7 @@ class Speaker:
         asked for."""
         ids = torch.tensor([list(source)], device=self.model.device)  # (1, T)
         config = self.generation.config(use_cache=True)
-        config.pad_token_id, config.eos_token_id = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        config.pad_token_id, config.eos_token_id = self.tokenizer.pad_token_id, end_tokens(self.tokenizer)
         can_stream = stream and config.num_beams == 1
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if can_stream else None
         set_seed(self.seed)

@@ -33,8 +33,9 @@ READMES = {
     "tests/README.md": "llm",
 }
 PROGRAMS = ("bash", "python", "source", "git", "pip", "streamlit", "accelerate")
-# How blocks begin that are no commands: Python, a file of jobs, BibTeX, trees of folders and files.
-OTHER_BLOCKS = ("from early_stop_callback", "[defaults]", "@inproceedings", "lora-llm/")
+# How blocks begin that are no commands: Python, a file of jobs, BibTeX, trees of folders and files,
+# a row of data and how it is written.
+OTHER_BLOCKS = ("from early_stop_callback", "[defaults]", "@inproceedings", "lora-llm/", '{"messages"', "### User:")
 
 CHECKOUTS = {"PATH/TO/sd-scripts": "SD_SCRIPTS_DIR", "PATH/TO/qlora": "QLORA_DIR", "CHECKOUT": "SD_SCRIPTS_DIR"}
 PLACEHOLDERS = {

@@ -29,6 +29,8 @@ from transformers import SchedulerType
 
 from es_lora.command_line import nearest
 from es_lora.settings import StopSettings
+from text.conversations import LEARN_TURNS
+from text.formats import Format
 from text.spec import DataSpec
 
 PATH_KEYS = ("dataset", "eval_dataset", "mmlu_dir")
@@ -45,7 +47,8 @@ class Job(StopKeys):
     """One adapter to train: its data, its hyperparameters, and how it is stopped.
 
     Names are those of es_lora_llm.py, without `lora_`. dataset, dataset_format, eval_dataset,
-    train_subject, mmlu_dir: its sources and formats. eval_dataset_size: examples (below 1 a
+    train_subject, mmlu_dir: its sources and formats. learn_turns: all or last answers of a
+    conversation. eval_dataset_size: examples (below 1 a
     fraction) held out of the training data; 0 for none. max_steps: optimizer steps; it wins over
     epochs. Beside these, and by keyword, the flags of early stopping that STOP_KEYS lists.
     early_stop False: train to the budget and save the turning point beside. evaluate_epochs: score
@@ -55,6 +58,7 @@ class Job(StopKeys):
     name: str
     dataset: str = ""
     dataset_format: Optional[str] = None
+    learn_turns: str = "all"
     eval_dataset: Optional[str] = None
     eval_dataset_size: float = 0
     max_train_samples: Optional[int] = None
@@ -83,8 +87,8 @@ class Job(StopKeys):
     priority: int = 0
     group: Optional[str] = None
 
-    def data_spec(self, cache_dir: Optional[str] = None) -> DataSpec:
-        """What its rows are read by."""
+    def data_spec(self, cache_dir: Optional[str] = None, conversations: Optional[Format] = None) -> DataSpec:
+        """What its rows are read by. conversations: what reads conversations, see DataSpec."""
         return DataSpec(
             self.dataset,
             self.dataset_format,
@@ -97,6 +101,7 @@ class Job(StopKeys):
             cache_dir=cache_dir,
             seed=self.seed,
             evaluate=bool(self.eval_dataset or self.eval_dataset_size),
+            conversations=conversations,
         )
 
     def stop_settings(self) -> tuple[StopSettings, list[str]]:
@@ -121,6 +126,8 @@ class Job(StopKeys):
             found += [
                 f"{name} = {value}: must be {allowed}" for name, value in wrong if _is_number(value) and not fits(value)
             ]
+        if self.learn_turns not in LEARN_TURNS:
+            found.append(f"learn_turns = {self.learn_turns!r}: choose one of {', '.join(LEARN_TURNS)}")
         if self.lr_scheduler_type not in SCHEDULES:
             found.append(f"lr_scheduler_type = {self.lr_scheduler_type!r}: choose one of {', '.join(SCHEDULES)}")
         return found + self.stop_settings()[1]

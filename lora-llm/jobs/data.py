@@ -11,6 +11,7 @@ from es_lora.monitor import MEASURED
 from es_lora.settings import MeasurementPlan
 from jobs.config import Job
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
+from text.conversations import Limit, conversation_format, cut_notices, with_chat_template
 from text.sources import load_splits
 from training.epoch_order import epoch_order
 
@@ -34,12 +35,7 @@ class Example:
 
 def encode_examples(rows: Any, collator: CausalCollator) -> list[Example]:
     """Examples of the rows {"input", "output"}, as the collator cuts and masks them."""
-    examples = []
-    for row in rows:
-        source, target = collator.encode(row)
-        labels = source if collator.train_on_source else [IGNORE_INDEX] * len(source)
-        examples.append(Example(source + target, labels + target))
-    return examples
+    return [Example(*collator.labelled(row)) for row in rows]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
@@ -50,7 +46,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
 
 @dataclass
 class JobData:
-    """A job that can be trained: examples, budget in optimizer steps, and when it is measured."""
+    """A job that can be trained: examples, budget in optimizer steps, when it is measured, and the
+    tokenizer to save. chats: a chat template writes its rows."""
 
     job: Job
     train: list[Example]
@@ -59,6 +56,9 @@ class JobData:
     steps_per_epoch: int
     total_steps: int
     plan: MeasurementPlan
+    tokenizer: Any
+    chats: bool
+    notices: list[str]
 
     @property
     def longest(self) -> int:
@@ -80,7 +80,11 @@ def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> Jo
     problems = job.problems()
     if problems:
         raise ValueError("; ".join(problems))
-    splits = load_splits(job.data_spec(cache_dir))
+    limit = Limit(job.source_max_len + job.target_max_len, "source_max_len or target_max_len")
+    conversations = conversation_format(tokenizer, None if job.train_on_source else limit)
+    splits = load_splits(job.data_spec(cache_dir, conversations if job.learn_turns == "all" else None))
+    if splits.chats:
+        tokenizer = with_chat_template(tokenizer)
     collator = CausalCollator(tokenizer, job.source_max_len, job.target_max_len, job.train_on_source)
     train = [example for example in encode_examples(splits.train, collator) if example.targets]
     if not train:
@@ -89,7 +93,10 @@ def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> Jo
     total_steps = job.max_steps or math.ceil(job.epochs * steps_per_epoch)
     plan = job.stop_settings()[0].plan([COMPONENT], steps_per_epoch, total_steps)
     heldout = encode_examples(splits.evaluation, collator) if splits.evaluation is not None else None
-    data = JobData(job, train, heldout, splits.source, steps_per_epoch, total_steps, plan)
+    notices = [*plan.notices, *cut_notices(tokenizer, splits.train, limit)]
+    data = JobData(
+        job, train, heldout, splits.source, steps_per_epoch, total_steps, plan, tokenizer, splits.chats, notices
+    )
     missing = [name for name in plan.rule().needs if name not in RECORDED and not (name == "heldout_loss" and heldout)]
     if missing:
         raise ValueError(

@@ -54,9 +54,8 @@ class FusedTraining:
         say: Callable[[str], None] = print,
         ended: Callable[[dict[str, Any]], None] = lambda result: None,
     ):
-        self.base, self.tokenizer, self.output_dir = base, tokenizer, output_dir
-        self.processes, self.limits, self.facts = processes, limits, facts
-        self.precision, self.save_seconds = precision, 60 * save_minutes
+        self.base, self.output_dir, self.processes, self.limits = base, output_dir, processes, limits
+        self.facts, self.precision, self.save_seconds = facts, precision, 60 * save_minutes
         self.say, self.ended = say, ended
         self.fused = FusedLora(base)
         self.active: list[tuple[JobRun, MemoryNeed]] = []
@@ -108,14 +107,14 @@ class FusedTraining:
         budget = f"{data.total_steps} steps of {len(data.train)} examples from {data.source}"
         begins = f"goes on from step {run.step}" if resumed else f"starts; budget {budget}"
         self.say(f"{data.job.name}: {begins}.")
-        for notice in data.plan.notices if not resumed else ():
+        for notice in data.notices if not resumed else ():
             self.say(f"{data.job.name}: {notice}")
         run.score_start()
 
     def _end_jobs(self) -> None:
         for entry in [entry for entry in self.active if entry[0].ended_as is not None]:
             self.active.remove(entry)
-            result = entry[0].finish(self.tokenizer.save_pretrained)
+            result = entry[0].finish(entry[0].data.tokenizer.save_pretrained)
             if result:
                 self.say(f"{result['name']}: {result['verdict']}")
                 self.ended(result)

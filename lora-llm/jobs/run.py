@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
+from adapters.folders import CHAT
 from adapters.fused_lora import FusedLora
 from cs_fluctuation import NonFiniteWeightsError
 from es_lora.files import write_text_whole, write_whole
@@ -179,7 +180,9 @@ class JobRun:
         def save(what: str, name: str, step: int) -> None:
             outcome.saved(what, name, step)
             if self.processes.writes:
-                self.adapter.save_peft(self.folder / name, {**outcome.facts(what), "base": self.facts})
+                facts = {**outcome.facts(what), "base": self.facts}
+                facts["prompt_template"] = CHAT if self.data.chats else None
+                self.adapter.save_peft(self.folder / name, facts)
                 save_tokenizer(str(self.folder / name))
 
         if outcome.name == "diverged":

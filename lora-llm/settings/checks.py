@@ -8,6 +8,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from es_lora.history import HISTORY_NAME
 from es_lora.shadows import rate_is_adams
 from settings.flags import Settings
+from text.conversations import LEARN_TURNS
 from text.packing import PACKINGS
 
 # Ranges, checked where a value is given; NaN is in none of them.
@@ -83,6 +84,10 @@ def _data_problems(settings: Settings) -> list[str]:
     check(
         data.packing in (None, *PACKINGS),
         f"--packing {data.packing}: choose one of {', '.join(PACKINGS)}, or leave it out",
+    )
+    check(
+        data.learn_turns in LEARN_TURNS,
+        f"--learn_turns {data.learn_turns}: choose {' or '.join(LEARN_TURNS)}",
     )
     check(
         not (data.packing or data.streaming) or not training.group_by_length,

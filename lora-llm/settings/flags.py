@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, Seq2SeqTrainingArguments
 
 from es_lora.settings import StopSettings
+from text.conversations import LEARN_TURNS
 from text.templates import TEMPLATES
 
 # --preset NAME: what stands in for the defaults of these flags.
@@ -87,6 +88,13 @@ class DataArguments:
             "help": 'rows of any columns: "Question: {question}\\n\\nAnswer: {answer}", of '
             "which the last column is learnt; or "
             f"{', '.join(TEMPLATES)} or chat (the tokenizer's own chat template)"
+        },
+    )
+    learn_turns: str = field(
+        default="all",
+        metadata={
+            "help": f"{' or '.join(LEARN_TURNS)}: which answers of a conversation are learnt; `last` reads it as one "
+            "input and one output"
         },
     )
     streaming: bool = field(

@@ -2,6 +2,7 @@
 
 Source = bos + input, target = output + eos, each cut to its own limit (the interface of qlora): a
 target that is cut loses its eos, so the model is not taught to stop in the middle of a sentence.
+A conversation is one text with its own end tokens, cut to both limits together.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from text.conversations import encode_learnt
+from text.formats import LEARN
 
 IGNORE_INDEX = -100  # what torch's cross entropy, and so every Hugging Face model, skips
 
@@ -28,9 +32,9 @@ class CausalCollator:
 
     Called with a list of N rows {"input", "output"} it returns tensors of shape (N, T), T the
     longest row in tokens: `input_ids`, `attention_mask` (0 on padding) and `labels` (-100 on
-    padding and, unless `train_on_source`, on the source). Padding stands on the right. With
-    `predict_with_generate` only the source is given, without labels and padded on the left, because
-    generation continues at the right edge.
+    padding and, unless `train_on_source`, on the source). A conversation has `learn` besides.
+    Padding stands on the right. With `predict_with_generate` only the source is given, without
+    labels and padded on the left, because generation continues at the right edge.
 
     Limits in tokens, at least 1, bos and eos included. Raises ValueError on a limit below 1 or a
     tokenizer without eos.
@@ -59,21 +63,33 @@ class CausalCollator:
         target = self.tokenizer(row["output"], add_special_tokens=False, verbose=False)["input_ids"]
         return source[: self.source_max_len], (target + [self.tokenizer.eos_token_id])[: self.target_max_len]
 
-    def __call__(self, rows: Sequence[Mapping[str, str]]) -> dict[str, torch.Tensor]:
-        pairs = [self.encode(row) for row in rows]
-        if self.predict_with_generate:
-            return pad_batch([source for source, _ in pairs], self._pad_id, side="left")
-        batch = pad_batch([source + target for source, target in pairs], self._pad_id)
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)  # (N, T)
-        if not self.train_on_source:
-            for labels, (source, _) in zip(batch["labels"], pairs):
-                labels[: len(source)] = IGNORE_INDEX
-        return batch
+    def labelled(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of one row after the cut, of the same length."""
+        if row.get(LEARN):
+            ids, learnt = encode_learnt(self.tokenizer, row["input"] + row["output"], row[LEARN])
+            kept = self.source_max_len + self.target_max_len
+            ids, learnt = ids[:kept], learnt[:kept]
+        else:
+            source, target = self.encode(row)
+            ids, learnt = source + target, [False] * len(source) + [True] * len(target)
+        return ids, [token if own or self.train_on_source else IGNORE_INDEX for token, own in zip(ids, learnt)]
 
-    def lengths(self, dataset: Iterable[Mapping[str, str]]) -> list[int]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        if self.predict_with_generate:
+            return pad_batch([self._prompt(row) for row in rows], self._pad_id, side="left")
+        ids, labels = zip(*[self.labelled(row) for row in rows])
+        return {**pad_batch(ids, self._pad_id), "labels": pad_batch(labels, IGNORE_INDEX)["input_ids"]}
+
+    def _prompt(self, row: Mapping[str, Any]) -> list[int]:
+        """What is given for the last answer; a chat template has written the bos itself."""
+        if row.get(LEARN):
+            return self.tokenizer(row["input"], add_special_tokens=False)["input_ids"][: self.source_max_len]
+        return self.encode(row)[0]
+
+    def lengths(self, dataset: Iterable[Mapping[str, Any]]) -> list[int]:
         """Tokens of every row (source + target, after the cut), in order: what grouping by length
         sorts by."""
-        return [sum(map(len, self.encode(row))) for row in tqdm(dataset, desc="Lengths", leave=False)]
+        return [len(self.labelled(row)[0]) for row in tqdm(dataset, desc="Lengths", leave=False)]
 
     @property
     def _pad_id(self) -> int:

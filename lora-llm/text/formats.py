@@ -29,6 +29,8 @@ ALPACA_PROMPT_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response: "
 )
 MMLU_LETTERS = "ABCD"
+LEARN = "learn"  # the column of what is learnt in a conversation; see text/conversations.py
+CONVERSATION_FORMATS = ("lima", "messages")
 
 Row = Mapping[str, Any]
 
@@ -36,12 +38,17 @@ Row = Mapping[str, Any]
 @dataclass(frozen=True)
 class Format:
     """One column layout: the columns a row must have, those it may have, and how it becomes (input,
-    output)."""
+    output).
+
+    A conversation becomes (input, output, what of both is learnt). chats: a chat template writes
+    its rows, and an adapter trained on them is asked by it.
+    """
 
     columns: tuple[str, ...]
-    convert: Callable[[Row], tuple[str, str]]
+    convert: Callable[[Row], tuple[Any, ...]]
     optional: tuple[str, ...] = ()
     description: str = ""
+    chats: bool = False
 
 
 def _text(row: Row, column: str) -> str:
@@ -229,18 +236,21 @@ def check_columns(columns: Iterable[str], format_name: Union[str, Format]) -> No
         )
 
 
-def convert_row(row: Row, format_name: Union[str, Format], where: str) -> dict[str, str]:
-    """One row as {"input", "output"}; `where` ("x.jsonl, line 3") opens the message of a
-    ValueError."""
+def convert_row(row: Row, format_name: Union[str, Format], where: str) -> dict[str, Any]:
+    """One row as {"input", "output"}, a conversation with "learn" besides.
+
+    `where` ("x.jsonl, line 3") opens the message of a ValueError.
+    """
     try:
-        source, target = format_named(format_name).convert(row)
+        source, target, *learnt = format_named(format_name).convert(row)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return {"input": source, "output": target}
+    return {"input": source, "output": target, **({LEARN: learnt[0]} if learnt else {})}
 
 
 def to_input_output(dataset: Dataset, format_name: Union[str, Format]) -> Dataset:
-    """A data set with exactly the columns "input" and "output", both text.
+    """A data set with exactly the columns "input" and "output", both text, and "learn" of
+    conversations.
 
     Raises ValueError on an unknown format, a missing column and a cell that is no text.
     """

@@ -14,6 +14,7 @@ from transformers import DataCollatorWithFlattening
 from transformers.utils import is_flash_attn_2_available
 
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
+from text.formats import LEARN
 
 PACKINGS = ("samples", "wrapped")
 LEAK = 0.5  # share of what attention across samples would change, from which it is said to go across
@@ -25,14 +26,13 @@ def uses_varlen_kernel(on_cpu: bool, half_precision: bool) -> bool:
     return is_flash_attn_2_available() and not on_cpu and half_precision
 
 
-def encode_sample(collator: CausalCollator, row: Mapping[str, str]) -> dict[str, list[int]]:
+def encode_sample(collator: CausalCollator, row: Mapping[str, Any]) -> dict[str, list[int]]:
     """One sample as `input_ids` and `labels` of the same length, ending with the end-of-text token.
 
     Its first token is not learnt: what comes before it belongs to another sample. Nor is an end
     that a cut has made.
     """
-    source, target = collator.encode(row)
-    ids, labels = source + target, (source if collator.train_on_source else [IGNORE_INDEX] * len(source)) + target
+    ids, labels = collator.labelled(row)
     end = collator.tokenizer.eos_token_id
     if ids[-1] != end:
         ids, labels = [*ids, end], [*labels, IGNORE_INDEX]
@@ -52,7 +52,7 @@ def pack(
     named = isinstance(samples, Dataset)  # a stream shows no progress
     encoded = samples.map(
         lambda row: encode_sample(collator, row),
-        remove_columns=["input", "output"],
+        remove_columns=samples.column_names or ["input", "output", LEARN],
         **({"desc": "Reading tokens"} if named else {}),
     )
     strategy = "bfd" if packing == "samples" else "wrapped"

@@ -20,7 +20,7 @@ from typing import Any, Optional
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from text.deeplake_rows import PREFIX, deeplake_rows
-from text.formats import Format, check_columns, convert_row, described, detect_format, to_input_output
+from text.formats import LEARN, Format, check_columns, convert_row, described, to_input_output
 from text.hub import hub_dataset
 from text.mmlu import train_split_for_subject
 from text.spec import DataSpec
@@ -44,14 +44,18 @@ Pools = dict[str, Optional[Dataset]]
 
 @dataclass
 class Splits:
-    """Three data sets of columns "input" and "output" (text); one that was not asked for is
-    None."""
+    """Three data sets of columns "input" and "output" (text), and "learn" of conversations; one
+    that was not asked for is None.
+
+    chats: rows are written by a chat template.
+    """
 
     train: Dataset | IterableDataset | None
     evaluation: Dataset | None
     test: Dataset | None
     format: str
     source: str
+    chats: bool = False
 
 
 def load_splits(spec: DataSpec) -> Splits:
@@ -62,7 +66,7 @@ def load_splits(spec: DataSpec) -> Splits:
     spec.check()
     pools, format_name, source = _load_pools(spec)
     if spec.eval_dataset:
-        pools["evaluation"], _ = read_table_as_pairs(spec.eval_dataset, spec.dataset_format)
+        pools["evaluation"], _ = read_pairs(spec.eval_dataset, spec)
         pools["train"] = _without_copies(pools["train"], pools["evaluation"])
     pools = _hold_out(pools, spec)
     train, evaluation = pools["train"], pools["evaluation"]
@@ -74,6 +78,7 @@ def load_splits(spec: DataSpec) -> Splits:
         test=pools["test"],
         format=format_name,
         source=source,
+        chats=any(LEARN in pool.column_names for pool in pools.values() if pool is not None),
     )
 
 
@@ -129,15 +134,18 @@ def read_table_as_pairs(path: str | Path, format_name: str | Format | None = Non
     Raises FileNotFoundError, or ValueError that names the line, on a broken line, a missing column,
     a cell that is no text, an empty output and an empty file.
     """
-    return _as_pairs(read_table(path), str(path), format_name, "line")
+    return read_pairs(path, DataSpec(str(path), format_name))
 
 
-def _as_pairs(
-    rows: list[tuple[int, dict[str, Any]]], path: str, format_name: str | Format | None, unit: str
-) -> tuple[Dataset, str]:
+def read_pairs(path: str | Path, spec: DataSpec) -> tuple[Dataset, str]:
+    """The same, by the formats of a DataSpec."""
+    return _as_pairs(read_table(path), str(path), spec, "line")
+
+
+def _as_pairs(rows: list[tuple[int, dict[str, Any]]], path: str, spec: DataSpec, unit: str) -> tuple[Dataset, str]:
     columns = sorted({column for _, row in rows for column in row})
     try:
-        format_name = format_name or detect_format(columns, rows[0][1])
+        format_name = spec.format_of(columns, rows[0][1])
         check_columns(columns, format_name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -173,10 +181,10 @@ def _load_source(name: str, spec: DataSpec) -> tuple[Pools, str, str]:
         rows = list(deeplake_rows(name))
         if not rows:
             raise ValueError(f"{name} has no rows: give at least one")
-        train, format_name = _as_pairs(rows, name, spec.dataset_format, "row")
+        train, format_name = _as_pairs(rows, name, spec, "row")
         return {"train": train, "evaluation": None, "test": None}, format_name, f"{name} ({len(train)} rows)"
     if is_path(name):
-        train, format_name = read_table_as_pairs(name, spec.dataset_format)
+        train, format_name = read_pairs(name, spec)
         return {"train": train, "evaluation": None, "test": None}, format_name, f"{name} ({len(train)} rows)"
     return _load_from_hub(name, spec)
 
@@ -214,7 +222,7 @@ def _load_from_hub(name: str, spec: DataSpec) -> tuple[Pools, str, str]:
     train = loaded.get("train")
     if train is None or not len(train):
         raise ValueError(f"{request['path']} has no training rows; its splits are {', '.join(loaded)}")
-    format_name = spec.dataset_format or detect_format(train.column_names, train[0], name)
+    format_name = spec.format_of(train.column_names, train[0], name)
     own = {
         "train": train,
         "evaluation": next((loaded[key] for key in _EVALUATION_NAMES if key in loaded), None),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from text.formats import Format, format_named
+from text.formats import CONVERSATION_FORMATS, FORMATS, Format, Row, detect_format, format_named
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class DataSpec:
     dataset_format: a format's name or a Format; None is told by the columns.
     eval_dataset: a held-out file. Sizes are rows, or a fraction of the training rows where below 1.
     train, evaluate: whether those rows are asked for; they do not change which rows the others get.
+    conversations: what reads the formats of conversations; None: their last answer alone is learnt.
     """
 
     dataset: str | Sequence[str]
@@ -32,6 +34,17 @@ class DataSpec:
     seed: int = 42
     train: bool = True
     evaluate: bool = False
+    conversations: Format | None = None
+
+    def format_of(self, columns: Iterable[str], first_row: Row | None = None, name: str = "") -> str | Format:
+        """What the rows of one source are read by: what was asked for, else told by their columns.
+
+        Raises ValueError where no format has such columns.
+        """
+        found: Any = self.dataset_format or detect_format(columns, first_row, name)
+        if self.conversations is None or found not in CONVERSATION_FORMATS:
+            return found
+        return replace(self.conversations, columns=FORMATS[found].columns)
 
     def check(self) -> None:
         """Raises ValueError with every problem that can be seen before anything is read."""

@@ -14,9 +14,9 @@ from typing import Any
 from datasets import Dataset, IterableDataset, interleave_datasets
 
 from text.deeplake_rows import PREFIX, deeplake_rows
-from text.formats import Format, check_columns, convert_row, described, detect_format
+from text.formats import Format, check_columns, convert_row, described
 from text.hub import hub_dataset
-from text.sources import HUB_DATASETS, Splits, data_sources, is_path, read_table_as_pairs
+from text.sources import HUB_DATASETS, Splits, data_sources, is_path, read_pairs
 from text.spec import DataSpec
 from text.tables import csv_rows, json_line
 
@@ -42,6 +42,7 @@ def load_streamed_splits(spec: DataSpec) -> Splits:
         )
     opened = [_open(source.name, spec) for source in sources]
     streams, formats = [stream for stream, _ in opened], dict.fromkeys(described(name) for _, name in opened)
+    chats = any(isinstance(name, Format) and name.chats for _, name in opened)
     stream, seed = streams[0], spec.seed
     if len(sources) > 1:
         total = sum(source.weight for source in sources)
@@ -49,7 +50,7 @@ def load_streamed_splits(spec: DataSpec) -> Splits:
         stream = interleave_datasets(streams, probabilities=shares, seed=seed, stopping_strategy="first_exhausted")
     evaluation = test = None
     if spec.eval_dataset:
-        evaluation, _ = read_table_as_pairs(spec.eval_dataset, spec.dataset_format)
+        evaluation, _ = read_pairs(spec.eval_dataset, spec)
     elif spec.evaluate:
         evaluation, stream = _head(stream, int(spec.eval_dataset_size))
     if spec.test_dataset_size:
@@ -68,6 +69,7 @@ def load_streamed_splits(spec: DataSpec) -> Splits:
         test=test,
         format=", ".join(formats),
         source=f"the stream of {' and '.join(source.name for source in sources)}",
+        chats=chats,
     )
 
 
@@ -85,7 +87,7 @@ def _open(name: str, spec: DataSpec) -> tuple[IterableDataset, str | Format]:
         first = next(_raw_rows(name), None)
         if first is None:
             raise ValueError(f"{name} has no rows: give at least one")
-        format_name = spec.dataset_format or detect_format(first[1], first[1])
+        format_name = spec.format_of(first[1], first[1])
         check_columns(first[1], format_name)
         convert_row(first[1], format_name, _where(name, first[0]))
         return IterableDataset.from_generator(
@@ -93,21 +95,21 @@ def _open(name: str, spec: DataSpec) -> tuple[IterableDataset, str | Format]:
         ), format_name
     loaded = hub_dataset({**HUB_DATASETS.get(name, {"path": name}), "streaming": True}, spec.cache_dir)
     first = next(iter(loaded["train"]))
-    format_name = spec.dataset_format or detect_format(first, first, name)
+    format_name = spec.format_of(first, first, name)
     check_columns(first, format_name)
     columns = list(first)
     pairs = loaded["train"].map(lambda row: _pair(row, format_name, f"a row of {name}"), remove_columns=columns)
     return pairs.filter(lambda row: bool(row["output"].strip())), format_name
 
 
-def _pairs(name: str, format_name: str | Format) -> Iterator[dict[str, str]]:
+def _pairs(name: str, format_name: str | Format) -> Iterator[dict[str, Any]]:
     for number, row in _raw_rows(name):
         pair = _pair(row, format_name, _where(name, number))
         if pair["output"].strip():
             yield pair
 
 
-def _pair(row: dict[str, Any], format_name: str | Format, where: str) -> dict[str, str]:
+def _pair(row: dict[str, Any], format_name: str | Format, where: str) -> dict[str, Any]:
     try:
         return convert_row(row, format_name, where)
     except ValueError as error:

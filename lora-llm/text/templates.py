@@ -2,14 +2,15 @@
 it, or by a name.
 
 The last {column} is what the model learns to write; everything before it is what the model is
-given. `chat` puts a dialogue through the chat template of the base's own tokenizer.
+given. `chat` puts a dialogue or a pair through the chat template of the base's own tokenizer.
 """
 
 import difflib
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
+from text.conversations import Chat
 from text.formats import FORMATS, Format, detect_format, turns_of
 
 TEMPLATES = {
@@ -23,14 +24,15 @@ TEMPLATES = {
 }
 
 
-def template_format(template: str, tokenizer: Any) -> Format:
+def template_format(template: str, tokenizer: Any, conversations: Optional[Format] = None) -> Format:
     """The format of a --prompt_template: a name of TEMPLATES, `chat`, or the text itself (`\\n`
     stands for a new line).
 
+    conversations: what `chat` reads conversations by; None: their last answer alone is learnt.
     Raises ValueError on an unknown name, a text without {column} and broken braces.
     """
     if template == "chat":
-        return _chat_format(tokenizer)
+        return _chat_format(tokenizer, conversations)
     if "{" not in template and "}" not in template and template not in TEMPLATES:
         nearest = difflib.get_close_matches(template, [*TEMPLATES, "chat"], n=1)
         hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
@@ -82,14 +84,18 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
     return str(value)
 
 
-def _chat_format(tokenizer: Any) -> Format:
-    if not getattr(tokenizer, "chat_template", None):
+def _chat_format(tokenizer: Any, conversations: Optional[Format]) -> Format:
+    if conversations is None and not getattr(tokenizer, "chat_template", None):
         raise ValueError("--prompt_template chat: the base's tokenizer has no chat template; choose another template")
 
-    def convert(row: Mapping[str, Any]) -> tuple[str, str]:
-        turns = turns_of(row) if {"conversations", "messages"} & set(row) else _pair_as_turns(row)
-        given = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    def convert(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        is_dialogue = bool({"conversations", "messages"} & set(row))
+        if conversations is None:
+            return last_answer(turns_of(row) if is_dialogue else _pair_as_turns(row))
+        return conversations.convert(row) if is_dialogue else (*last_answer(_pair_as_turns(row)), None)
+
+    def last_answer(turns: Sequence[dict[str, str]]) -> tuple[str, str]:
+        given, whole = Chat(tokenizer).text(turns[:-1], prompt=True), Chat(tokenizer).text(turns)
         if not whole.startswith(given):
             raise ValueError(
                 "the tokenizer's chat template writes a dialogue differently once it is answered; use another"
@@ -98,7 +104,8 @@ def _chat_format(tokenizer: Any) -> Format:
         answer = whole[len(given) :].rstrip("\n").removesuffix(tokenizer.eos_token or "")
         return given.removeprefix(tokenizer.bos_token or ""), answer
 
-    return Format((), convert, ("conversations", "messages"), "the tokenizer's chat template")
+    chats = conversations is not None
+    return Format((), convert, ("conversations", "messages"), "the tokenizer's chat template", chats)
 
 
 def _pair_as_turns(row: Mapping[str, Any]) -> Sequence[dict[str, str]]:

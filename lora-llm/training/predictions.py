@@ -11,6 +11,8 @@ from tqdm import tqdm
 from es_lora.files import write_text_whole
 from settings.flags import Settings
 from text.collator import CausalCollator
+from text.conversations import end_tokens
+from text.formats import LEARN
 
 PREDICTIONS_NAME = "predictions.jsonl"
 
@@ -18,7 +20,7 @@ PREDICTIONS_NAME = "predictions.jsonl"
 def write_predictions(settings: Settings, model: Any, tokenizer: Any, rows: Dataset) -> None:
     """Write {"input", "output", "prediction"} of every row to predictions.jsonl, whole or not."""
     config = settings.generation.config(settings.generation_use_cache)
-    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, end_tokens(tokenizer)
     sources = CausalCollator(tokenizer, settings.data.source_max_len, settings.data.target_max_len, False, True)
     size, lines = settings.training.per_device_eval_batch_size, []
     model.eval()
@@ -29,8 +31,16 @@ def write_predictions(settings: Settings, model: Any, tokenizer: Any, rows: Data
             generated = model.generate(**inputs, generation_config=config)
         answers = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         lines += [
-            {"input": row["input"], "output": row["output"], "prediction": answer.strip()}
+            {"input": row["input"], "output": _plain_output(tokenizer, row), "prediction": answer.strip()}
             for row, answer in zip(batch, answers)
         ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_text_whole(Path(settings.training.output_dir) / PREDICTIONS_NAME, text)
+
+
+def _plain_output(tokenizer: Any, row: dict[str, Any]) -> str:
+    """The output; of a conversation without the tokens that the chat template ends it with."""
+    if not row.get(LEARN):
+        return row["output"]
+    ids = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -16,6 +16,8 @@ from base.spec import BaseSpec
 from es_lora.rules import RULES
 from settings.flags import Settings
 from text.collator import CausalCollator
+from text.conversations import Limit, conversation_format, cut_notices
+from text.formats import Format
 from text.mmlu import Row, load_mmlu
 from text.packing import PackedCollator, check_base_keeps_samples_apart, pack, packing_notice, uses_varlen_kernel
 from text.sources import Splits, load_splits
@@ -65,10 +67,10 @@ def base_spec(settings: Settings) -> BaseSpec:
 def data_spec(settings: Settings, tokenizer: Any) -> DataSpec:
     """What of the settings the text is read by. tokenizer: its chat template may be used."""
     data, training = settings.data, settings.training
-    template = data.prompt_template
+    template, conversations = data.prompt_template, _conversations(settings, tokenizer)
     return DataSpec(
         data.dataset,
-        template_format(template, tokenizer) if template else data.dataset_format,
+        template_format(template, tokenizer, conversations) if template else data.dataset_format,
         eval_dataset=data.eval_dataset,
         eval_dataset_size=data.eval_dataset_size,
         test_dataset_size=data.test_dataset_size,
@@ -80,12 +82,35 @@ def data_spec(settings: Settings, tokenizer: Any) -> DataSpec:
         seed=training.seed if training.data_seed is None else training.data_seed,
         train=training.do_train,
         evaluate=training.do_eval or training.do_predict,
+        conversations=conversations,
     )
 
 
+def _conversations(settings: Settings, tokenizer: Any) -> Optional[Format]:
+    """What reads conversations, None where only their last answer is learnt."""
+    if settings.data.learn_turns == "last" or tokenizer is None:
+        return None
+    return conversation_format(tokenizer, None if settings.training.train_on_source else conversation_limit(settings))
+
+
+def conversation_limit(settings: Settings) -> Limit:
+    """How much of a conversation is trained on."""
+    data = settings.data
+    tokens = data.source_max_len + data.target_max_len
+    if data.packing == "samples" and data.seq_length < tokens:
+        return Limit(data.seq_length, "--seq_length")
+    return Limit(tokens, "--source_max_len or --target_max_len")
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
 def read_splits(settings: Settings, tokenizer: Any) -> Splits:
-    """The rows of a run, each training row with its example's number where shadows need it. Raises
-    ValueError or FileNotFoundError, also where the rule decides on rows that there are not."""
+    """The rows of a run, each training row with its example's number where shadows need it.
+
+    Notices say what is cut of conversations. Raises ValueError or FileNotFoundError, also where the
+    rule decides on rows that there are not.
+    """
     spec, stop = data_spec(settings, tokenizer), settings.stop
     splits = load_streamed_splits(spec) if settings.data.streaming else load_splits(spec)
     if "heldout_loss" in _needed_columns(settings) and splits.evaluation is None:
@@ -93,6 +118,8 @@ def read_splits(settings: Settings, tokenizer: Any) -> Splits:
             f"--stop_rule {stop.stop_rule} decides on held-out examples: add --do_eval with --eval_dataset FILE or "
             "--eval_dataset_size, or choose a rule that needs none"
         )
+    if splits.train is not None and not settings.data.streaming:
+        settings.notices.extend(cut_notices(tokenizer, splits.train, conversation_limit(settings)))
     if stop.shadows and splits.train is not None:
         splits = replace(splits, train=with_examples(splits.train, stop.shadows, settings.training.seed))
     return splits

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "lora-llm"
-sys.path[:0] = [str(TREE), str(ROOT / "tests")]
+sys.path[:0] = [str(TREE), str(ROOT / "tests"), str(ROOT / "tests" / "llm")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub, and asking for one costs half a minute
 
 
@@ -50,4 +50,19 @@ def text_files(tmp_path_factory) -> dict:
         short = [{"input": row["input"][:60], "output": row["output"][:80]} for row in rows]
         files[name] = folder / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in short))
+    return files
+
+
+@pytest.fixture(scope="session")
+def conversation_files(text_files, tmp_path_factory) -> dict:
+    """{"train", "heldout"}: 8 and 3 conversations of two questions and answers each, of the same
+    notes."""
+    folder, files = tmp_path_factory.mktemp("conversations"), {}
+    for name, file in text_files.items():
+        pairs = [json.loads(line) for line in file.read_text().splitlines()]
+        turns = [[("user", pair["input"][:40]), ("assistant", pair["output"][:40])] for pair in pairs]
+        talks = [[*turns[at], *turns[at + 1]] for at in range(0, len(turns), 2)]
+        files[name] = folder / f"{name}.jsonl"
+        rows = [{"messages": [{"role": role, "content": content} for role, content in talk]} for talk in talks]
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return files
