@@ -270,7 +270,10 @@ def test_a_run_that_is_ended_goes_on_where_it_was(folder, stub, how, code):
         caption_images.__file__,
         *words(folder, stub, "openai", "--retries", "0", "--timeout", "60"),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    heard = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # also where the tests run in the background
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **heard)
     for _ in range(600):
         if "green" in stub.asked():
             break
