@@ -1,10 +1,32 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and text files as people write them."""
 
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Union
+from typing import Any, Callable, List, Union
+
+
+def read_text(path: Union[str, Path]) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark, its line ends as they are.
+
+    Raises ValueError, naming line and byte, where it is not UTF-8.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def split_lines(text: str) -> List[str]:
+    """The lines of a text, cut at LF and CRLF only.
+
+    str.splitlines also cuts at U+2028, U+0085, form feeds and others, which stand within lines.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
