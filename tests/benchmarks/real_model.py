@@ -1,10 +1,10 @@
 """Figures on a real model, SmolLM2-135M-Instruct: memory, speed, CS, MMLU, answers, many adapters,
 a kill, a merge. Writes real_model.md.
 
-    bash early_stop_lora_llm.sh --output_dir RUN
+    bash early_stop_lora_llm.sh --early_stop False --output_dir RUN
     .venv-llm/bin/python tests/benchmarks/real_model.py --run RUN --mmlu FILE.jsonl
 
-RUN is the folder of that default run. FILE holds MMLU's validation questions as rows {"subject",
+RUN is the folder of the default run, carried on to its budget. FILE holds MMLU's validation questions as rows {"subject",
 "input", "output"}. Subjects, prompts and sizes were fixed before anything was measured.
 """
 
@@ -128,11 +128,12 @@ def mmlu(run: Path, questions: Path) -> Iterator[str]:
 
     The first five questions of a subject are the examples of five-shot; they are never scored.
     """
-    from adapters.folders import load_frozen_base, load_tokenizer_of, open_adapter, put_adapters_on
+    from adapters.folders import load_frozen_base, load_tokenizer_of, put_adapters_on
+    from generate_text import run_adapters
     from text.mmlu import read_prompts
     from training.scores import MMLUScorer
 
-    folders = [open_adapter(str(run / name)) for name in ("adapter", "adapter-last")]
+    folders = list(run_adapters(str(run)).values())  # turning point, last
     base_name = folders[0].config["base_model_name_or_path"]
     tokenizer = load_tokenizer_of(base_name, folders)
     model = put_adapters_on(load_frozen_base(base_name, None, folders)[0], tokenizer, folders)
@@ -148,7 +149,7 @@ def mmlu(run: Path, questions: Path) -> Iterator[str]:
     yield f"|---|---|---|{'---|' * len(SUBJECTS)}"
     for shots, asked in (("zero-shot", zero), ("five-shot", five)):
         scorer = MMLUScorer(tokenizer, asked, 2048, 4)
-        for name, adapter in (("base", None), ("kept", "adapter0"), ("last", "adapter1")):
+        for name, adapter in (("base", None), ("turning point", "adapter0"), ("last", "adapter1")):
             if adapter is None:
                 with model.disable_adapter():
                     told = scorer.score(model)
@@ -202,7 +203,7 @@ def killed(scratch: Path) -> Iterator[str]:
 
 
 def merged(run: Path, scratch: Path) -> Iterator[str]:
-    seconds, told = ran("merge_adapter.py", "--adapter", run / "adapter", "--output", scratch / "merged")
+    seconds, told = ran("merge_adapter.py", "--adapter", run / "adapter-turning-point", "--output", scratch / "merged")
     yield f"`merge_adapter.py --output`: {seconds:.0f} seconds. It said: {told.strip().splitlines()[-1]}"
 
 
@@ -219,7 +220,7 @@ def main() -> None:
 
     scratch = Path(tempfile.mkdtemp())
     sections = {
-        "The default run": lambda: default_run(arguments.run),
+        "The default run, carried on to its budget": lambda: default_run(arguments.run),
         "Memory, speed, CS": speeds,
         "MMLU": lambda: mmlu(arguments.run, arguments.mmlu),
         "Answers": lambda: answers(arguments.run, scratch),
