@@ -4,8 +4,9 @@ a kill, a merge. Writes real_model.md.
     bash early_stop_lora_llm.sh --early_stop False --output_dir RUN
     .venv-llm/bin/python tests/benchmarks/real_model.py --run RUN --mmlu FILE.jsonl
 
-RUN is the folder of the default run, carried on to its budget. FILE holds MMLU's validation questions as rows {"subject",
-"input", "output"}. Subjects, prompts and sizes were fixed before anything was measured.
+RUN is the folder of the default run, carried on to its budget. FILE holds MMLU's validation
+questions as rows {"subject", "input", "output"}. Subjects, prompts and sizes were fixed before
+anything was measured.
 """
 
 import argparse
@@ -128,8 +129,9 @@ def mmlu(run: Path, questions: Path) -> Iterator[str]:
 
     The first five questions of a subject are the examples of five-shot; they are never scored.
     """
-    from adapters.folders import load_frozen_base, load_tokenizer_of, put_adapters_on
     from generate_text import run_adapters
+
+    from adapters.folders import load_frozen_base, load_tokenizer_of, put_adapters_on
     from text.mmlu import read_prompts
     from training.scores import MMLUScorer
 
