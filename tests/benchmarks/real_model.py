@@ -60,8 +60,10 @@ def ran(script: str, *words: Any, kill_at: Path | None = None) -> tuple[float, s
 
 
 def speed(bits: int) -> dict[str, float]:
-    """Tokens a second of a step, peak memory, and CS's share at its default interval; in this
-    process alone."""
+    """Tokens a processor second of a step, peak memory, and CS's share at its default interval.
+
+    In this process alone, on one thread: that hardly depends on what else the machine does.
+    """
     import torch
 
     from base.loading import load_base, load_tokenizer
@@ -71,6 +73,7 @@ def speed(bits: int) -> dict[str, float]:
     from text.collator import CausalCollator
     from training.setup import base_spec, fetch_base, read_splits, with_lora
 
+    torch.set_num_threads(1)
     settings = parse_arguments([*COMMON, "none", "--bits", str(bits)])
     fetch_base(settings)
     tokenizer = load_tokenizer(base_spec(settings))
@@ -81,17 +84,17 @@ def speed(bits: int) -> dict[str, float]:
     seconds, tokens = [], []
     for step in range(STEPS):
         batch = collator(rows[8 * step : 8 * step + 8])
-        started = time.monotonic()
+        started = time.process_time()
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.monotonic() - started)
+        seconds.append(time.process_time() - started)
         tokens.append(int(batch["attention_mask"].sum()))
     measured = []
     for _ in range(MEASUREMENTS):
-        started = time.monotonic()
+        started = time.process_time()
         measure_layers(peft_lora_layers(model))
-        measured.append(time.monotonic() - started)
+        measured.append(time.process_time() - started)
     step, cs = statistics.median(seconds[1:]), statistics.median(measured[1:])
     interval = max(1, round(-(-len(rows) // 8) / 10))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -100,7 +103,7 @@ def speed(bits: int) -> dict[str, float]:
 
 
 def speeds() -> Iterator[str]:
-    yield "| bits | tokens a second | 8 notes | peak memory | a measurement of CS | its share, every 2 steps |"
+    yield "| bits | tokens a processor second | 8 notes | peak memory | CS once | its share, every 2 steps |"
     yield "|---|---|---|---|---|---|"
     for bits in (32, 4):
         done = subprocess.run(
