@@ -12,12 +12,16 @@ def read_text(path: Union[str, Path]) -> str:
 
     Raises ValueError, naming line and byte, where it is not UTF-8.
     """
-    data = Path(path).read_bytes()
+    return decoded(Path(path).read_bytes(), path)
+
+
+def decoded(data: bytes, where: Union[str, Path], first_line: int = 1) -> str:
+    """The same of bytes that are at hand; where and first_line: their place, for the message."""
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        line = data[: error.start].count(b"\n") + first_line
+        raise ValueError(f"{where}, line {line} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
 def split_lines(text: str) -> List[str]:

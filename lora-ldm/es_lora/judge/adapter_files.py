@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from es_lora.files import read_text
 from es_lora.judge.base_index import Key
 
 PEFT_NAME, DIFFUSERS_NAME = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
@@ -80,7 +81,7 @@ def read_adapter(file: Path) -> Adapter:
         tensors = load_file(str(file))
         config_file = file.with_name("adapter_config.json")
         is_peft = file.name == PEFT_NAME
-        config = json.loads(config_file.read_text(encoding="utf-8")) if is_peft else {}
+        config = json.loads(read_text(config_file)) if is_peft else {}
         diffusers_config = json.loads(file_metadata(file).get("lora_adapter_metadata", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"it cannot be read: {error}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from es_lora.files import read_text
 from es_lora.history import HISTORY_NAME, History, read_history
 from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, file_metadata
 
@@ -74,7 +75,7 @@ def _step_of(place: Path, facts: Dict[str, Any]) -> Optional[int]:
 
 def _state(folder: Path) -> Dict[str, Any]:
     try:
-        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return json.loads(read_text(folder / "trainer_state.json"))
     except (OSError, ValueError):
         return {}
 
