@@ -46,6 +46,7 @@ from adapters.folders import (
 from adapters.gguf_export import TYPES, check_lora_alone, layout_of, write_lora_gguf, write_merged_gguf
 from adapters.modelfile import licence_of, modelfile, path_from
 from base.gguf_vocabulary import SOURCE_NAME, Entry, adds_bos, fitted_vocabulary, vocabulary_for
+from es_lora.command_line import reported
 from es_lora.files import write_text_whole
 from text.collator import encode_source, pad_batch
 
@@ -313,14 +314,14 @@ def write_all(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -> N
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line; the exit code."""
     arguments = parse_arguments(argv)
-    try:
-        check_files(arguments)
-        adapters = [open_adapter(text) for text in arguments.adapter]
-        check_together(adapters)
-        write_all(arguments, adapters, base_of(adapters, arguments.base))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"merge_adapter: {error}", file=sys.stderr)
-        return 2
+    return reported("merge_adapter", lambda: _merge(arguments))
+
+
+def _merge(arguments: Any) -> int:
+    check_files(arguments)
+    adapters = [open_adapter(text) for text in arguments.adapter]
+    check_together(adapters)
+    write_all(arguments, adapters, base_of(adapters, arguments.base))
     for name in ("output", "gguf", "lora_gguf", "modelfile"):
         if getattr(arguments, name) is not None:
             print(f"{'merged' if name == 'output' else name}: {getattr(arguments, name).resolve()}")

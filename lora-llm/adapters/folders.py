@@ -19,6 +19,7 @@ from base.loading import fit_embeddings, load_base
 from base.origin import local_base
 from base.spec import BaseSpec
 from es_lora.command_line import nearest
+from es_lora.files import read_text
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PLAIN, CHAT = "plain", "chat"  # how a prompt goes in: as it is, or through the chat template
@@ -66,7 +67,7 @@ def open_adapter(text: str) -> AdapterFolder:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"--adapter {folder} holds no {name}; give the adapter folder that a run left")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / "adapter_config.json"))
         with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as handle:
             facts = json.loads((handle.metadata() or {}).get("es_lora", "{}"))
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
