@@ -102,9 +102,9 @@ def set_up(settings: Settings) -> Run:
     splits = read_splits(settings, tokenizer)
     tokenizer = with_chat_template(tokenizer) if splits.chats else tokenizer
     collator = CausalCollator(tokenizer, data.source_max_len, data.target_max_len, training.train_on_source)
+    mmlu_rows, general_text = read_mmlu(settings), read_general_text(settings, tokenizer)
     ready = ready_splits(settings, splits, collator)
     splits = ready.splits
-    mmlu_rows, general_text = read_mmlu(settings), read_general_text(settings, tokenizer)
     model = load_model(settings, tokenizer)
     check_positions(settings, ready.longest, model)
     if general_text is not None:

@@ -207,16 +207,16 @@ def read_requests(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--prompts {path}: there is no such file")
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"--prompts {path} holds no prompt")
     if path.suffix.lower() in TABLE_SUFFIXES:
         rows = read_table(path)
         for number, row in rows:
             if not isinstance(row.get("input"), str):
                 raise ValueError(f'--prompts {path}, line {number} needs an input column: {{"input": "..."}}')
         return [row for _, row in rows]
-    requests = [{"input": line} for line in split_lines(read_text(path)) if line.strip()]
-    if not requests:
-        raise ValueError(f"--prompts {path} holds no prompt")
-    return requests
+    return [{"input": line} for line in split_lines(text) if line.strip()]
 
 
 def side_by_side(titles: Sequence[str], texts: Sequence[str], width: int) -> str:

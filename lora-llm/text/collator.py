@@ -118,7 +118,7 @@ class CausalCollator:
 
     def sizes(self, dataset: Iterable[Mapping[str, Any]]) -> list[RowSize]:
         """Every row in tokens, in order."""
-        return [self.size(row) for row in tqdm(dataset, desc="Lengths", leave=False)]
+        return [self.size(row) for row in tqdm(dataset, desc="Lengths", leave=False, delay=2)]
 
     def lengths(self, dataset: Iterable[Mapping[str, Any]]) -> list[int]:
         """Tokens of every row (source + target, after the cut), in order: what grouping by length

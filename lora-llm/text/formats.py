@@ -271,6 +271,13 @@ def unused_columns(rows: Iterable[Row], format_name: Union[str, Format]) -> list
     return sorted({column for row in rows for column, value in row.items() if column not in used and value})
 
 
+def with_asides(rows: Iterable[Row], format_name: Union[str, Format]) -> str:
+    """` with system` and the like: what of ASIDE and tools the rows hold and the format reads."""
+    read = [column for column in (*ASIDE, "tools") if column in format_named(format_name).optional]
+    held = {column for row in rows for column in read if row.get(column)}
+    return f" with {' and '.join(sorted(held))}" if held else ""
+
+
 def convert_row(row: Row, format_name: Union[str, Format], where: str) -> dict[str, Any]:
     """One row as {"input", "output"}, a conversation with "learn" besides.
 

@@ -29,6 +29,7 @@ from text.formats import (
     described,
     to_input_output,
     unused_columns,
+    with_asides,
 )
 from text.hub import hub_dataset
 from text.mmlu import train_split_for_subject
@@ -166,7 +167,8 @@ def _as_pairs(rows: list[tuple[int, dict[str, Any]]], path: str, spec: DataSpec,
             "there is nothing to learn from them, remove them or fill them in"
         )
     say_unused(path, (row for _, row in rows), format_name)
-    return Dataset.from_list(pairs), format_name if isinstance(format_name, str) else described(format_name)
+    name = format_name if isinstance(format_name, str) else described(format_name)
+    return Dataset.from_list(pairs), name + with_asides((row for _, row in rows), format_name)
 
 
 def say_unused(name: str, rows: Iterable[Row], format_name: str | Format) -> None:

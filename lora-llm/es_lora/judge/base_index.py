@@ -63,6 +63,11 @@ class FileWeight(DenseWeight):
     def row_norms(self) -> torch.Tensor:
         if self._norms is None:
             self._norms = super().row_norms()
+            if not bool(torch.isfinite(self._norms).all()):
+                raise BaseMismatchError(
+                    f"the base file {self.weight.file}: the tensor {self.weight.tensor} holds NaN or infinity; "
+                    "fetch it again"
+                )
         return self._norms
 
 
