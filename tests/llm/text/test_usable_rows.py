@@ -63,7 +63,8 @@ def test_the_mean_loss_of_no_token_is_zero(random_base):
 
 THINKING = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last and {last} %}"
-    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{opened}{% endif %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{opened}{% endif %}"
 )
 
 
