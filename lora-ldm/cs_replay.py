@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
+from es_lora.command_line import reported
 from es_lora.files import write_whole
 from es_lora.history import HISTORY_NAME, read_history, redecide, replay, rule_for
 from es_lora.report import draw, write_report
@@ -45,23 +46,23 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        history = read_history(arguments.history)
-        value = arguments.value
-        if arguments.valley is not None and value is None:
-            value = value_of_valley(arguments.rule, arguments.valley)
-        choices = {"window": arguments.window, "component": arguments.component, "value": value}
-        verdict = redecide(history, arguments.rule, **choices)
-        rule = rule_for(history, arguments.rule, **choices)
-        decision = replay(rule, history.records)
-        if arguments.plot:
-            figure = draw(history, decision, rule.settings.window, rule.settings.component)
-            write_whole(arguments.plot, lambda temporary: figure.savefig(temporary, format="png", dpi=140))
-        if arguments.html:
-            write_report(arguments.html, arguments.history, verdict=verdict["reason"], decision=decision)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"cs_replay: {error}", file=sys.stderr)
-        return 2
+    return reported("cs_replay", lambda: _decide(arguments))
+
+
+def _decide(arguments: argparse.Namespace) -> int:
+    history = read_history(arguments.history)
+    value = arguments.value
+    if arguments.valley is not None and value is None:
+        value = value_of_valley(arguments.rule, arguments.valley)
+    choices = {"window": arguments.window, "component": arguments.component, "value": value}
+    verdict = redecide(history, arguments.rule, **choices)
+    rule = rule_for(history, arguments.rule, **choices)
+    decision = replay(rule, history.records)
+    if arguments.plot:
+        figure = draw(history, decision, rule.settings.window, rule.settings.component)
+        write_whole(arguments.plot, lambda temporary: figure.savefig(temporary, format="png", dpi=140))
+    if arguments.html:
+        write_report(arguments.html, arguments.history, verdict=verdict["reason"], decision=decision)
     if arguments.json:
         print(json.dumps(verdict))
     else:

@@ -22,15 +22,17 @@ from transformers import TrainerCallback, set_seed
 
 from adapters.folders import CHAT
 from adapters.weights import trainable_parameters
+from base.layers import positions_of
 from base.loading import load_tokenizer
+from es_lora.command_line import reported
 from es_lora.outcome import Outcome
 from es_lora.peft_models import restore_finite, save_adapter
 from settings.flags import Settings
 from settings.parsing import parse_arguments
 from text.collator import CausalCollator
 from text.conversations import with_chat_template
+from text.mmlu import Row
 from text.sources import Splits
-from text.streams import StreamedRowError
 from training.checkpoints import checkpoint_to_resume, delete_earlier_run
 from training.heldout import WeightScores
 from training.predictions import write_predictions
@@ -39,14 +41,15 @@ from training.scores import MMLUCallback, MMLUScorer
 from training.setup import (
     announcement,
     base_spec,
+    check_positions,
     columns_of_rule,
     fetch_base,
     history_header,
     load_model,
-    packed_splits,
     read_general_text,
     read_mmlu,
     read_splits,
+    ready_splits,
     training_collator,
 )
 from training.shadows import ShadowAdapters
@@ -100,10 +103,14 @@ def set_up(settings: Settings) -> Run:
     tokenizer = with_chat_template(tokenizer) if splits.chats else tokenizer
     collator = CausalCollator(tokenizer, data.source_max_len, data.target_max_len, training.train_on_source)
     mmlu_rows, general_text = read_mmlu(settings), read_general_text(settings, tokenizer)
+    ready = ready_splits(settings, splits, collator)
+    splits = ready.splits
+    model = load_model(settings, tokenizer)
+    check_positions(settings, ready.longest, model)
+    if general_text is not None:
+        general_text.cut(positions_of(model))
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
         delete_earlier_run(Path(training.output_dir))
-    model = load_model(settings, tokenizer)
-    splits = packed_splits(settings, splits, collator, model)
     shadows = None
     if settings.stop.shadows and splits.train is not None:
         shadows = ShadowAdapters(settings, model, splits.train, collator, resume)
@@ -114,7 +121,7 @@ def set_up(settings: Settings) -> Run:
     trainer = LoraTrainer(
         model=model,
         args=training,
-        data_collator=training_collator(settings, collator),
+        data_collator=training_collator(settings, collator, model),
         train_dataset=splits.train,
         eval_dataset=splits.evaluation,
         processing_class=tokenizer,
@@ -136,12 +143,19 @@ def set_up(settings: Settings) -> Run:
             report=False,  # finish() writes this trainer's own
         )
         trainer.add_callback(early_stop)  # after the shadows: its file marks a checkpoint as whole
-    mmlu = None
-    if mmlu_rows is not None:
-        scorer = MMLUScorer(tokenizer, mmlu_rows, training.mmlu_source_max_len, training.per_device_eval_batch_size)
-        mmlu = MMLUCallback(trainer, scorer)
-        trainer.add_callback(mmlu)
+    mmlu = mmlu_callback(settings, trainer, tokenizer, mmlu_rows) if mmlu_rows is not None else None
     return Run(settings, splits, collator, trainer, scores, interrupt, early_stop, shadows, mmlu, resume, say)
+
+
+def mmlu_callback(settings: Settings, trainer: LoraTrainer, tokenizer: Any, rows: list[Row]) -> MMLUCallback:
+    """The callback that scores MMLU, with prompts that the base has positions for."""
+    training, positions = settings.training, positions_of(trainer.model)
+    longest = training.mmlu_source_max_len
+    if positions is not None and positions.hard:
+        longest = min(longest, positions.count)
+    callback = MMLUCallback(trainer, MMLUScorer(tokenizer, rows, longest, training.per_device_eval_batch_size))
+    trainer.add_callback(callback)
+    return callback
 
 
 # -------------------------------------------------------------------------------------------- train
@@ -158,6 +172,8 @@ def train(run: Run) -> Outcome:
     except TrainingDiverged as error:
         diverged = str(error)
     early_stop, state = run.early_stop, run.trainer.state
+    if state.global_step == 0 and diverged is None and not run.interrupt.interrupted:
+        raise ValueError(f"nothing was trained: no token of {run.splits.source} is learnt; raise --target_max_len")
     decision, plan = (early_stop.decision, early_stop.plan) if early_stop is not None else (None, None)
     diverged = diverged or (early_stop.diverged if early_stop is not None else None)
     name = "budget_reached" if early_stop is None or decision is not None else "no_turning_point"
@@ -280,18 +296,15 @@ def evaluate_only(run: Run) -> None:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line; the exit code."""
-    argv, started, code = list(sys.argv[1:] if argv is None else argv), time.monotonic(), 0
-    try:
-        run = set_up(parse_arguments(argv))
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"es_lora_llm: {error}", file=sys.stderr)
-        return 2
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return reported("es_lora_llm", lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
+    started, code = time.monotonic(), 0
+    run = set_up(parse_arguments(argv))
     if run.settings.training.do_train:
-        try:
-            outcome = train(run)
-        except StreamedRowError as error:
-            print(f"es_lora_llm: {error}", file=sys.stderr)
-            return 2
+        outcome = train(run)
         finish(run, outcome, argv, time.monotonic() - started)
         code = outcome.exit_code
     else:

@@ -38,11 +38,14 @@ from adapters.folders import (
     prompt_of,
     put_adapters_on,
 )
-from es_lora.files import write_text_whole
+from base.layers import answer_tokens, positions_of
+from es_lora.command_line import reported
+from es_lora.files import read_text, split_lines, write_text_whole
 from settings.checks import ABOVE_ZERO, AT_LEAST
 from settings.flags import GenerationArguments
 from text.collator import encode_source
-from text.conversations import end_tokens
+from text.conversations import Chat, end_tokens
+from text.tables import TABLE_SUFFIXES, read_table
 
 BASE = "base"
 CHAT_HELP = (
@@ -137,14 +140,19 @@ class Speaker:
         """Token ids of a prompt as the adapter `name` knows it."""
         if self.prompts[name] == PLAIN:
             return encode_source(self.tokenizer, text)
-        turn = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        return self.talk_source([{"role": "user", "content": text}])
+
+    def talk_source(self, talk: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a talk through the chat template, with the opening of an answer."""
+        text = Chat(self.tokenizer).text(talk, prompt=True)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def answer(self, source: Sequence[int], name: str, stream: bool) -> str:
         """The answer to token ids by the adapter `name` (or the base), streamed to the screen if
         asked for."""
         ids = torch.tensor([list(source)], device=self.model.device)  # (1, T)
         config = self.generation.config(use_cache=True)
+        config.max_new_tokens = self._answer_tokens(len(source), config.max_new_tokens)
         config.pad_token_id, config.eos_token_id = self.tokenizer.pad_token_id, end_tokens(self.tokenizer)
         can_stream = stream and config.num_beams == 1
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if can_stream else None
@@ -156,6 +164,15 @@ class Speaker:
         if stream and not can_stream:
             print(text)
         return text
+
+    def _answer_tokens(self, prompt_tokens: int, most: int) -> int:
+        """How many new tokens there are positions for; what is cut, or beyond them, is said."""
+        tokens, positions = answer_tokens(self.model, prompt_tokens, most), positions_of(self.model)
+        if tokens < most:
+            print(f"The answer ends after {tokens} tokens at most: the base has {positions.count} positions.")
+        elif positions is not None and prompt_tokens > positions.count:
+            print(f"The prompt has {prompt_tokens} tokens, more than the {positions.count} the base was trained on.")
+        return tokens
 
     def _speaking(self, name: str) -> Any:
         if self.adapters[name] is None:
@@ -184,30 +201,22 @@ def load_speaker(adapters: dict[str, AdapterFolder], arguments: Any) -> Speaker:
 
 
 def read_requests(path: Path) -> list[dict[str, Any]]:
-    """[{"input", "adapter" (optional)}] of a txt file (a prompt a line) or a jsonl file. Raises on
-    what it cannot read."""
+    """[{"input", "adapter" (optional)}] of a txt file, a prompt a line, or of a table (jsonl, ...).
+
+    Raises on what it cannot read.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"--prompts {path}: there is no such file")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path} is not UTF-8 text (byte {error.start})") from error
-    requests = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row: Any = {"input": line}
-        if path.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--prompts {path}, line {number} is no JSON: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("input"), str):
-                raise ValueError(f'--prompts {path}, line {number} needs an input column: {{"input": "..."}}')
-        requests.append(row)
-    if not requests:
+    text = read_text(path)
+    if not text.strip():
         raise ValueError(f"--prompts {path} holds no prompt")
-    return requests
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        rows = read_table(path)
+        for number, row in rows:
+            if not isinstance(row.get("input"), str):
+                raise ValueError(f'--prompts {path}, line {number} needs an input column: {{"input": "..."}}')
+        return [row for _, row in rows]
+    return [{"input": line} for line in split_lines(text) if line.strip()]
 
 
 def side_by_side(titles: Sequence[str], texts: Sequence[str], width: int) -> str:
@@ -272,30 +281,30 @@ def chat(speaker: Speaker, name: str) -> None:
         elif message:
             talk.append({"role": "user", "content": message})
             if has_template:
-                source = speaker.tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+                source = speaker.talk_source(talk)
             else:
                 source = encode_source(speaker.tokenizer, message)
             talk.append({"role": "assistant", "content": speaker.answer(source, name, stream=True)})
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    try:
-        arguments = parse_arguments(argv)
-        requests = [{"input": arguments.prompt}] if arguments.prompt is not None else []
-        if arguments.prompts is not None:
-            requests = read_requests(arguments.prompts)
-        one_run = arguments.compare and len(arguments.adapter) == 1
-        adapters = run_adapters(arguments.adapter[0]) if one_run else named_adapters(arguments.adapter)
-        speaker = load_speaker(adapters, arguments)
-        if one_run and "turning point" not in adapters:
-            print("This run has no turning point: base and last are compared.")
-        if arguments.chat:
-            chat(speaker, next((name for name in speaker.adapters if name != BASE), BASE))
-            return 0
-        answers = answer_all(speaker, requests, arguments.compare)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"generate_text: {error}", file=sys.stderr)
-        return 2
+    return reported("generate_text", lambda: _generate(argv))
+
+
+def _generate(argv: Optional[Sequence[str]]) -> int:
+    arguments = parse_arguments(argv)
+    requests = [{"input": arguments.prompt}] if arguments.prompt is not None else []
+    if arguments.prompts is not None:
+        requests = read_requests(arguments.prompts)
+    one_run = arguments.compare and len(arguments.adapter) == 1
+    adapters = run_adapters(arguments.adapter[0]) if one_run else named_adapters(arguments.adapter)
+    speaker = load_speaker(adapters, arguments)
+    if one_run and "turning point" not in adapters:
+        print("This run has no turning point: base and last are compared.")
+    if arguments.chat:
+        chat(speaker, next((name for name in speaker.adapters if name != BASE), BASE))
+        return 0
+    answers = answer_all(speaker, requests, arguments.compare)
     if arguments.output is not None:
         write_text_whole(arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
     return 0

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
-from es_lora.judge.base_index import Base, BaseMismatchError
+from es_lora.command_line import reported
+from es_lora.judge.base_index import Base
 from es_lora.judge.run_folder import read_run
 from es_lora.judge.verdict import judge, measure_run, print_verdict, write_page
 from es_lora.rules import RULES
@@ -44,15 +45,15 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        run = read_run(arguments.folder, arguments.steps_per_epoch)
-        measure_run(run, Base(arguments.base), progress=sys.stderr.isatty())
-        verdict, history, decision = judge(run, arguments.rule)
-        if arguments.html:
-            write_page(arguments.html, verdict, history, decision)
-    except (ValueError, FileNotFoundError, BaseMismatchError) as error:
-        print(f"judge_checkpoints: {error}", file=sys.stderr)
-        return 2
+    return reported("judge_checkpoints", lambda: _judge(arguments))
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    run = read_run(arguments.folder, arguments.steps_per_epoch)
+    measure_run(run, Base(arguments.base), progress=sys.stderr.isatty())
+    verdict, history, decision = judge(run, arguments.rule)
+    if arguments.html:
+        write_page(arguments.html, verdict, history, decision)
     if arguments.json:
         print(json.dumps(verdict))
     else:

@@ -26,12 +26,14 @@ import quiet_libraries  # noqa: F401  (first, before the libraries speak)
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters.folders import (
     CHAT,
     PLAIN,
+    WEIGHTS_FILE,
     AdapterFolder,
     OneLineParser,
     base_of,
@@ -46,6 +48,7 @@ from adapters.folders import (
 from adapters.gguf_export import TYPES, check_lora_alone, layout_of, write_lora_gguf, write_merged_gguf
 from adapters.modelfile import licence_of, modelfile, path_from
 from base.gguf_vocabulary import SOURCE_NAME, Entry, adds_bos, fitted_vocabulary, vocabulary_for
+from es_lora.command_line import reported
 from es_lora.files import write_text_whole
 from text.collator import encode_source, pad_batch
 
@@ -141,6 +144,25 @@ def merge_layers(model: PeftModel, names: list[str], dtype: torch.dtype) -> torc
         return model.merge_and_unload().to(dtype)
 
 
+def changes_embeddings(adapter: AdapterFolder) -> bool:
+    """Whether a LoRA lies on the embeddings, or on the output head."""
+    with safe_open(str(adapter.path / WEIGHTS_FILE), framework="pt") as handle:
+        return any("lora_embedding_" in name or "lm_head.lora_" in name for name in handle.keys())
+
+
+def untie(base: torch.nn.Module) -> None:
+    """Give the output head weights of its own, where it shares those of the embeddings.
+
+    A LoRA on one of both would be merged into the other too.
+    """
+    head = base.get_output_embeddings()
+    if head is None or head.weight is not base.get_input_embeddings().weight:
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
+    print("The output head is written apart from the embeddings, which the adapter changes.")
+
+
 def dequantised_base(base: torch.nn.Module) -> torch.nn.Module:
     """The quantised base with ordinary layers that hold the same (dequantised) weights."""
     base = base.dequantize()
@@ -166,6 +188,8 @@ def merge(
     """
     tokenizer = load_tokenizer_of(base_name, adapters)
     base, bits = load_frozen_base(base_name, bits, adapters)
+    if any(changes_embeddings(adapter) for adapter in adapters):
+        untie(base)
     computed_in = base.dtype if bits in (16, 32) else stored_dtype(base_name)
     plain = probe_logits(base, tokenizer)
     model = put_adapters_on(base, tokenizer, adapters)
@@ -313,14 +337,14 @@ def write_all(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -> N
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line; the exit code."""
     arguments = parse_arguments(argv)
-    try:
-        check_files(arguments)
-        adapters = [open_adapter(text) for text in arguments.adapter]
-        check_together(adapters)
-        write_all(arguments, adapters, base_of(adapters, arguments.base))
-    except (ValueError, FileNotFoundError) as error:
-        print(f"merge_adapter: {error}", file=sys.stderr)
-        return 2
+    return reported("merge_adapter", lambda: _merge(arguments))
+
+
+def _merge(arguments: Any) -> int:
+    check_files(arguments)
+    adapters = [open_adapter(text) for text in arguments.adapter]
+    check_together(adapters)
+    write_all(arguments, adapters, base_of(adapters, arguments.base))
     for name in ("output", "gguf", "lora_gguf", "modelfile"):
         if getattr(arguments, name) is not None:
             print(f"{'merged' if name == 'output' else name}: {getattr(arguments, name).resolve()}")

@@ -28,14 +28,14 @@ from typing import Any, Callable, Optional, Union
 import quiet_libraries  # noqa: F401  (first, before the libraries speak)
 import torch
 
-from base.layers import linear_layers, linear_shape
+from base.layers import linear_layers, linear_shape, positions_of
 from base.loading import compute_dtype, fit_embeddings, load_base, load_tokenizer
 from base.origin import local_base
 from base.spec import BaseSpec
-from es_lora.command_line import command_line, nearest, truth, without_flag
+from es_lora.command_line import command_line, nearest, reported, truth, without_flag
 from jobs.config import Job, read_jobs
 from jobs.data import JobData, prepare_job
-from jobs.loop import FusedTraining, finished_result, memory_need
+from jobs.loop import FusedTraining, finished_result, job_result, memory_need, refused_result
 from jobs.overview import write_overview
 from jobs.processes import Processes
 from jobs.scheduler import PASS_TOKENS, Limits, MemoryNeed, token_bytes
@@ -100,7 +100,7 @@ def train_jobs(
     training = FusedTraining(base, tokenizer, output_dir, processes, limits, facts=facts, **options)
     _train_the_rest(training, ready, resume)
     processes.wait()
-    results = [finished_result(output_dir / data.job.name) for data, _ in ready] + refused
+    results = [job_result(output_dir / data.job.name) for data, _ in ready] + refused
     overview = {"jobs": results}
     if processes.is_first:
         overview = write_overview(output_dir, results, time.monotonic() - started, facts)
@@ -184,7 +184,7 @@ def _prepare(
         try:
             if job.name in [data.job.name for data, _ in ready]:
                 raise ValueError("another job has this name already; give each a name of its own")
-            data = prepare_job(job, tokenizer, cache_dir)
+            data = prepare_job(job, tokenizer, cache_dir, positions_of(base))
             need = memory_need(base, data)
             if not limits.fit([need]):
                 size = f"{(need.adapter_bytes + need.tokens * limits.token_bytes) / 1e9:.2f} GB"
@@ -192,11 +192,9 @@ def _prepare(
                     f"it needs about {size} beside the base, more than --memory_gb leaves; lower batch_size"
                 )
             ready.append((data, need))
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             say(f"{job.name}: not trained: {error}")
-            refused.append(
-                {"name": job.name, "group": job.group, "outcome": "refused", "reason": str(error), "heldout": {}}
-            )
+            refused.append(refused_result(job, str(error)))
     if not ready:
         raise ValueError(
             "no job can be trained: " + "; ".join(f"{entry['name']}: {entry['reason']}" for entry in refused)
@@ -263,15 +261,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
+    return reported("multi_lora", lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
+    options = vars(parse_arguments(argv))
+    jobs = read_jobs(options.pop("config"))
+    output_dir = Path(options["output_dir"])
+    options = {name: value for name, value in options.items() if name not in ("load_4bit", "load_8bit")}
     try:
-        options = vars(parse_arguments(argv))
-        jobs = read_jobs(options.pop("config"))
-        output_dir = Path(options["output_dir"])
-        options = {name: value for name, value in options.items() if name not in ("load_4bit", "load_8bit")}
         overview = train_jobs(jobs, **options)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"multi_lora: {error}", file=sys.stderr)
-        return 2
     except Interrupted as error:
         words = [*without_flag(argv, "--resume"), "--resume", "true"]
         print(f"\n{error}\ngo on:  {command_line(sys.executable, Path(__file__).resolve(), words)}")

@@ -17,5 +17,6 @@ warnings.filterwarnings("ignore", message=".*torch.cpu.amp.*", category=FutureWa
 warnings.filterwarnings("ignore", message="Could not find a config file in")
 # PEFT and TRL ask under the older names.
 warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing(_enable)?` is deprecated")
-for name in ("torch.distributed", "torch.utils.cpp_extension", "bitsandbytes", "huggingface_hub"):
+_KERNELS = "bitsandbytes.backends.cpu.ops"  # "Failed to load CPU gemm_4bit_forward": it does without
+for name in ("torch.distributed", "torch.utils.cpp_extension", "bitsandbytes", _KERNELS, "huggingface_hub"):
     logging.getLogger(name).setLevel(logging.ERROR)

@@ -18,7 +18,10 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from base.loading import fit_embeddings, load_base
 from base.origin import local_base
 from base.spec import BaseSpec
-from es_lora.command_line import nearest
+from es_lora.command_line import nearest, plain_text
+from es_lora.files import pickle_advice, read_text, refuse_nonfinite, stored_tensors
+from es_lora.judge.adapter_files import PICKLE_NAME, QLORA_FOLDER
+from text.hub import offline_if_unreachable
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PLAIN, CHAT = "plain", "chat"  # how a prompt goes in: as it is, or through the chat template
@@ -60,17 +63,20 @@ def open_adapter(text: str) -> AdapterFolder:
     number.
     """
     folder, weight = _folder_and_weight(text)
-    if not (folder / "adapter_config.json").is_file() and (folder / "adapter" / "adapter_config.json").is_file():
-        folder = folder / "adapter"
+    inside = [folder / name for name in (".", "adapter", QLORA_FOLDER)]  # a run's, and qlora.py's checkpoint-N
+    folder = next((place for place in inside if (place / "adapter_config.json").is_file()), folder)
+    if (folder / PICKLE_NAME).is_file() and not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"--adapter {folder}: {pickle_advice(folder / PICKLE_NAME)}")
     for name in ("adapter_config.json", WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"--adapter {folder} holds no {name}; give the adapter folder that a run left")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / "adapter_config.json"))
         with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as handle:
             facts = json.loads((handle.metadata() or {}).get("es_lora", "{}"))
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"--adapter {folder} is damaged ({error}); take another checkpoint of the run") from error
+    refuse_nonfinite(stored_tensors(folder / WEIGHTS_FILE), f"--adapter {folder}")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"--adapter {folder} is of type {config.get('peft_type')}; only LORA is supported")
     return AdapterFolder(folder, weight, config, facts)
@@ -120,6 +126,8 @@ def prompt_of(facts: dict[str, Any], tokenizer: Any) -> str:
 def stored_dtype(base: str) -> torch.dtype:
     """What the base's weights are stored in; float32 where its configuration does not say. Raises
     FileNotFoundError."""
+    if not Path(base).exists():
+        offline_if_unreachable()
     try:
         dtype = AutoConfig.from_pretrained(base).dtype
     except (OSError, ValueError) as error:
@@ -180,6 +188,6 @@ def put_adapters_on(base: torch.nn.Module, tokenizer: Any, adapters: Sequence[Ad
             else:
                 model.load_adapter(str(adapter.path), f"adapter{number}")
         except (RuntimeError, ValueError, KeyError) as error:
-            first_line = str(error).strip().splitlines()[0]
+            first_line = plain_text(str(error)).strip().splitlines()[0]
             raise ValueError(f"--adapter {adapter.path} does not fit its base: {first_line}") from error
     return model.eval()

@@ -13,6 +13,7 @@ from typing import Any, Optional
 from jinja2.exceptions import TemplateError
 
 from adapters.folders import CHAT
+from es_lora.files import read_text
 
 CONTEXT_TOKENS = 4096  # at most: a longer context costs memory whether it is used or not
 _SYSTEM, _USER, _ANSWER, _NEXT = "Ssystemtext", "Uusertext", "Aanswertext", "Nnexttext"
@@ -182,4 +183,4 @@ def path_from(modelfile_path: Path, file: Path) -> str:
 def licence_of(base: str) -> str:
     """The text of the base's licence, where a file of it lies beside."""
     file = Path(base) / "LICENSE"
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    return read_text(file).strip() if file.is_file() else ""

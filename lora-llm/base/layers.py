@@ -1,12 +1,16 @@
 """The linear layers of a base: which take a LoRA, and their shapes."""
 
 import copy
+from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 from es_lora.weights import dequantised
+
+_SPARE_POSITIONS = 8  # OPT's table has two more than it has positions
 
 
 def linear_layers(base: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -55,6 +59,54 @@ def lora_target_names(base: torch.nn.Module, lora_modules: str) -> list[str]:
             f"--lora_modules {lora_modules}: no linear layer is called {names_missing}; there are {', '.join(short)}"
         )
     return [name for name in names if any(name == part or name.endswith(f".{part}") for part in wanted)]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How many positions a base has been trained on. hard: there are no others to compute."""
+
+    count: int
+    hard: bool
+
+
+def positions_of(model: torch.nn.Module) -> Optional[Positions]:
+    """The positions of a base, None where it counts none.
+
+    A table of positions (GPT-2, OPT, GPT-J) ends; rotary positions go on, untrained.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    count = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if not count:
+        return None
+    tables = [module.num_embeddings for module in base.modules() if isinstance(module, torch.nn.Embedding)]
+    tables.remove(base.get_input_embeddings().num_embeddings)
+    tables += [len(buffer) for name, buffer in base.named_buffers() if name.endswith("embed_positions")]
+    return Positions(count, any(count <= rows <= count + _SPARE_POSITIONS for rows in tables))
+
+
+def positions_notices(positions: Optional[Positions], longest: int, flags: str) -> list[str]:
+    """The notice on rows beyond rotary positions. Raises ValueError beyond a table of positions."""
+    if positions is None or longest <= positions.count:
+        return []
+    told = f"the longest example has {longest} tokens, and the base has {positions.count} positions"
+    if positions.hard:
+        raise ValueError(f"{told}: lower {flags} to {positions.count} together")
+    return [f"Beyond its positions: {told}. It computes others too, but has not been trained on them."]
+
+
+def answer_tokens(model: torch.nn.Module, prompt_tokens: int, most: int) -> int:
+    """How many of `most` tokens the base has positions for after a prompt.
+
+    Raises ValueError where a table of positions leaves none.
+    """
+    positions = positions_of(model)
+    if positions is None or not positions.hard:
+        return most
+    if prompt_tokens >= positions.count:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens, and the base has {positions.count} positions: shorten the prompt"
+        )
+    return min(most, positions.count - prompt_tokens)
 
 
 def linear_shape(layer: torch.nn.Module) -> tuple[int, int]:

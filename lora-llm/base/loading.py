@@ -9,7 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from base.layers import check_dequantisation
 from base.spec import BaseSpec
+from es_lora.command_line import plain_text
+from es_lora.files import refuse_nonfinite, stored_tensors
 from es_lora.weights import keep_as_loaded
+from text.hub import offline_if_unreachable
 
 
 def check_base_path(name: str) -> None:
@@ -31,10 +34,12 @@ def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
 
 def _from_hub_or_folder(load: Any, name: str, what: str, **options: Any) -> Any:
     """`load(name)`, with one message in place of the hub's many where it cannot be had."""
+    if not Path(name).exists():
+        offline_if_unreachable()
     try:
         return load(name, **options)
     except OSError as error:
-        first_line = str(error).strip().splitlines()[0]
+        first_line = plain_text(str(error)).strip().splitlines()[0]
         raise FileNotFoundError(
             f"--model_name_or_path {name}: no {what} there ({first_line}); give a folder with a "
             "model in Hugging Face format, "
@@ -96,6 +101,7 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
     options.update(dtype=spec.stored_dtype, quantization_config=quantisation)
     base = _from_hub_or_folder(AutoModelForCausalLM.from_pretrained, spec.name, "weights", **options)
     base.config.use_cache = False
+    _check_finite(base, spec)
     if quantisation is not None:
         keep_as_loaded(base)
         check_dequantisation(base)
@@ -105,6 +111,17 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
     if spec.checkpointing is not None and spec.for_lora:
         base.enable_input_require_grads()
     return base
+
+
+def _check_finite(base: torch.nn.Module, spec: BaseSpec) -> None:
+    """Raises ValueError by the name of the first tensor of the base that holds NaN or infinity.
+
+    Quantised weights may hide it, so that their files are looked at, where they are in a folder.
+    """
+    where = f"--model_name_or_path {spec.name}"
+    refuse_nonfinite(base.named_parameters(), where)
+    for file in sorted(Path(spec.name).glob("*.safetensors")) if spec.bits in (4, 8) else ():
+        refuse_nonfinite(stored_tensors(file), where)
 
 
 def small_parts_in_float32(base: torch.nn.Module) -> None:

@@ -2,12 +2,58 @@
 
 import difflib
 import os
+import re
 import shlex
 import signal
+import sys
+import traceback
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
 
+import torch
+
+# Libraries that read what people bring: what they raise is about data, template or file.
+READERS = ("jinja2", "safetensors", "safetensors_rust", "datasets", "pyarrow", "huggingface_hub", "yaml", "PIL", "gguf")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def reported(program: str, run: Callable[[], int]) -> int:
+    """What `run` returns, the exit code; 2 after one message where the input cannot be used.
+
+    A traceback is left to what is a fault of this program: it is told so, with exit code 1.
+    """
+    try:
+        return run()
+    except Exception as error:
+        print(f"{program}: {told(error)}", file=sys.stderr)
+        return 1 if _of_input(error) is None else 2
+
+
+def told(error: BaseException) -> str:
+    """An error in words; the traceback of a fault of this program goes to the screen before it."""
+    message = _of_input(error)
+    if message is not None:
+        return message
+    traceback.print_exception(type(error), error, error.__traceback__)
+    return "this is a fault of ES-LoRA, not of what you gave it; please report it with the lines above"
+
+
+def _of_input(error: BaseException) -> Optional[str]:
+    """What is wrong with the data, files or settings, in words; None for any other failure."""
+    text = plain_text(str(error))
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return f"memory is used up ({text.splitlines()[0] if text else 'no more to be had'}); lower the batch size"
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    library = type(error).__module__.split(".")[0]
+    if library in READERS or type(error) is Exception:  # tokenizers raise Exception itself
+        return f"{type(error).__name__}: {text}"
+    return None
+
+
+def plain_text(text: str) -> str:
+    """A text without the colour codes of a terminal."""
+    return re.sub("\x1b\\[[0-9;]*m", "", text)
 
 
 def truth(value: Any) -> bool:

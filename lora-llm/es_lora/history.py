@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+from es_lora.files import read_text
 from es_lora.rules import DEFAULT_RULE, Decision, RuleSettings, StopRule, make_rule
 from es_lora.settings import auto_window
 
 HISTORY_NAME = "cs_history.jsonl"
 HISTORY_FORMAT = "cs-history/1"
+HEADER_FIELDS = ("cs_interval", "window", "steps_per_epoch", "decided_on")  # what deciding again needs
 
 
 @dataclass
@@ -37,8 +39,7 @@ def read_history(path: Union[str, Path]) -> History:
         raise FileNotFoundError(
             f"no history at {path}; give a {HISTORY_NAME} or the folder of a run with --calculate_cs"
         )
-    text = path.read_text(encoding="utf-8")
-    lines = text.split("\n")
+    lines = read_text(path).split("\n")
     parsed: List[Dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -48,10 +49,23 @@ def read_history(path: Union[str, Path]) -> History:
             if number == len(lines):  # not ended by a line break: it was being written
                 break
             raise ValueError(f"{path}, line {number}: {error}; the file is damaged") from error
-    if not parsed or parsed[0].get("format") != HISTORY_FORMAT:
-        raise ValueError(f"{path}: its first line is no header of the format {HISTORY_FORMAT}")
+    _check_lines(path, parsed)
     body = parsed[1:]
     return History(parsed[0], [r for r in body if "event" not in r], [r for r in body if "event" in r])
+
+
+def _check_lines(path: Path, parsed: Sequence[Any]) -> None:
+    """Raises ValueError where a line is no object, or header or lines lack what readers need."""
+    if not all(isinstance(line, dict) for line in parsed):
+        raise ValueError(f"{path}: a line is no JSON object; the file is damaged")
+    if not parsed or parsed[0].get("format") != HISTORY_FORMAT:
+        raise ValueError(f"{path}: its first line is no header of the format {HISTORY_FORMAT}")
+    lacking = [name for name in HEADER_FIELDS if parsed[0].get(name) is None]
+    if lacking:
+        raise ValueError(f"{path}: its header lacks {', '.join(lacking)}; write them into its first line")
+    for line in parsed[1:]:
+        if "step" not in line:
+            raise ValueError(f"{path}: the line {json.dumps(line)[:60]} lacks its step; the file is damaged")
 
 
 def rule_for(
@@ -66,6 +80,8 @@ def rule_for(
 
     rule: a name, or "recorded". window: M, or "auto". Raises ValueError for an unknown rule."""
     header = history.header
+    if rule == "recorded" and "rule" not in header:
+        raise ValueError("the history does not say by which rule it was recorded; name one in place of recorded")
     name = header["rule"] if rule == "recorded" else rule
     interval, per_epoch = header["cs_interval"], header["steps_per_epoch"]
     if window is None:
@@ -78,7 +94,7 @@ def rule_for(
 
 def _recorded_value(header: Dict[str, Any]) -> Optional[float]:
     """The number of the run's rule. Earlier versions wrote that of nth-valley as `valley`."""
-    if header.get("rule_value") is None and header["rule"] == "nth-valley":
+    if header.get("rule_value") is None and header.get("rule") == "nth-valley":
         return header.get("valley")
     return header.get("rule_value")
 

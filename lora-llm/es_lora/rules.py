@@ -294,10 +294,10 @@ class GradientAgreement(StopRule):
         return memorising_evidence(record["step"], per_epoch) if comes_again_unchanged else 1.0
 
     def reason(self, evidence: float, bound: float) -> str:
-        return (
-            f"The gradients of different examples no longer agree (evidence {evidence:.3g}; memorising alone leaves "
-            f"{bound:.3g})"
-        )
+        agree = "The gradients of different examples no longer agree"
+        if self.settings.steps_per_epoch <= 1:  # there may be one example only
+            agree = "The gradients agree no more than memorising would make them"
+        return f"{agree} (evidence {evidence:.3g}; memorising alone leaves {bound:.3g})"
 
     def update(self, record: Dict[str, Any]) -> Optional[Decision]:
         evidence, bound = self.read(record, "grad_evidence"), self.bound(record)

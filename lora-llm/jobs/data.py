@@ -7,12 +7,14 @@ from typing import Any, Optional
 
 import torch
 
+from base.layers import Positions, positions_notices
 from es_lora.monitor import MEASURED
 from es_lora.settings import MeasurementPlan
 from jobs.config import Job
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
 from text.conversations import Limit, conversation_format, cut_notices, with_chat_template
 from text.sources import load_splits
+from text.usable import Cuts, usable_rows
 from training.epoch_order import epoch_order
 
 COMPONENT = "lm"
@@ -36,6 +38,19 @@ class Example:
 def encode_examples(rows: Any, collator: CausalCollator) -> list[Example]:
     """Examples of the rows {"input", "output"}, as the collator cuts and masks them."""
     return [Example(*collator.labelled(row)) for row in rows]
+
+
+def _learnt_examples(
+    rows: Any, collator: CausalCollator, what: str, positions: Optional[Positions]
+) -> tuple[list[Example], list[str]]:
+    """(the examples of which a token is learnt, notices of what is cut and left out).
+
+    Raises ValueError where there is none, and where one is longer than a table of positions.
+    """
+    rows, sizes, notices = usable_rows(rows, Cuts(collator, "source_max_len", "target_max_len"), what)
+    longest = max((size.kept for size in sizes), default=0)
+    notices += positions_notices(positions, longest, "source_max_len and target_max_len")
+    return encode_examples(rows, collator), notices
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
@@ -75,8 +90,13 @@ class JobData:
         ]
 
 
-def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> JobData:
-    """Load, encode and plan. Raises ValueError or FileNotFoundError for a job that cannot train."""
+def prepare_job(
+    job: Job, tokenizer: Any, cache_dir: Optional[str] = None, positions: Optional[Positions] = None
+) -> JobData:
+    """Load, encode and plan. positions: the base's.
+
+    Raises ValueError or FileNotFoundError for a job that cannot train.
+    """
     problems = job.problems()
     if problems:
         raise ValueError("; ".join(problems))
@@ -86,14 +106,15 @@ def prepare_job(job: Job, tokenizer: Any, cache_dir: Optional[str] = None) -> Jo
     if splits.chats:
         tokenizer = with_chat_template(tokenizer)
     collator = CausalCollator(tokenizer, job.source_max_len, job.target_max_len, job.train_on_source)
-    train = [example for example in encode_examples(splits.train, collator) if example.targets]
-    if not train:
-        raise ValueError(f"{splits.source}: no example has a token to learn after cutting; raise target_max_len")
+    train, notices = _learnt_examples(splits.train, collator, "training", positions)
     steps_per_epoch = math.ceil(math.ceil(len(train) / job.batch_size) / job.accumulation)
     total_steps = job.max_steps or math.ceil(job.epochs * steps_per_epoch)
     plan = job.stop_settings()[0].plan([COMPONENT], steps_per_epoch, total_steps)
-    heldout = encode_examples(splits.evaluation, collator) if splits.evaluation is not None else None
-    notices = [*plan.notices, *cut_notices(tokenizer, splits.train, limit)]
+    heldout = None
+    if splits.evaluation is not None:
+        heldout, more = _learnt_examples(splits.evaluation, collator, "held-out", positions)
+        notices += more
+    notices = [*plan.notices, *cut_notices(tokenizer, splits.train, limit), *notices]
     data = JobData(
         job, train, heldout, splits.source, steps_per_epoch, total_steps, plan, tokenizer, splits.chats, notices
     )

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from adapters.fused_lora import FusedLora
 from base.layers import linear_layers, linear_shape, lora_target_names
-from es_lora.command_line import NotedSignals
+from es_lora.command_line import NotedSignals, told
+from es_lora.files import read_text, write_text_whole
 from es_lora.outcome import RESULT_FORMAT, RESULT_NAME
+from jobs.config import Job
 from jobs.data import Example, JobData, collate
 from jobs.processes import Processes
 from jobs.run import STATE_NAME, JobRun
@@ -22,6 +25,7 @@ from jobs.scheduler import LORA_BYTES, JobQueue, Limits, MemoryNeed, split_round
 from training.losses import row_losses
 
 RANDOM_STATE = "random_state.safetensors"
+FAILED_NAME = "failed.json"  # in the folder of a job that ended by a failure of its own
 
 
 def memory_need(base: torch.nn.Module, data: JobData) -> MemoryNeed:
@@ -31,6 +35,10 @@ def memory_need(base: torch.nn.Module, data: JobData) -> MemoryNeed:
     parameters = data.job.rank * sum(sum(linear_shape(layers[name])) for name in names)
     rows = min(data.job.batch_size, len(data.train))
     return MemoryNeed(LORA_BYTES * parameters, rows * data.longest)
+
+
+class ForwardFailed(RuntimeError):
+    """A pass that failed before it left a gradient; its cause says why."""
 
 
 class FusedTraining:
@@ -76,7 +84,7 @@ class FusedTraining:
             with NotedSignals() as signals:
                 while True:
                     for data, need in queue.admit([need for _, need in self.active]):
-                        self._start(data, need, resume)
+                        self._try(data.job, partial(self._start, data, need, resume))
                     if not self.active:
                         return True
                     self._round()
@@ -102,6 +110,7 @@ class FusedTraining:
         resumed = resume and self._has_state(data)
         if resume and not resumed and self.processes.writes:
             shutil.rmtree(self._folder(data), ignore_errors=True)  # begun, and killed before anything was saved
+        (self._folder(data) / FAILED_NAME).unlink(missing_ok=True)
         run = JobRun(data, self.fused, self._folder(data), self.processes, self.facts, self.score, resumed)
         self.active.append((run, need))
         budget = f"{data.total_steps} steps of {len(data.train)} examples from {data.source}"
@@ -114,10 +123,37 @@ class FusedTraining:
     def _end_jobs(self) -> None:
         for entry in [entry for entry in self.active if entry[0].ended_as is not None]:
             self.active.remove(entry)
-            result = entry[0].finish(entry[0].data.tokenizer.save_pretrained)
-            if result:
-                self.say(f"{result['name']}: {result['verdict']}")
-                self.ended(result)
+            self._try(entry[0].job, partial(self._finish, entry[0]))
+
+    def _finish(self, run: JobRun) -> None:
+        result = run.finish(run.data.tokenizer.save_pretrained)
+        if result:
+            self.say(f"{result['name']}: {result['verdict']}")
+            self.ended(result)
+
+    def _try(self, job: Job, act: Callable[[], Any]) -> None:
+        """Do something for a job; where it fails, it ends alone, and the others go on.
+
+        Where all processes train together, one that went on alone would wait for the others.
+        """
+        try:
+            act()
+        except Exception as error:
+            if self.processes.together:
+                raise
+            self._end_failed(job, error)
+
+    def _end_failed(self, job: Job, error: BaseException) -> None:
+        """Take a job out, with the reason in its folder and on the screen."""
+        reason = told(error)
+        for entry in [entry for entry in self.active if entry[0].job is job]:
+            self.active.remove(entry)
+            if entry[0].monitor is not None:
+                entry[0].monitor.close()
+        self.fused.adapters.pop(job.name, None)
+        result = json.dumps(refused_result(job, reason), ensure_ascii=False)
+        write_text_whole(self.output_dir / job.name / FAILED_NAME, result)
+        self.say(f"{job.name}: not trained: {reason}")
 
     # -------------------------------------------------------------------------------------- a round
 
@@ -128,7 +164,24 @@ class FusedTraining:
         sizes = [(len(batch), max(len(example.ids) for example in batch)) for batch in batches]
         max_tokens = self.limits.max_tokens([need for _, need in self.active])
         for indices in split_round(sizes, self.limits.max_rows, max_tokens, self.limits.pass_tokens):
-            self._pass([runs[index] for index in indices], [batches[index] for index in indices])
+            self._pass_or_each([runs[index] for index in indices], [batches[index] for index in indices])
+
+    def _pass_or_each(self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]]) -> None:
+        """One pass for all; where it fails before a gradient is left, one for each: only the job at
+        fault ends."""
+        passes = [run.adapter.passes for run in runs]
+        try:
+            self._pass(runs, batches)
+        except Exception as error:
+            if self.processes.together:
+                raise
+            if not isinstance(error, ForwardFailed) or len(runs) == 1:
+                for run in runs:
+                    self._end_failed(run.job, error.__cause__ if isinstance(error, ForwardFailed) else error)
+                return
+            for run, batch, count in zip(runs, batches, passes):
+                run.adapter.passes = count
+                self._pass_or_each([run], [batch])
 
     def _pass(self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]]) -> None:
         """One pass, forward and backward, for several jobs; each takes its loss and step if due."""
@@ -139,7 +192,7 @@ class FusedTraining:
         seconds, rows = time.monotonic() - started, sum(map(len, batches))
         self.passes += 1
         for run, batch, loss in zip(runs, batches, values):
-            run.take(loss, seconds * len(batch) / rows)
+            self._try(run.job, partial(run.take, loss, seconds * len(batch) / rows))
 
     def _losses(
         self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]], weights: Sequence[float]
@@ -153,8 +206,11 @@ class FusedTraining:
         labels = batch.pop("labels")
         counts = torch.tensor([len(part) for part in batches], device=losses.device)
         with self.fused.rows([(run.job.name, len(part)) for run, part in zip(runs, batches)]):
-            with self._autocast():
-                logits = self.base(**batch, use_cache=False).logits  # (rows, T, vocabulary)
+            try:
+                with self._autocast():
+                    logits = self.base(**batch, use_cache=False).logits  # (rows, T, vocabulary)
+            except Exception as error:
+                raise ForwardFailed(str(error)) from error
             each = row_losses(logits, labels)  # (rows,)
             owner = torch.arange(len(runs), device=losses.device).repeat_interleave(counts)
             losses = losses.index_add(0, owner, each) * torch.tensor(weights, device=losses.device)
@@ -195,6 +251,17 @@ class FusedTraining:
     def _restore_random_state(self) -> None:
         if self._random_state_file().is_file():
             torch.set_rng_state(load_file(str(self._random_state_file()))["cpu"])
+
+
+def refused_result(job: Job, reason: str) -> dict[str, Any]:
+    """What the overview says of a job that could not be trained."""
+    return {"name": job.name, "group": job.group, "outcome": "refused", "reason": reason, "heldout": {}}
+
+
+def job_result(folder: Path) -> dict[str, Any]:
+    """The result of a job that has ended, or the reason that it could not be trained."""
+    failed = folder / FAILED_NAME
+    return json.loads(read_text(failed)) if failed.is_file() else finished_result(folder)
 
 
 def finished_result(folder: Path) -> Optional[dict[str, Any]]:

@@ -35,6 +35,10 @@ def collect_problems(settings: Settings) -> list[str]:
         check(flags[name] is None or flags[name] >= lowest, f"--{name} {flags[name]}: must be at least {lowest}")
     for name in ABOVE_ZERO:
         check(flags[name] > 0, f"--{name} {flags[name]:g}: must be above 0")
+    check(
+        training.max_steps >= 1 or training.max_steps == -1,
+        f"--max_steps {training.max_steps}: nothing would be trained; give at least 1, or -1 for --num_train_epochs",
+    )
     check(0 <= training.warmup_ratio < 1, f"--warmup_ratio {training.warmup_ratio}: must be at least 0 and below 1")
     for name, neutral in (("num_beam_groups", 1), ("penalty_alpha", None), ("diversity_penalty", 0.0)):
         check(

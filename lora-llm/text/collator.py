@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import torch
 from tqdm import tqdm
@@ -24,6 +24,20 @@ def encode_source(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a source text, uncut: bos where the tokenizer has one, no eos."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class RowSize(NamedTuple):
+    """A row in tokens: source and target before the cut, what of both is kept.
+
+    first_learnt: the place of the first token that is predicted and learnt; None where none is.
+    Of a conversation, source is its whole text.
+    """
+
+    source: int
+    target: int
+    kept: int
+    first_learnt: Optional[int]
+    is_conversation: bool
 
 
 @dataclass
@@ -59,20 +73,30 @@ class CausalCollator:
 
     def encode(self, row: Mapping[str, str]) -> tuple[list[int], list[int]]:
         """Token ids of one row's source and target, each cut to its limit."""
-        source = encode_source(self.tokenizer, row["input"])
+        source, target = self._whole(row)
+        return source[: self.source_max_len], target[: self.target_max_len]
+
+    def _whole(self, row: Mapping[str, str]) -> tuple[list[int], list[int]]:
         target = self.tokenizer(row["output"], add_special_tokens=False, verbose=False)["input_ids"]
-        return source[: self.source_max_len], (target + [self.tokenizer.eos_token_id])[: self.target_max_len]
+        return encode_source(self.tokenizer, row["input"]), target + [self.tokenizer.eos_token_id]
 
     def labelled(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Token ids and labels of one row after the cut, of the same length."""
+        return self._measured(row)[:2]
+
+    def _measured(self, row: Mapping[str, Any]) -> tuple[list[int], list[int], int, int]:
+        """(token ids, labels, tokens of the source and of the target before the cut)."""
         if row.get(LEARN):
             ids, learnt = encode_learnt(self.tokenizer, row["input"] + row["output"], row[LEARN])
-            kept = self.source_max_len + self.target_max_len
+            before, kept = (len(ids), 0), self.source_max_len + self.target_max_len
             ids, learnt = ids[:kept], learnt[:kept]
         else:
-            source, target = self.encode(row)
+            source, target = self._whole(row)
+            before = (len(source), len(target))
+            source, target = source[: self.source_max_len], target[: self.target_max_len]
             ids, learnt = source + target, [False] * len(source) + [True] * len(target)
-        return ids, [token if own or self.train_on_source else IGNORE_INDEX for token, own in zip(ids, learnt)]
+        labels = [token if own or self.train_on_source else IGNORE_INDEX for token, own in zip(ids, learnt)]
+        return ids, labels, *before
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if self.predict_with_generate:
@@ -86,10 +110,20 @@ class CausalCollator:
             return self.tokenizer(row["input"], add_special_tokens=False)["input_ids"][: self.source_max_len]
         return self.encode(row)[0]
 
+    def size(self, row: Mapping[str, Any]) -> RowSize:
+        """One row in tokens; nothing predicts the first of them."""
+        ids, labels, source, target = self._measured(row)
+        first = next((at for at, label in enumerate(labels) if at and label != IGNORE_INDEX), None)
+        return RowSize(source, target, len(ids), first, bool(row.get(LEARN)))
+
+    def sizes(self, dataset: Iterable[Mapping[str, Any]]) -> list[RowSize]:
+        """Every row in tokens, in order."""
+        return [self.size(row) for row in tqdm(dataset, desc="Lengths", leave=False, delay=2)]
+
     def lengths(self, dataset: Iterable[Mapping[str, Any]]) -> list[int]:
         """Tokens of every row (source + target, after the cut), in order: what grouping by length
         sorts by."""
-        return [len(self.labelled(row)[0]) for row in tqdm(dataset, desc="Lengths", leave=False)]
+        return [size.kept for size in self.sizes(dataset)]
 
     @property
     def _pad_id(self) -> int:

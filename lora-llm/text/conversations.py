@@ -19,10 +19,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from text.formats import LEARN, Format, Row
+from text.formats import LEARN, Format, Row, system_turn
 
 LEARN_TURNS = ("all", "last")
 ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("system", "user", "assistant", "tool")}}
@@ -73,6 +72,8 @@ def messages_of(row: Row) -> list[Message]:
     if all(isinstance(turn, str) for turn in turns):
         turns = [{"role": "assistant" if number % 2 else "user", "content": turn} for number, turn in enumerate(turns)]
     messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+    if messages and messages[0]["role"] != "system":
+        messages = [*system_turn(row), *messages]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
@@ -130,7 +131,8 @@ def _without_any_null(value: Any) -> Any:
     return [_without_any_null(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _tools_of(row: Row) -> list[dict[str, Any]] | None:
+def tools_of(row: Row) -> list[dict[str, Any]] | None:
+    """The column `tools`, as a list or as JSON text. Raises ValueError where it is neither."""
     tools = row.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools else tools
@@ -187,21 +189,25 @@ class Chat:
         options |= {"tools": self.tools, "chat_template": self.template, **self.tokenizer.special_tokens_map}
         try:
             rendered: Any = render_jinja_template([list(messages)], **options)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever the template's own code fails with
             raise ValueError(f"{self._named} refuses the conversation: {' '.join(str(error).split())}") from None
         return rendered[0][0], [list(span) for span in rendered[1][0]] if marked else []
 
     def _difference(self, messages: Sequence[Message], at: int, text: str) -> list[int]:
         """Where the answer messages[at] stands: what it adds to the prompt for it."""
-        given = self.text(messages[:at], prompt=True) if at else self._opening()
+        given = without_open_thought(self.text(messages[:at], prompt=True)) if at else self._opening()
         answered = self.text(messages[: at + 1])
-        if not (answered.startswith(given) and text.startswith(answered)):
-            raise ValueError(
-                f"{self._named} writes turn {at + 1} differently once it is answered or followed, and has no "
-                "{% generation %} blocks, so it does not tell what the assistant wrote: put these blocks around the "
-                "assistant's turns in the base's chat_template.jinja, or give --learn_turns last"
-            )
-        return [len(given), len(answered)]
+        if answered.startswith(given) and text.startswith(answered):
+            return [len(given), len(answered)]
+        content = messages[at]["content"].strip()
+        followed = given + content + answered[answered.rfind(content) + len(content) :]
+        if content and answered.startswith(given) and text.startswith(followed):  # thoughts of the last turn only
+            return [len(given), len(followed)]
+        raise ValueError(
+            f"{self._named} writes turn {at + 1} differently once it is answered or followed, and has no "
+            "{% generation %} blocks, so it does not tell what the assistant wrote: put these blocks around the "
+            "assistant's turns in the base's chat_template.jinja, or give --learn_turns last"
+        )
 
     def _opening(self) -> str:
         """What stands before an answer that opens a conversation: what two such answers share."""
@@ -235,6 +241,11 @@ class Chat:
         if not self.tokenizer.chat_template:
             return "the plain chat template"
         return f"the chat template of {self.tokenizer.name_or_path or 'the base'}"
+
+
+def without_open_thought(prompt: str) -> str:
+    """A prompt without the thought that a template opens, or opens and closes, for the answer."""
+    return re.sub(r"<(think|thinking|thought)>\s*(</\1>\s*)?$", "", prompt)
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
@@ -284,7 +295,7 @@ def conversation_format(tokenizer: Any, limit: Limit | None = None) -> Format:
     return Format(
         (),
         lambda row: conversation_row(tokenizer, row, limit),
-        ("messages", "conversations", "tools"),
+        ("messages", "conversations", "tools", "system"),
         f"conversations in {written_in}, every answer learnt",
         chats=True,
     )
@@ -302,7 +313,7 @@ def conversation_row(tokenizer: Any, row: Row, limit: Limit | None) -> tuple[str
             "of; use a base with a tokenizer.json, or --learn_turns last"
         )
     messages = messages_of(row)
-    text, spans = Chat(tokenizer, _tools_of(row)).marked(messages)
+    text, spans = Chat(tokenizer, tools_of(row)).marked(messages)
     if not spans:
         raise ValueError("all labels are masked: the chat template marks no turn as the assistant's; correct it")
     answers = [messages[at] for at in _answers(messages)]

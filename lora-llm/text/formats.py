@@ -31,6 +31,7 @@ ALPACA_PROMPT_WITHOUT_INPUT = (
 MMLU_LETTERS = "ABCD"
 LEARN = "learn"  # the column of what is learnt in a conversation; see text/conversations.py
 CONVERSATION_FORMATS = ("lima", "messages")
+ASIDE = ("system", "history")  # what LLaMA-Factory's alpaca rows hold beside the instruction
 
 Row = Mapping[str, Any]
 
@@ -66,6 +67,22 @@ def _optional_text(row: Row, column: str) -> str:
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
+def system_turn(row: Row) -> list[dict[str, str]]:
+    """The text of the column `system` as an opening turn; none where there is no text."""
+    system = _optional_text(row, "system")
+    return [{"role": "system", "content": system}] if system.strip() else []
+
+
+def earlier_turns(row: Row) -> list[tuple[str, str]]:
+    """The column `history`: [question, answer] of the turns before. Raises ValueError where it is
+    none."""
+    history = row.get("history") or []
+    pairs = isinstance(history, (list, tuple)) and all(isinstance(turn, (list, tuple)) for turn in history)
+    if not pairs or not all(len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history):
+        raise ValueError(f"column 'history' holds {history!r:.60}: give a list of [question, answer]")
+    return [(question, answer) for question, answer in history]
+
+
 def turns_of(row: Row) -> list[dict[str, str]]:
     """A dialogue up to its last answer, as [{"role", "content"}], from the column `conversations`
     or `messages`.
@@ -88,7 +105,7 @@ def turns_of(row: Row) -> list[dict[str, str]]:
         raise ValueError(
             "the dialogue has no answer to learn: it needs a turn of the person and then one of the assistant"
         )
-    return dialogue
+    return dialogue if dialogue[0]["role"] == "system" else [*system_turn(row), *dialogue]
 
 
 def _turn(turn: Any) -> dict[str, str]:
@@ -107,7 +124,9 @@ def _from_dialogue(row: Row) -> tuple[str, str]:
 def _from_alpaca(row: Row) -> tuple[str, str]:
     instruction, context = _text(row, "instruction"), _optional_text(row, "input")
     template = ALPACA_PROMPT_WITH_INPUT if context else ALPACA_PROMPT_WITHOUT_INPUT
-    return template.format(instruction=instruction, input=context), _text(row, "output")
+    before = [turn["content"] for turn in system_turn(row)]
+    before += [ALPACA_PROMPT_WITHOUT_INPUT.format(instruction=asked) + told for asked, told in earlier_turns(row)]
+    return "\n\n".join([*before, template.format(instruction=instruction, input=context)]), _text(row, "output")
 
 
 def _from_chip2(row: Row) -> tuple[str, str]:
@@ -148,7 +167,9 @@ def mmlu_prompt(subject: str, question: str, examples: Iterable[str] = ()) -> st
 
 
 _DIALOGUE = "a dialogue, of which the last answer is learnt"
-_ALPACA = Format(("instruction", "output"), _from_alpaca, ("input",), "an instruction, an input or none, the answer")
+_ALPACA = Format(
+    ("instruction", "output"), _from_alpaca, ("input", *ASIDE), "an instruction, an input or none, the answer"
+)
 
 FORMATS: dict[str, Format] = {
     "alpaca": _ALPACA,
@@ -162,8 +183,8 @@ FORMATS: dict[str, Format] = {
         ("input", "output"), lambda row: (_text(row, "input"), _text(row, "output")), (), "an instruction, a long text"
     ),
     "oasst1": Format(("text",), lambda row: ("", _text(row, "text")), (), "a dialogue or any text, learnt whole"),
-    "lima": Format(("conversations",), _from_dialogue, (), _DIALOGUE),
-    "messages": Format(("messages",), _from_dialogue, (), _DIALOGUE),
+    "lima": Format(("conversations",), _from_dialogue, ("system",), _DIALOGUE),
+    "messages": Format(("messages",), _from_dialogue, ("system",), _DIALOGUE),
     "mmlu": Format(("question", "answer"), _from_mmlu, ("choices", "subject", *MMLU_LETTERS), "question, choices"),
     "input-output": Format(
         ("input", "output"), lambda row: (_text(row, "input"), _text(row, "output")), (), "the pair itself"
@@ -216,9 +237,17 @@ def detect_format(columns: Iterable[str], first_row: Row | None = None, dataset_
         if set(FORMATS[name].columns) <= present:
             return name
     raise ValueError(
-        f"no known format has the columns {_listed(present)}. Rename them to 'input' and 'output', or to those of a "
-        f"format named by --dataset_format: {'; '.join(f'{n} ({_listed(f.columns)})' for n, f in FORMATS.items())}"
+        f"no known format has the columns {_listed(present)}{_nearly(present)}. Rename them to 'input' and 'output', "
+        "or to those of a format named by --dataset_format: "
+        f"{'; '.join(f'{n} ({_listed(f.columns)})' for n, f in FORMATS.items())}"
     )
+
+
+def _nearly(present: set[str]) -> str:
+    """The format that lacks one column only, in words; empty where there is none."""
+    lacking = {name: set(known.columns) - present for name, known in FORMATS.items() if len(known.columns) > 1}
+    found = next(((name, missing) for name, missing in lacking.items() if len(missing) == 1), None)
+    return f": {found[0]} would need {_listed(found[1])} too" if found else ""
 
 
 def described(format_name: Union[str, Format]) -> str:
@@ -234,6 +263,19 @@ def check_columns(columns: Iterable[str], format_name: Union[str, Format]) -> No
             f"{described(format_name)} needs the column(s) {_listed(missing)}; there are {_listed(columns)}. "
             "Rename the columns or choose another --dataset_format"
         )
+
+
+def unused_columns(rows: Iterable[Row], format_name: Union[str, Format]) -> list[str]:
+    """The columns that hold something and that the format does not read, sorted."""
+    used = {*format_named(format_name).columns, *format_named(format_name).optional}
+    return sorted({column for row in rows for column, value in row.items() if column not in used and value})
+
+
+def with_asides(rows: Iterable[Row], format_name: Union[str, Format]) -> str:
+    """` with system` and the like: what of ASIDE and tools the rows hold and the format reads."""
+    read = [column for column in (*ASIDE, "tools") if column in format_named(format_name).optional]
+    held = {column for row in rows for column in read if row.get(column)}
+    return f" with {' and '.join(sorted(held))}" if held else ""
 
 
 def convert_row(row: Row, format_name: Union[str, Format], where: str) -> dict[str, Any]:

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import logging
+import socket
+import urllib.request
+from functools import cache
+from urllib.parse import urlsplit
 
+import datasets.config
 from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
+from huggingface_hub import constants
+
+ANSWER_SEC = 5
+
+
+@cache
+def offline_if_unreachable() -> None:
+    """Let the hub's libraries look into their caches alone where the hub does not answer.
+
+    They would ask it again and again for most of a minute. A proxy is left to them.
+    """
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or hub.scheme in urllib.request.getproxies():
+        return
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=ANSWER_SEC).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
 
 
 def hub_dataset(request: dict[str, str], cache_dir: str | None = None) -> DatasetDict:
     """All splits of a hub data set; FileNotFoundError that says what to do offline where the hub
     does not answer."""
+    offline_if_unreachable()
     hub_logger = logging.getLogger("huggingface_hub")
     level = hub_logger.level
     hub_logger.setLevel(logging.ERROR)  # five retry warnings would bury the one message below

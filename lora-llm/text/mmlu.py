@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from es_lora.files import decoded, read_text
 from text.collator import encode_source
 from text.formats import MMLU_LETTERS, mmlu_prompt, mmlu_question
 from text.hub import hub_dataset
@@ -153,7 +154,7 @@ def _tables_in_folder(folder: Path, splits: Sequence[str]) -> Iterator[tuple[str
     for path in sorted(folder.glob("**/*.csv")):
         match = _TABLE_NAME.search(path.as_posix())
         if match and match[1] in splits:
-            yield match[1], match[2], str(path), _decoded(path.read_bytes(), str(path))
+            yield match[1], match[2], str(path), read_text(path)
 
 
 def _tables_in_archive(archive: Path, splits: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
@@ -167,16 +168,9 @@ def _tables_in_archive(archive: Path, splits: Sequence[str]) -> Iterator[tuple[s
                 path = PurePosixPath(member.name)
                 if not member.isfile() or path.is_absolute() or ".." in path.parts or member.size > _TABLE_LIMIT_BYTES:
                     raise ValueError(f"{where} is no plain table inside the archive: fetch the authors' data.tar anew")
-                yield match[1], match[2], where, _decoded(tar.extractfile(member).read(), where)
+                yield match[1], match[2], where, decoded(tar.extractfile(member).read(), where)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{archive} is broken ({error}): fetch the authors' data.tar anew") from error
-
-
-def _decoded(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: byte {error.start} is not UTF-8 text") from None
 
 
 def _questions_on_hub(

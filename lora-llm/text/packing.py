@@ -45,7 +45,8 @@ def pack(
     """Rows {"input", "output"} as rows of at most seq_length tokens: `input_ids`, `labels` and, for
     `samples`, `seq_lengths`.
 
-    A sample longer than seq_length is cut there. In a stream, rows are packed a thousand at a time.
+    A sample longer than seq_length is cut there. Sequences without a learnt token are left out.
+    A stream's rows are packed a thousand at a time.
     """
     from trl import pack_dataset  # not above: only packing needs it
 
@@ -56,7 +57,13 @@ def pack(
         **({"desc": "Reading tokens"} if named else {}),
     )
     strategy = "bfd" if packing == "samples" else "wrapped"
-    return pack_dataset(encoded, seq_length, strategy, {"desc": "Packing"} if named else {})
+    packed = pack_dataset(encoded, seq_length, strategy, {"desc": "Packing"} if named else {})
+    return packed.filter(_learns, input_columns="labels", **({"desc": "Learnt sequences"} if named else {}))
+
+
+def _learns(labels: Sequence[int]) -> bool:
+    """Whether a token of a sequence is learnt; nothing predicts its first."""
+    return any(label != IGNORE_INDEX for label in labels[1:])
 
 
 def packing_notice(samples: int, packed: Dataset, seq_length: int) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -20,7 +20,17 @@ from typing import Any, Optional
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from text.deeplake_rows import PREFIX, deeplake_rows
-from text.formats import LEARN, Format, check_columns, convert_row, described, to_input_output
+from text.formats import (
+    LEARN,
+    Format,
+    Row,
+    check_columns,
+    convert_row,
+    described,
+    to_input_output,
+    unused_columns,
+    with_asides,
+)
 from text.hub import hub_dataset
 from text.mmlu import train_split_for_subject
 from text.spec import DataSpec
@@ -156,7 +166,16 @@ def _as_pairs(rows: list[tuple[int, dict[str, Any]]], path: str, spec: DataSpec,
             f"{path}: {len(empty)} row(s) have an empty output, first at {unit} {', '.join(empty[:3])}: "
             "there is nothing to learn from them, remove them or fill them in"
         )
-    return Dataset.from_list(pairs), format_name if isinstance(format_name, str) else described(format_name)
+    say_unused(path, (row for _, row in rows), format_name)
+    name = format_name if isinstance(format_name, str) else described(format_name)
+    return Dataset.from_list(pairs), name + with_asides((row for _, row in rows), format_name)
+
+
+def say_unused(name: str, rows: Iterable[Row], format_name: str | Format) -> None:
+    """Name the columns that hold something and that the format does not read."""
+    unused = unused_columns(rows, format_name)
+    if unused:
+        logger.warning("%s: columns that are not used: %s", name, ", ".join(unused))
 
 
 def _load_pools(spec: DataSpec) -> tuple[Pools, str, str]:
@@ -237,6 +256,7 @@ def _load_from_hub(name: str, spec: DataSpec) -> tuple[Pools, str, str]:
         if sizes.get(key):  # published held-out splits can be large: a sample of the size asked for
             pool = _sample(pool, _row_count(sizes[key], len(train)), spec.seed)
         pools[key] = _without_empty_outputs(to_input_output(pool, format_name), f"{name} {key}")
+    say_unused(name, [train[0]], format_name)
     format_name = format_name if isinstance(format_name, str) else described(format_name)
     return pools, format_name, f"{request['path']} from the Hugging Face hub ({len(train)} rows)"
 

@@ -16,9 +16,9 @@ from datasets import Dataset, IterableDataset, interleave_datasets
 from text.deeplake_rows import PREFIX, deeplake_rows
 from text.formats import Format, check_columns, convert_row, described
 from text.hub import hub_dataset
-from text.sources import HUB_DATASETS, Splits, data_sources, is_path, read_pairs
+from text.sources import HUB_DATASETS, Splits, data_sources, is_path, read_pairs, say_unused
 from text.spec import DataSpec
-from text.tables import csv_rows, json_line
+from text.tables import csv_rows, json_line, text_lines
 
 SHUFFLE_ROWS = 1000
 
@@ -90,6 +90,7 @@ def _open(name: str, spec: DataSpec) -> tuple[IterableDataset, str | Format]:
         format_name = spec.format_of(first[1], first[1])
         check_columns(first[1], format_name)
         convert_row(first[1], format_name, _where(name, first[0]))
+        say_unused(name, [first[1]], format_name)
         return IterableDataset.from_generator(
             _pairs, gen_kwargs={"name": name, "format_name": format_name}
         ), format_name
@@ -97,16 +98,20 @@ def _open(name: str, spec: DataSpec) -> tuple[IterableDataset, str | Format]:
     first = next(iter(loaded["train"]))
     format_name = spec.format_of(first, first, name)
     check_columns(first, format_name)
+    say_unused(name, [first], format_name)
     columns = list(first)
     pairs = loaded["train"].map(lambda row: _pair(row, format_name, f"a row of {name}"), remove_columns=columns)
     return pairs.filter(lambda row: bool(row["output"].strip())), format_name
 
 
 def _pairs(name: str, format_name: str | Format) -> Iterator[dict[str, Any]]:
-    for number, row in _raw_rows(name):
-        pair = _pair(row, format_name, _where(name, number))
-        if pair["output"].strip():
-            yield pair
+    try:
+        for number, row in _raw_rows(name):
+            pair = _pair(row, format_name, _where(name, number))
+            if pair["output"].strip():
+                yield pair
+    except ValueError as error:  # a broken line, or one that is no text
+        raise StreamedRowError(str(error)) from None
 
 
 def _pair(row: dict[str, Any], format_name: str | Format, where: str) -> dict[str, Any]:
@@ -129,10 +134,9 @@ def _raw_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise FileNotFoundError(f"the data file {path} does not exist, check the path")
     if path.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
         raise ValueError(f"--streaming reads jsonl, csv and tsv files, not '{path.suffix}' ({path}): save it as jsonl")
-    with open(path, encoding="utf-8-sig", newline="") as handle:
-        if path.suffix.lower() == ".jsonl":
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    yield number, json_line(path, number, line)
-        else:
-            yield from csv_rows(path, handle)
+    if path.suffix.lower() != ".jsonl":
+        yield from csv_rows(path, text_lines(path))
+        return
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            yield number, json_line(path, number, line)

@@ -10,8 +10,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from text.conversations import Chat
-from text.formats import FORMATS, Format, detect_format, turns_of
+from text.conversations import Chat, tools_of, without_open_thought
+from text.formats import ASIDE, FORMATS, Format, detect_format, earlier_turns, system_turn, turns_of
 
 TEMPLATES = {
     "summarise": "Summarise this text in a few sentences.\n\n{text}\n\nSummary: {summary}",
@@ -91,11 +91,12 @@ def _chat_format(tokenizer: Any, conversations: Optional[Format]) -> Format:
     def convert(row: Mapping[str, Any]) -> tuple[Any, ...]:
         is_dialogue = bool({"conversations", "messages"} & set(row))
         if conversations is None:
-            return last_answer(turns_of(row) if is_dialogue else _pair_as_turns(row))
-        return conversations.convert(row) if is_dialogue else (*last_answer(_pair_as_turns(row)), None)
+            return last_answer(turns_of(row) if is_dialogue else _pair_as_turns(row), row)
+        return conversations.convert(row) if is_dialogue else (*last_answer(_pair_as_turns(row), row), None)
 
-    def last_answer(turns: Sequence[dict[str, str]]) -> tuple[str, str]:
-        given, whole = Chat(tokenizer).text(turns[:-1], prompt=True), Chat(tokenizer).text(turns)
+    def last_answer(turns: Sequence[dict[str, str]], row: Mapping[str, Any]) -> tuple[str, str]:
+        chat = Chat(tokenizer, tools_of(row))
+        given, whole = without_open_thought(chat.text(turns[:-1], prompt=True)), chat.text(turns)
         if not whole.startswith(given):
             raise ValueError(
                 "the tokenizer's chat template writes a dialogue differently once it is answered; use another"
@@ -105,9 +106,13 @@ def _chat_format(tokenizer: Any, conversations: Optional[Format]) -> Format:
         return given.removeprefix(tokenizer.bos_token or ""), answer
 
     chats = conversations is not None
-    return Format((), convert, ("conversations", "messages"), "the tokenizer's chat template", chats)
+    pairs = [column for known in FORMATS.values() for column in (*known.columns, *known.optional)]
+    return Format((), convert, ("tools", *pairs), "the tokenizer's chat template", chats)
 
 
 def _pair_as_turns(row: Mapping[str, Any]) -> Sequence[dict[str, str]]:
-    question, answer = FORMATS[detect_format(row)].convert(row)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    """A pair as a talk, after its system text and the turns before it."""
+    question, answer = FORMATS[detect_format(row)].convert({key: row[key] for key in row if key not in ASIDE})
+    pairs = [*earlier_turns(row), (question, answer)]
+    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": told}] for asked, told in pairs]
+    return [*system_turn(row), *(turn for pair in turns for turn in pair)]

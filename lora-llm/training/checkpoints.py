@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Optional
 
+from es_lora.files import refuse_nonfinite, stored_tensors
 from es_lora.history import HISTORY_NAME
 from es_lora.monitor import STATE_NAME
 from es_lora.snapshots import SNAPSHOT_FOLDER
@@ -24,7 +25,7 @@ def checkpoint_to_resume(settings: Settings) -> Optional[str]:
     training = settings.training
     folder = Path(training.output_dir) if settings.resume is True else Path(settings.resume)
     if (folder / "trainer_state.json").is_file():
-        return str(folder)
+        return _finite(folder)
     checkpoints = complete_checkpoints(folder, settings.stop.calculate_cs)
     if not checkpoints:
         raise FileNotFoundError(
@@ -32,7 +33,14 @@ def checkpoint_to_resume(settings: Settings) -> Optional[str]:
             "folder of a run that saved one (--save_steps), or start anew"
         )
     training.resume_from_checkpoint = str(checkpoints[-1])
-    return str(checkpoints[-1])
+    return _finite(checkpoints[-1])
+
+
+def _finite(checkpoint: Path) -> str:
+    """The checkpoint. Raises ValueError where its weights hold NaN or infinity."""
+    for file in checkpoint.glob("*.safetensors"):
+        refuse_nonfinite(stored_tensors(file), f"--resume_from_checkpoint {checkpoint}")
+    return str(checkpoint)
 
 
 def delete_earlier_run(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 The text is one that nobody trains on (the tiny base ships its held-out `general_text.jsonl`)."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,11 @@ from typing import Any, Optional
 
 import torch
 
+from base.layers import Positions
+from es_lora.files import read_text, split_lines
 from text.collator import IGNORE_INDEX, encode_source, pad_batch
-from training.losses import Batch, mean_loss
+from text.tables import read_table
+from training.losses import Batch, mean_loss, predicted
 
 MAX_PASSAGE_TOKENS = 128  # of every passage; many short ones tell more than a few long ones
 FORGOTTEN_FROM = 1.10  # ratio of perplexities from which a LoRA is said to have forgotten
@@ -26,26 +28,18 @@ def read_general_text(path: str, most: int) -> list[str]:
         raise FileNotFoundError(
             f"--forgetting_data {path}: there is no such file; give a jsonl file with text, or a txt file"
         )
-    try:
-        content = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--forgetting_data {path} is not UTF-8 text (byte {error.start})") from error
-    if file.suffix in (".jsonl", ".json"):
-        passages = [_text_of(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    if file.suffix.lower() in (".jsonl", ".json"):
+        passages = [_text_of(path, number, row) for number, row in read_table(file)]
     else:
-        passages = content.split("\n\n")
+        passages = "\n".join(split_lines(read_text(file))).split("\n\n")
     passages = [passage.strip() for passage in passages if passage.strip()]
     if not passages:
         raise ValueError(f"--forgetting_data {path} holds no text")
     return passages[:: math.ceil(len(passages) / most)]
 
 
-def _text_of(path: str, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--forgetting_data {path}, line {number} is no JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+def _text_of(path: str, number: int, row: dict[str, Any]) -> str:
+    if not isinstance(row.get("text"), str):
         raise ValueError(f'--forgetting_data {path}, line {number} needs a text column: {{"text": "..."}}')
     return row["text"]
 
@@ -68,6 +62,13 @@ class GeneralText:
         pad_id = tokenizer.eos_token_id
         self.batches = [_batch(passages[at : at + batch_size], pad_id) for at in range(0, len(passages), batch_size)]
         self.losses: dict[str, float] = {}
+
+    def cut(self, positions: Optional[Positions]) -> None:
+        """Cut the passages to what a base with a table of positions can read."""
+        if positions is None or not positions.hard or positions.count >= MAX_PASSAGE_TOKENS:
+            return
+        self.batches = [{name: rows[:, : positions.count] for name, rows in batch.items()} for batch in self.batches]
+        self.tokens = int(sum(predicted(batch["labels"]).sum() for batch in self.batches))
 
     def loss(self, model: torch.nn.Module) -> float:
         """Mean loss in nats a token of the model as it is; its mode and the random state stay."""

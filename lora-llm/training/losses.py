@@ -35,7 +35,7 @@ def mean_loss(model: torch.nn.Module, batches: Iterable[Batch]) -> float:
         total += row_losses(logits, batch["labels"].to(logits.device)).sum().item()
         tokens += int(predicted(batch["labels"]).sum())
     model.train(was_training)
-    return total / tokens
+    return total / max(1, tokens)
 
 
 class RowLoss:

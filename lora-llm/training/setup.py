@@ -1,15 +1,15 @@
 """From a run's settings to its parts: specs of base and data, splits, collators, columns."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 
 from adapters.weights import attach_lora, trainable_parameters
+from base.layers import Positions, positions_notices, positions_of
 from base.loading import bf16_products, compute_dtype, fit_embeddings, load_base
 from base.origin import local_base
 from base.spec import BaseSpec
@@ -22,8 +22,9 @@ from text.mmlu import Row, load_mmlu
 from text.packing import PackedCollator, check_base_keeps_samples_apart, pack, packing_notice, uses_varlen_kernel
 from text.sources import Splits, load_splits
 from text.spec import DataSpec
-from text.streams import load_streamed_splits
+from text.streams import StreamedRowError, load_streamed_splits
 from text.templates import template_format
+from text.usable import Cuts, usable_rows
 from training.forgetting import GeneralText
 from training.losses import RowLoss
 from training.shadows import ExampleCollator, ShadowAdapters, with_examples
@@ -106,7 +107,7 @@ def conversation_limit(settings: Settings) -> Limit:
 
 
 def read_splits(settings: Settings, tokenizer: Any) -> Splits:
-    """The rows of a run, each training row with its example's number where shadows need it.
+    """The rows of a run.
 
     Notices say what is cut of conversations. Raises ValueError or FileNotFoundError, also where the
     rule decides on rows that there are not.
@@ -120,9 +121,91 @@ def read_splits(settings: Settings, tokenizer: Any) -> Splits:
         )
     if splits.train is not None and not settings.data.streaming:
         settings.notices.extend(cut_notices(tokenizer, splits.train, conversation_limit(settings)))
-    if stop.shadows and splits.train is not None:
-        splits = replace(splits, train=with_examples(splits.train, stop.shadows, settings.training.seed))
     return splits
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Splits that can be trained on, and the tokens of their longest row after all cuts."""
+
+    splits: Splits
+    longest: int
+
+
+def ready_splits(settings: Settings, splits: Splits, collator: CausalCollator) -> Ready:
+    """The splits without rows of which nothing is learnt; packed, or with lengths to group by.
+
+    Training rows get the number of their example where shadows need it. Notices say what is cut and
+    left out. Raises ValueError where nothing would be trained on.
+    """
+    data, training, longest = settings.data, settings.training, [0]
+    cuts = Cuts(collator, sequence_tokens=data.seq_length if data.packing == "samples" else None)
+
+    def usable(rows: Any, cuts: Cuts, what: str) -> Any:
+        if rows is None:
+            return None
+        if not hasattr(rows, "__len__"):  # a stream
+            return rows.filter(lambda row: cuts.learns(collator.size(row)))
+        rows, sizes, notices = usable_rows(rows, cuts, what)
+        settings.notices.extend(notices)
+        longest.extend(cuts.kept(size) for size in sizes)
+        if training.group_by_length:  # what the Trainer groups by
+            rows = rows.add_column(training.length_column_name, [size.kept for size in sizes])
+        return rows
+
+    train = usable(splits.train, cuts, "training")
+    if data.packing == "wrapped":
+        longest = [0]  # a sequence is as long as --seq_length
+    if train is not None and settings.stop.shadows:
+        train = with_examples(train, settings.stop.shadows, training.seed)
+    if train is not None and data.packing:
+        train = _packed(settings, train, collator)
+    check_trains(settings, train)
+    held_out, test = (
+        usable(splits.evaluation, Cuts(collator), "held-out"),
+        usable(splits.test, Cuts(collator), "test"),
+    )
+    return Ready(replace(splits, train=train, evaluation=held_out, test=test), max(longest))
+
+
+def _packed(settings: Settings, rows: Any, collator: CausalCollator) -> Any:
+    """The training rows as packed sequences. Raises ValueError where none has a learnt token."""
+    data = settings.data
+    packed = pack(rows, collator, data.packing, data.seq_length)
+    if data.streaming:
+        return packed
+    if not len(packed):
+        raise ValueError(f"no token of the {len(rows)} training examples is learnt; raise --target_max_len")
+    settings.notices.append(packing_notice(len(rows), packed, data.seq_length))
+    return packed
+
+
+def check_trains(settings: Settings, rows: Any) -> None:
+    """Raises ValueError where --dataloader_drop_last leaves no batch of the rows to train on."""
+    training = settings.training
+    batch = training.per_device_train_batch_size * training.world_size
+    if rows is None or settings.data.streaming or not training.dataloader_drop_last or len(rows) >= batch:
+        return
+    raise ValueError(
+        f"--dataloader_drop_last: {len(rows)} training {'sequences' if settings.data.packing else 'examples'} are "
+        f"fewer than a batch of {batch}, so nothing would be trained; lower --per_device_train_batch_size, or leave "
+        "--dataloader_drop_last out"
+    )
+
+
+def check_positions(settings: Settings, longest: int, model: torch.nn.Module) -> None:
+    """What is longer than the base has positions: a notice, or ValueError where there are no more.
+
+    Raises ValueError too where the base cannot keep packed samples apart.
+    """
+    data, positions = settings.data, positions_of(model)
+    if data.packing == "samples" and not packs_for_varlen(settings):
+        check_base_keeps_samples_apart(model)
+    elif data.packing == "wrapped" and positions is not None and data.seq_length > positions.count:
+        raise ValueError(
+            f"--seq_length {data.seq_length}: the base has {positions.count} positions, and a wrapped sequence uses all"
+        )
+    settings.notices.extend(positions_notices(positions, longest, "--source_max_len and --target_max_len"))
 
 
 def _needed_columns(settings: Settings) -> tuple[str, ...]:
@@ -152,48 +235,30 @@ def packs_for_varlen(settings: Settings) -> bool:
     return settings.data.packing == "samples" and uses_varlen_kernel(training.use_cpu, training.bf16 or training.fp16)
 
 
-def packed_splits(settings: Settings, splits: Splits, collator: CausalCollator, model: torch.nn.Module) -> Splits:
-    """The splits with packed training samples, or with lengths to group by; evaluation keeps single
-    samples. Raises ValueError where the base cannot be trained so."""
-    data, training = settings.data, settings.training
-    if training.group_by_length:
-        return _with_lengths(splits, collator, training.length_column_name)
-    if not data.packing:
-        return splits
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if data.packing == "samples" and not packs_for_varlen(settings):
-        check_base_keeps_samples_apart(model)
-    elif data.packing == "wrapped" and positions is not None and data.seq_length > positions:
-        raise ValueError(
-            f"--seq_length {data.seq_length}: the base has {positions} positions, and a wrapped sequence uses all"
-        )
-    if splits.train is None:
-        return splits
-    packed = pack(splits.train, collator, data.packing, data.seq_length)
-    if not data.streaming:
-        settings.notices.append(packing_notice(len(splits.train), packed, data.seq_length))
-    return replace(splits, train=packed)
-
-
-def _with_lengths(splits: Splits, collator: CausalCollator, column: str) -> Splits:
-    """What the Trainer groups by: the tokens of every example, in a column."""
-
-    def measured(rows: Optional[Dataset]) -> Optional[Dataset]:
-        return None if rows is None else rows.add_column(column, collator.lengths(rows))
-
-    return replace(
-        splits, train=measured(splits.train), evaluation=measured(splits.evaluation), test=measured(splits.test)
-    )
-
-
-def training_collator(settings: Settings, collator: CausalCollator) -> Callable[..., Any]:
+def training_collator(settings: Settings, collator: CausalCollator, model: torch.nn.Module) -> Callable[..., Any]:
     """What makes the trainer's batches: packed rows, rows with examples, or single samples."""
-    data = settings.data
+    data, positions = settings.data, positions_of(model)
     if settings.stop.shadows:
         return ExampleCollator(collator)
     if data.packing:
         return PackedCollator(collator, data.packing, data.seq_length, packs_for_varlen(settings))
+    if data.streaming and positions is not None and positions.hard:
+        return _within(positions, collator)
     return collator
+
+
+def _within(positions: Positions, collator: CausalCollator) -> Callable[..., Any]:
+    """The collator of a stream, whose rows are only seen as they come."""
+
+    def collate(rows: Any) -> dict[str, torch.Tensor]:
+        batch = collator(rows)
+        try:
+            positions_notices(positions, batch["input_ids"].shape[1], "--source_max_len and --target_max_len")
+        except ValueError as error:
+            raise StreamedRowError(str(error)) from None
+        return batch
+
+    return collate
 
 
 def load_model(settings: Settings, tokenizer: Any) -> torch.nn.Module:

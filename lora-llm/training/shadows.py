@@ -145,7 +145,7 @@ class ShadowAdapters(TrainerCallback):
                 facts = torch.stack(self._losses(on_device), 1).double().cpu()  # (N, 2)
             sums += torch.stack([part.sum(0) for part in facts.split(rows_of_each)])
         self.model.train(was_training)
-        return (sums[:, 0] / sums[:, 1]).mean().item()
+        return (sums[:, 0] / sums[:, 1].clamp_min(1)).mean().item()
 
     # -------------------------------------------------------------------------------- as a callback
 

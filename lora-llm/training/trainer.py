@@ -10,6 +10,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from es_lora.command_line import NotedSignals
 from training.epoch_order import EpochSeededLengthSampler
+from training.losses import predicted
 from training.shadows import EXAMPLE, ShadowAdapters
 
 
@@ -73,6 +74,14 @@ class LoraTrainer(Seq2SeqTrainer):
         if self._shadows is not None:
             self._shadows.backward(self._prepare_inputs(inputs), examples)
         return loss
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The same; zero for a batch without a learnt token, whose mean would be that of none."""
+        if "labels" not in inputs or bool(predicted(inputs["labels"]).any()):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = 0 * outputs.logits.float().sum()  # every process still takes part in the gradient
+        return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def leave_process_group(self) -> None:
         """End the collectives of all processes before the interpreter ends.

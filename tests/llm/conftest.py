@@ -66,3 +66,20 @@ def conversation_files(text_files, tmp_path_factory) -> dict:
         rows = [{"messages": [{"role": role, "content": content} for role, content in talk]} for talk in talks]
         files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return files
+
+
+@pytest.fixture(scope="session")
+def base_with_a_table(tmp_path_factory) -> Path:
+    """A random GPT-2 of 64 learnt positions, with the embedded base's tokenizer."""
+    import quiet_libraries  # noqa: F401
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("table")
+    tokenizer = AutoTokenizer.from_pretrained(TREE / "tiny_base")
+    torch.manual_seed(0)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2, vocab_size=len(tokenizer), **ids)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

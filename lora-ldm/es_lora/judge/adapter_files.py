@@ -3,16 +3,18 @@
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from es_lora.files import read_text, refuse_nonfinite
 from es_lora.judge.base_index import Key
 
+QLORA_FOLDER, PICKLE_NAME = "adapter_model", "adapter_model.bin"
 PEFT_NAME, DIFFUSERS_NAME = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 
 
@@ -28,6 +30,16 @@ class LoraModule(NamedTuple):
 class Adapter:
     modules: Dict[Key, LoraModule]
     transposed: bool = False  # fan_in_fan_out: the base's weights are stored (in, out)
+    left_out: List[str] = field(default_factory=list)  # tensors that are no part of a plain LoRA
+
+    def unjudged(self) -> str:
+        """What CS does not see of this adapter, in words; empty where it sees all."""
+        magnitudes = [name for name in self.left_out if "magnitude_vector" in name or name.endswith("dora_scale")]
+        others = [name for name in self.left_out if name not in magnitudes]
+        told = [f"the DoRA magnitudes of {len(magnitudes)} layers"] if magnitudes else []
+        more = ", ..." if len(others) > 2 else ""
+        told += [f"{len(others)} other tensors ({', '.join(others[:2])}{more})"] if others else []
+        return f"Left out of the judgement: {' and '.join(told)}; CS is that of B A alone." if told else ""
 
 
 _PEFT_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
@@ -80,14 +92,18 @@ def read_adapter(file: Path) -> Adapter:
         tensors = load_file(str(file))
         config_file = file.with_name("adapter_config.json")
         is_peft = file.name == PEFT_NAME
-        config = json.loads(config_file.read_text(encoding="utf-8")) if is_peft else {}
+        config = json.loads(read_text(config_file)) if is_peft else {}
         diffusers_config = json.loads(file_metadata(file).get("lora_adapter_metadata", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"it cannot be read: {error}") from error
+    refuse_nonfinite(tensors.items(), file.name)
     parts: Dict[Key, Dict[str, torch.Tensor]] = {}
+    left_out: List[str] = []
     for name, tensor in tensors.items():
         split = _split_key(name, is_peft)
-        if split is not None:
+        if split is None:
+            left_out.append(name)
+        else:
             parts.setdefault(split[0], {})[split[1]] = tensor
     if not parts:
         raise ValueError("it holds no LoRA of PEFT's, kohya's or diffusers' naming")
@@ -104,4 +120,4 @@ def read_adapter(file: Path) -> Adapter:
         own = {path: value for (part, _, path), value in parted if part in part_names}
         scale = float(sides["alpha"]) / rank if "alpha" in sides else _peft_scale(config or own, key[1], rank)
         modules[key] = LoraModule(down, up, scale)
-    return Adapter(modules, bool(config.get("fan_in_fan_out")))
+    return Adapter(modules, bool(config.get("fan_in_fan_out")), left_out)

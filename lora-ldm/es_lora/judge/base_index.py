@@ -9,12 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cs_fluctuation import DenseWeight
+from es_lora.files import read_text
 
 READ_VALUES = 500_000  # of a weight that are held in float32 at once
 Key = Tuple[str, str]  # (component, layer path)
 
 
-class BaseMismatchError(LookupError):
+class BaseMismatchError(OSError):
     """The base is not what the adapters were trained on, or is in a form that cannot be read."""
 
 
@@ -62,13 +63,18 @@ class FileWeight(DenseWeight):
     def row_norms(self) -> torch.Tensor:
         if self._norms is None:
             self._norms = super().row_norms()
+            if not bool(torch.isfinite(self._norms).all()):
+                raise BaseMismatchError(
+                    f"the base file {self.weight.file}: the tensor {self.weight.tensor} holds NaN or infinity; "
+                    "fetch it again"
+                )
         return self._norms
 
 
 def _model_files(folder: Path) -> List[Path]:
     """The safetensors files of a model: those of its index, of the usual name, or all."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        return sorted({folder / name for name in json.loads(read_text(index))["weight_map"].values()})
     for name in ("model", "diffusion_pytorch_model", "model.fp16", "diffusion_pytorch_model.fp16"):
         if (folder / f"{name}.safetensors").is_file():
             return [folder / f"{name}.safetensors"]

@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from es_lora.files import pickle_advice, read_text
 from es_lora.history import HISTORY_NAME, History, read_history
-from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, file_metadata
+from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, PICKLE_NAME, QLORA_FOLDER, file_metadata
 
 
 @dataclass
 class Checkpoint:
-    """One saved adapter of the run, after `step` optimizer steps. columns: its measurements."""
+    """One saved adapter of the run, after `step` optimizer steps. columns: its measurements.
+    unjudged: what these do not see of it, in words."""
 
     name: str
     file: Path
     step: int
     columns: Dict[str, Any] = field(default_factory=dict)
+    unjudged: str = ""
 
 
 @dataclass
@@ -41,10 +44,15 @@ def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
     found = []
     for place in [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]:
         name = "." if place == folder else place.name
-        file = next((place / known for known in (PEFT_NAME, DIFFUSERS_NAME) if (place / known).is_file()), None)
+        inside = (place, place / QLORA_FOLDER)  # qlora.py saves into a folder of the checkpoint
+        known = (where / known for where in inside for known in (PEFT_NAME, DIFFUSERS_NAME))
+        file = next((path for path in known if path.is_file()), None)
         number = re.match(r"checkpoint-(\d+)$", place.name) if place != folder else None
         if file is None:
-            if number or (place / "adapter_config.json").is_file():
+            pickled = [where / PICKLE_NAME for where in inside if (where / PICKLE_NAME).is_file()]
+            if pickled:
+                problems[name] = pickle_advice(pickled[0])
+            elif number or (place / "adapter_config.json").is_file():
                 problems[name] = f"it holds no {PEFT_NAME} or {DIFFUSERS_NAME} (pickle files are not read)"
             continue
         metadata = file_metadata(file)
@@ -74,7 +82,7 @@ def _step_of(place: Path, facts: Dict[str, Any]) -> Optional[int]:
 
 def _state(folder: Path) -> Dict[str, Any]:
     try:
-        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return json.loads(read_text(folder / "trainer_state.json"))
     except (OSError, ValueError):
         return {}
 
@@ -108,7 +116,8 @@ def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
 def _steps_per_epoch(checkpoints: Sequence[Found]) -> Optional[int]:
     """Optimizer steps an epoch, from the newest checkpoint: kohya's metadata or a Trainer state."""
     for checkpoint in sorted(checkpoints, key=lambda c: (c.step or 0, c.epoch or 0), reverse=True):
-        metadata, state = checkpoint.metadata, _state(checkpoint.file.parent)
+        metadata = checkpoint.metadata
+        state = _state(checkpoint.file.parent) or _state(checkpoint.file.parent.parent)  # qlora.py's lies above
         if checkpoint.epoch and checkpoint.step:
             return round(checkpoint.step / checkpoint.epoch)
         if _number(metadata.get("ss_num_batches_per_epoch")):

@@ -54,7 +54,7 @@ def _measure(checkpoint: Checkpoint, measurer: Measurer, layers: Optional[Set[Ke
     adapter = read_adapter(checkpoint.file)
     if layers is not None and set(adapter.modules) != layers:
         raise ValueError("its LoRA layers are not those of the first checkpoint: it is of another run")
-    checkpoint.columns = measurer.measure(adapter)
+    checkpoint.columns, checkpoint.unjudged = measurer.measure(adapter), adapter.unjudged()
     return set(adapter.modules)
 
 
@@ -211,6 +211,7 @@ def _facts(run: Run, spacing: Spacing, history: History) -> Dict[str, Any]:
         "missing_steps": spacing.missing,
         "checkpoints": rows,
         "not_judged": run.problems,
+        "left_out": next((checkpoint.unjudged for checkpoint in run.checkpoints if checkpoint.unjudged), ""),
     }
 
 
@@ -240,6 +241,8 @@ def print_verdict(verdict: Dict[str, Any]) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
     for name, problem in verdict["not_judged"].items():
         print(f"not judged: {name}: {problem}")
+    if verdict["left_out"]:
+        print(verdict["left_out"])
     print(f"\n{verdict['rule']}, window {verdict['window']}: {sentence(verdict)}")
 
 

@@ -211,7 +211,7 @@ def test_columns_keep_to_the_width():
         (["--base", "/no/base", "--prompt", "x"], "the base model /no/base cannot be found"),
         (["--adapter", "RUN", "--prompts", "/no/file.txt"], "there is no such file"),
         (["--adapter", "RUN", "--prompts", "EMPTY"], "holds no prompt"),
-        (["--adapter", "RUN", "--prompts", "TORN"], "line 2 is no JSON"),
+        (["--adapter", "RUN", "--prompts", "TORN"], "broken JSON at line 2"),
         (["--adapter", "RUN", "--prompts", "OTHER"], "adapter nobody was not given; there are base, adapter"),
         (["--base", "/no/base", "--compare", "--prompt", "x"], "--compare needs --adapter"),
     ],

@@ -271,7 +271,7 @@ def test_missing_and_undecodable_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.jsonl does not exist"):
         load_splits(arguments(tmp_path / "none.jsonl"))
     (tmp_path / "latin.csv").write_bytes(b"input,output\n\xfc,a\n")
-    with pytest.raises(ValueError, match="byte 13 is not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin.csv, line 2 is not UTF-8 text \(byte 13\)"):
         load_splits(arguments(tmp_path / "latin.csv"))
 
 

@@ -122,7 +122,7 @@ def test_a_lora_that_has_forgotten_is_called_so():
     [
         ("missing.jsonl", None, "there is no such file"),
         ("empty.txt", "\n\n \n", "holds no text"),
-        ("torn.jsonl", '{"text": "a whole line"}\n{"text": "a to', "line 2 is no JSON"),
+        ("torn.jsonl", '{"text": "a whole line"}\n{"text": "a to', "broken JSON at line 2"),
         ("other.jsonl", '{"words": "nothing under text"}\n', "line 1 needs a text column"),
         ("image.txt", b"\xff\xd8\xff", "is not UTF-8"),
     ],
