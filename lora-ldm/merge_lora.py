@@ -9,7 +9,6 @@ folder. LoRAs of kohya's and diffusers' naming are read, and LyCORIS' locon, loh
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from base.files import read_json
 from base.tensor_files import read_tensors
 from es_lora.files import write_folder_whole, write_whole
 from network.folding import fold_into_tensors, fold_lora
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _merge_file(base, target, loras, args):
     checkpoint = read_tensors(base)
     config = base.with_suffix(".config") / "unet" / "config.json"
-    layers_per_block = json.loads(config.read_text())["layers_per_block"] if config.is_file() else 2
+    layers_per_block = read_json(config)["layers_per_block"] if config.is_file() else 2
     for tensors, ratio in loras:
         fold_into_tensors(checkpoint, tensors, ratio, layers_per_block)
     dtype = DTYPES[args.save_precision]

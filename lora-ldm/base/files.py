@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from base.tensor_files import file_hashes
+from es_lora.files import read_text
 
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
 SPECIAL_TOKENS = 3  # begin, end and padding, which a tokenizer without a vocabulary still has
@@ -96,7 +97,10 @@ def hash_metadata(kind: str, name: str | Path, location: Path) -> dict[str, str]
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy or download it again") from error
 
 
 def _hub_folder(name):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images.buckets import BucketSelector, Size  # noqa: E402
 from images.dataset_settings import INTERPOLATIONS, checked_resolution  # noqa: E402
-from images.folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER  # noqa: E402
+from images.folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER, deeper_hint, spelled  # noqa: E402
 from images.loading import UnreadableImageError, open_image, resize, resize_mask, to_rgb_and_alpha  # noqa: E402
 from prepare.smart_crop import METHODS, Box, crop_box, face_finder  # noqa: E402
 
@@ -125,7 +125,7 @@ def find_pictures(folder: Path, recursive: bool, output: Path) -> list[Path]:
         and output not in path.resolve().parents
     ]
     if not pictures:
-        hint = "" if recursive else " (--recursive takes subfolders, too)"
+        hint = "" if recursive else f" (--recursive takes subfolders, too){deeper_hint(folder)}"
         raise ValueError(f"no pictures in {folder}{hint}")
     if any(path.suffix.lower() in HEIF_EXTENSIONS for path in pictures):
         register_heif()
@@ -240,8 +240,8 @@ def convert(
 
 def copy_captions(path: Path, target: Path, overwrite: bool) -> None:
     for suffix in CAPTION_EXTENSIONS:
-        source, copy = path.with_suffix(suffix), target.with_suffix(suffix)
-        if source.is_file() and (overwrite or not copy.exists()):
+        source, copy = spelled(path.with_suffix(suffix)), target.with_suffix(suffix)
+        if source and (overwrite or not copy.exists()):
             shutil.copyfile(source, copy)
 
 

@@ -23,8 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from es_lora.files import read_text, split_lines  # noqa: E402
 from images.loading import UnreadableImageError, load_rgb  # noqa: E402
-from prepare.caption_files import existing_caption, find_pictures, write_caption  # noqa: E402
+from prepare.caption_files import caption_path, existing_caption, find_pictures, write_caption  # noqa: E402
 
 DEFAULT_REPO = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 # Categories of selected_tags.csv.
@@ -103,8 +104,7 @@ def read_tags(path: Path) -> list[Tag]:
         raise FileNotFoundError(
             f"tag list {path} does not exist (it is the selected_tags.csv that belongs to the model)"
         )
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(split_lines(read_text(path))))
     try:
         tags = [Tag(row["name"], int(row["category"])) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
@@ -252,7 +252,7 @@ def tag_pictures(captions: dict[Path, Path], tagger: Tagger, args: argparse.Name
 def tag_folder(args: argparse.Namespace) -> list[str]:
     """Tags the pictures of a folder; returns the messages of damaged ones."""
     pictures = find_pictures(args.train_data_dir, args.recursive)
-    captions = {path: path.with_suffix(args.caption_extension) for path in pictures}
+    captions = {path: caption_path(path, args.caption_extension) for path in pictures}
     if not (args.append_tags or args.overwrite):
         captions = {path: caption for path, caption in captions.items() if not caption.exists()}
     damaged, frequency = [], Counter()

@@ -14,6 +14,7 @@ from es_lora.command_line import nearest
 from es_lora.settings import stop_values
 from settings.checks import collect_problems, complete
 from settings.flags import USUAL, Parser, build_parser
+from settings.toml_files import read_toml
 
 NOT_IN_CONFIG_FILE = ("config_file", "output_config", "wandb_api_key", "huggingface_token")
 
@@ -48,15 +49,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None, sdxl: bool = False) ->
 
 def read_config(parser: Parser, path: Union[str, Path]) -> dict[str, Any]:
     """{flag: value} of a TOML file; sections only group flags. Every problem is collected first."""
-    path = Path(path if str(path).endswith(".toml") else f"{path}.toml")
-    if not path.is_file():
-        raise FileNotFoundError(f"--config_file {path} does not exist")
-    try:
-        content = toml.load(path)
-    except toml.TomlDecodeError as error:
-        raise ValueError(f"--config_file {path} is not valid TOML: {error}") from error
+    path = Path(path) if Path(path).is_file() else Path(path if str(path).endswith(".toml") else f"{path}.toml")
     flat, problems = {}, []
-    for key, value in content.items():
+    for key, value in read_toml(path, "--config_file").items():
         flat.update(value if isinstance(value, dict) else {key: value})
     actions = {action.dest: action for action in parser._actions}
     for key, value in flat.items():

@@ -10,7 +10,7 @@ import torch
 from base.families import StableDiffusion
 from base.sampling import Prompt, Sampler, read_prompts
 from images.dataset_settings import checked_resolution
-from images.folders import REPEAT_FOLDER, image_files
+from images.folders import image_files, is_leaf, repeat_folders
 from network.full_unet import FullUnet
 from network.lora import LoraNetwork
 from training.objective import Objective
@@ -90,8 +90,9 @@ def make_class_images(args: Namespace, family: type[StableDiffusion], processes:
 def class_folder(reg_data_dir: str) -> Path:
     """The first <repeats>_<name> folder of --reg_data_dir, or the one that is to be made."""
     root = Path(reg_data_dir)
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return next((path for path in folders if REPEAT_FOLDER.fullmatch(path.name)), root / CLASS_FOLDER)
+    if not root.is_dir():
+        return root / CLASS_FOLDER
+    return root if is_leaf(root) else next(iter(repeat_folders(root)), root / CLASS_FOLDER)
 
 
 def _generate(args, family, processes, folder, missing):
