@@ -107,7 +107,7 @@ def _refused(args, parser):
     lines = [
         f"--{name} is not supported: {reason}"
         for name, (_, reason) in REJECTED.items()
-        if getattr(args, name) != parser.get_default(name)
+        if getattr(args, name) not in (parser.get_default(name), "no")
     ]
     for name, choices in REJECTED_CHOICES.items():
         if getattr(args, name) in choices and not args.train_full_unet:

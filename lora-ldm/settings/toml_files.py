@@ -22,7 +22,7 @@ def read_toml(path: str | Path, flag: str) -> dict[str, Any]:
     Raises FileNotFoundError, or ValueError that says line and fix: not UTF-8, JSON, quotes."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{flag} {path} does not exist")
+        raise FileNotFoundError(f"{flag} {path} does not exist: there is no such file")
     text = read_text(path)
     if DRIVE_IN_DOUBLE_QUOTES.search(text):
         raise ValueError(f"{flag} {path}: a backslash between double quotes begins a sign. {SINGLE_QUOTES}")

@@ -1,6 +1,7 @@
 """Pictures that a run makes: previews of its prompts, DreamBooth's class pictures if missing."""
 
 import itertools
+import logging
 from argparse import Namespace
 from pathlib import Path
 from typing import Optional
@@ -9,6 +10,7 @@ import torch
 
 from base.families import StableDiffusion
 from base.sampling import Prompt, Sampler, read_prompts
+from es_lora.files import read_text
 from images.dataset_settings import checked_resolution
 from images.folders import image_files, is_leaf, repeat_folders
 from network.full_unet import FullUnet
@@ -17,12 +19,18 @@ from training.objective import Objective
 from training.optimizers import Optimization
 from training.processes import Processes
 
+logger = logging.getLogger(__name__)
 PREVIEW_FOLDER = "sample"
 CLASS_FOLDER = "1_class"  # made where --reg_data_dir has no <repeats>_<name> folder yet
 
 
 def prompts_of(args: Namespace) -> list[Prompt]:
-    """Those of --sample_prompts. Raises ValueError for a file that cannot be read."""
+    """Those of --sample_prompts. Raises ValueError for a file that cannot be read.
+
+    An empty file makes no previews: kohya_ss's GUI writes one where none are wanted."""
+    if args.sample_prompts and not read_text(args.sample_prompts).strip():
+        logger.warning("--sample_prompts %s is empty: no previews are made", args.sample_prompts)
+        return []
     return read_prompts(args.sample_prompts) if args.sample_prompts else []
 
 
