@@ -2,9 +2,12 @@
 
 Nothing is fetched unless a hub name is given or a single file's tokenizer is found nowhere here."""
 
+import contextlib
 import hashlib
 import json
+import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from base.tensor_files import file_hashes
+from base.tensor_files import file_hashes, refuse_not_finite
 from es_lora.files import read_text
 
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
@@ -44,12 +47,26 @@ def load_from_folder(model_class: type, folder: Path, dtype: torch.dtype) -> tor
         raise FileNotFoundError(f"{folder} holds no weights (*.safetensors or *.bin)")
     variant = "fp16" if all(".fp16." in name for name in weights) else None
     precision = "dtype" if issubclass(model_class, PreTrainedModel) else "torch_dtype"
+    settings = {"local_files_only": True, "variant": variant, precision: dtype, "output_loading_info": True}
+    with readable(folder):
+        model, info = model_class.from_pretrained(folder, **settings)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; copy or download it again")
+    refuse_not_finite(folder, model.state_dict())
+    return model
+
+
+@contextlib.contextmanager
+def readable(source: str | Path) -> Iterator[None]:
+    """Whatever a library stumbles on while it reads a file is a ValueError that names the file."""
     try:
-        return model_class.from_pretrained(folder, local_files_only=True, variant=variant, **{precision: dtype})
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder} cannot be loaded ({str(error).splitlines()[0]}); copy or download it again"
-        ) from error
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{source} cannot be loaded ({reason}); copy or download it again") from error
 
 
 def load_clip_tokenizer(
@@ -63,9 +80,10 @@ def load_clip_tokenizer(
         candidates += [cache, cache / CLIP_VOCABULARY.replace("/", "_"), cache / CLIP_VOCABULARY, cache / "tokenizer"]
     for candidate in candidates:
         if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
-            return CLIPTokenizer.from_pretrained(candidate, local_files_only=True)
+            with readable(candidate):
+                return CLIPTokenizer.from_pretrained(candidate, local_files_only=True)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, local_files_only=not _hub_answers())
+        tokenizer = CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, local_files_only=not hub_answers())
     except OSError:
         tokenizer = None
     if tokenizer is None or tokenizer.vocab_size <= SPECIAL_TOKENS:  # transformers 5 makes an empty one of no files
@@ -107,7 +125,7 @@ def _hub_folder(name):
     import huggingface_hub
 
     try:
-        offline = not _hub_answers()
+        offline = not hub_answers()
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=PIPELINE_FILES, local_files_only=offline))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise FileNotFoundError(
@@ -116,12 +134,22 @@ def _hub_folder(name):
         ) from error
 
 
-def _hub_answers():
+def hub_answers() -> bool:
     """Whether the hub can be reached: else its client would retry for minutes first."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(_answers()), daemon=True)
+    asking.start()
+    asking.join(HUB_TIMEOUT_SEC)  # the timeout of a request does not count the search for its address
+    return bool(answers and answers[0])
+
+
+def _answers():
+    import huggingface_hub
+
     request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SEC).close()

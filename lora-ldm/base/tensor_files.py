@@ -3,7 +3,7 @@
 import hashlib
 import io
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,21 +16,42 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or a pickle's by weights only. {name: tensor}, on CPU.
 
-    Raises FileNotFoundError: no such file; ValueError: damaged, or a pickle that holds more than
-    tensors."""
-    path = Path(path)
+    Raises FileNotFoundError: no such file; ValueError: damaged, not finite, or a pickle that holds
+    more than tensors."""
+    tensors = _read(Path(path))
+    refuse_not_finite(path, tensors)
+    return tensors
+
+
+def refuse_not_finite(source: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError, by the first one's name, where tensors hold NaN or Inf."""
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
+    if bad:
+        raise ValueError(
+            f"{source}: {bad[0]} holds NaN or Inf ({len(bad)} of {len(tensors)} tensors do); the run that saved it "
+            "had diverged, or it is damaged: use an earlier file"
+        )
+
+
+def _is_finite(value):
+    if value.is_meta:
+        return True
+    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
+
+
+def _read(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; give a .safetensors or .ckpt file")
+    if path.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
+        allowed = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; allowed are {allowed}")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
-        if path.suffix not in PICKLE_SUFFIXES:
-            allowed = ", ".join((".safetensors", *PICKLE_SUFFIXES))
-            raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; allowed are {allowed}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read as tensors only ({str(error).splitlines()[0]}). A pickle may carry code, so "
             "nothing else is read from it; convert the checkpoint to .safetensors with a tool you trust"

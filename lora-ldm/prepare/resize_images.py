@@ -28,6 +28,7 @@ from images.dataset_settings import INTERPOLATIONS, checked_resolution  # noqa: 
 from images.folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER, deeper_hint, spelled  # noqa: E402
 from images.loading import UnreadableImageError, open_image, resize, resize_mask, to_rgb_and_alpha  # noqa: E402
 from prepare.smart_crop import METHODS, Box, crop_box, face_finder  # noqa: E402
+from settings.entry_point import ended  # noqa: E402
 
 HEIF_EXTENSIONS = (".heic", ".heif")
 FORMATS = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95}}
@@ -287,12 +288,7 @@ def resize_folder(args: argparse.Namespace) -> Report:
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit code 0, or 2 for bad arguments or damaged pictures (all others are converted)."""
     args = parse_arguments(argv)
-    try:
-        report = resize_folder(args)
-    except (ValueError, FileNotFoundError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 2 if report.damaged else 0
+    return ended("error", lambda: 2 if resize_folder(args).damaged else 0)
 
 
 if __name__ == "__main__":

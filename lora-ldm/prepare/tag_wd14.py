@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from es_lora.files import read_text, split_lines  # noqa: E402
 from images.loading import UnreadableImageError, load_rgb  # noqa: E402
 from prepare.caption_files import caption_path, existing_caption, find_pictures, write_caption  # noqa: E402
+from settings.entry_point import ended  # noqa: E402
 
 DEFAULT_REPO = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 # Categories of selected_tags.csv.
@@ -156,8 +157,12 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from base.files import hub_answers
+
+    offline = not hub_answers()
     try:
-        model, tags = (Path(hf_hub_download(args.repo_id, name)) for name in ("model.onnx", "selected_tags.csv"))
+        names = ("model.onnx", "selected_tags.csv")
+        model, tags = (Path(hf_hub_download(args.repo_id, name, local_files_only=offline)) for name in names)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         advice = "give the files with --model model.onnx --tags selected_tags.csv"
@@ -272,15 +277,15 @@ def tag_folder(args: argparse.Namespace) -> list[str]:
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit code 0, or 2 for bad arguments or damaged pictures (all others are tagged)."""
     args = parse_arguments(argv)
-    try:
+
+    def work() -> int:
         validate(args)
         damaged = tag_folder(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for message in damaged:
-        print(f"left out: {message}", file=sys.stderr)
-    return 2 if damaged else 0
+        for message in damaged:
+            print(f"left out: {message}", file=sys.stderr)
+        return 2 if damaged else 0
+
+    return ended("error", work)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ FOLDERS = "train_data_dir reg_data_dir conditioning_data_dir resume".split()
 def collect_problems(args: Namespace, stop: StopSettings, parser: ArgumentParser) -> list[str]:
     """Every problem of the settings as a line, beyond those of `stop`; empty without any."""
     args = Namespace(**{**vars(args), "stop": stop})
-    checks = _missing, _ranges, _contradictions, _components, _shadows, _full_unet, _sdxl, _paths
+    checks = _missing, _ranges, _contradictions, _components, _rates, _shadows, _full_unet, _sdxl, _paths
     return _refused(args, parser) + [line for check in checks for line in check(args)]
 
 
@@ -211,6 +211,19 @@ def _shadows(args):
     return lines
 
 
+def _rates(args):
+    """Rates of 0 for all that is to be trained."""
+    unet = not args.network_train_text_encoder_only and _rate(args, args.unet_lr)
+    text = not (args.network_train_unet_only or args.train_full_unet)
+    if unet or (text and any(_rate(args, rate) for rate in args.text_encoder_lr or [None])):
+        return []
+    return ["nothing to train: the learning rates of all that is to be trained are 0; raise --learning_rate"]
+
+
+def _rate(args, own):
+    return args.learning_rate if own is None else own
+
+
 def _full_unet(args):
     if not args.train_full_unet:
         return []
@@ -243,11 +256,9 @@ def _paths(args):
     lines = [
         f"--{name} {getattr(args, name)}: there is no such file"
         for name in FILES
-        if getattr(args, name) and not Path(getattr(args, name)).is_file()
+        if getattr(args, name) and not _is_file(getattr(args, name))
     ]
-    lines += [
-        f"--base_weights {path}: there is no such file" for path in args.base_weights or [] if not Path(path).is_file()
-    ]
+    lines += [f"--base_weights {path}: there is no such file" for path in args.base_weights or [] if not _is_file(path)]
     lines += [
         f"--{name} {getattr(args, name)}: there is no such folder"
         for name in FOLDERS
@@ -263,6 +274,11 @@ def _paths(args):
     ):
         lines.append(f"--pretrained_model_name_or_path {base}: there is no such file or folder")
     return lines
+
+
+def _is_file(path):
+    """Whether a path is a file, or a folder that PEFT saved an adapter to."""
+    return Path(path).is_file() or (Path(path) / "adapter_model.safetensors").is_file()
 
 
 def _given(args, name):
