@@ -115,10 +115,11 @@ def hash_metadata(kind: str, name: str | Path, location: Path) -> dict[str, str]
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy or download it again") from error
+    with readable(path):
+        content = json.loads(read_text(path))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
 
 
 def _hub_folder(name):

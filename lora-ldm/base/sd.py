@@ -18,6 +18,7 @@ from base.files import (
     load_from_folder,
     local_path,
     read_json,
+    readable,
     write_clip_vocabulary,
 )
 from base.single_file import config_folder, load_components, load_single_file_vae, read_checkpoint
@@ -197,7 +198,10 @@ def make_model(
         scheduler_config = {**scheduler_config, "prediction_type": "v_prediction"}
     for part in (unet, vae_model, *text_encoders):
         part.requires_grad_(False).eval()
-    return model_class(unet, vae_model, text_encoders, tokenizers, scheduler_config, str(path), hashes)
+    model = model_class(unet, vae_model, text_encoders, tokenizers, scheduler_config, str(path), hashes)
+    with readable(f"{path}: its scheduler configuration"):
+        model.alphas_cumprod.sum()
+    return model
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, family: str = "sd1") -> AutoencoderKL:
