@@ -168,7 +168,7 @@ def test_a_folder_whose_files_lack_tensors_or_are_torn_is_one_message(base, imag
         whole = (bad / name).read_bytes()
         for torn in (b"{", b"[]", b"\xff\xfe", *([b'{"beta_start": "x"}'] if "scheduler" in name else [])):
             (bad / name).write_bytes(torn)
-            refused(lambda: run(str(bad), images, tmp_path / "out"), capsys, f"bad/{name.split('/')[0]}")
+            refused(lambda: run(str(bad), images, tmp_path / "out"), capsys, "/bad", name.split("/")[0])
         (bad / name).write_bytes(whole)
 
 
