@@ -17,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from base.tensor_files import file_hashes, refuse_not_finite
+from base.tensor_files import file_hashes, first_line, refuse_not_finite
 from es_lora.files import read_text
 
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
@@ -65,8 +65,7 @@ def readable(source: str | Path) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source} cannot be loaded ({reason}); copy or download it again") from error
+        raise ValueError(f"{source} cannot be loaded ({first_line(error)}); copy or download it again") from error
 
 
 def load_clip_tokenizer(
@@ -125,13 +124,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def _hub_folder(name):
     import huggingface_hub
 
+    offline = not hub_answers()
     try:
-        offline = not hub_answers()
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=PIPELINE_FILES, local_files_only=offline))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = "which does not answer" if offline else first_line(error)
         raise FileNotFoundError(
             f"{name} is neither a file or folder here nor could it be read from the Hugging Face hub "
-            f"({str(error).splitlines()[0]}); give a local path"
+            f"({reason}); give a local path"
         ) from error
 
 

@@ -105,10 +105,13 @@ def _entries(path, text):
     """The tables of a TOML file, or the objects of a JSON file."""
     if path.suffix.lower() == ".toml":
         table = read_toml(path, "prompt file").get("prompt", {})
-        table = table if isinstance(table, dict) else {"subset": table}
+        subsets = table.get("subset", []) if isinstance(table, dict) else [table]
+        if not (isinstance(subsets, list) and all(isinstance(subset, dict) for subset in subsets)):
+            raise ValueError(
+                f"prompt file {path} must hold [prompt] with common settings and [[prompt.subset]] for each"
+            )
         common = {key: value for key, value in table.items() if key != "subset"}
-        entries = [{**common, **subset} for subset in table.get("subset", [])]
-        return entries or ([common] if "prompt" in common else [])
+        return [{**common, **subset} for subset in subsets] or ([common] if "prompt" in common else [])
     try:
         entries = json.loads(text)
     except json.JSONDecodeError as error:

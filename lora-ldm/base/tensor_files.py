@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -33,6 +32,11 @@ def refuse_not_finite(source: str | Path, tensors: Mapping[str, torch.Tensor]) -
         )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _is_finite(value):
     if value.is_meta:
         return True
@@ -51,9 +55,9 @@ def _read(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(
-            f"{path} cannot be read as tensors only ({str(error).splitlines()[0]}). A pickle may carry code, so "
+            f"{path} cannot be read as tensors only ({first_line(error)}). A pickle may carry code, so "
             "nothing else is read from it; convert the checkpoint to .safetensors with a tool you trust"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}

@@ -158,13 +158,14 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     from base.files import hub_answers
+    from base.tensor_files import first_line
 
     offline = not hub_answers()
     try:
         names = ("model.onnx", "selected_tags.csv")
         model, tags = (Path(hf_hub_download(args.repo_id, name, local_files_only=offline)) for name in names)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = "which does not answer" if offline else first_line(error)
         advice = "give the files with --model model.onnx --tags selected_tags.csv"
         raise ValueError(f"{args.repo_id} cannot be had from the hub ({reason}): {advice}") from error
     return model, args.tags or tags

@@ -2,11 +2,13 @@
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from es_lora.settings import StopSettings
 from es_lora.shadows import rate_is_adams
+from settings.entry_point import missing_package
 
 SECRETS = ("wandb_api_key", "huggingface_token")
 
@@ -266,6 +268,10 @@ def _paths(args):
         and not Path(getattr(args, name)).is_dir()
         and not (name == "reg_data_dir" and args.num_class_images)  # it is made then
     ]
+    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        lines.append(f"--output_dir {args.output_dir} is a file: name a folder")
+    if args.log_with in ("wandb", "tensorboard") and find_spec(args.log_with) is None:
+        lines.append(f"--log_with {args.log_with}: {missing_package(args.log_with)}")
     base = args.pretrained_model_name_or_path
     if (
         base

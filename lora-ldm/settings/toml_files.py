@@ -40,7 +40,7 @@ def _advice(text: str, path: Path) -> str:
     """What to do about a file that is no TOML, where that can be seen."""
     if is_json(text):
         convert = f"import json, toml; print(toml.dumps(json.load(open('{path.as_posix()}'))))"
-        return f'. It is JSON: convert it with python -c "{convert}" > {path.with_suffix(".toml").name}'
+        return f'. It is JSON: convert it with python -c "{convert}" > {path.stem}-converted.toml'
     return f". {SINGLE_QUOTES}" if "\\" in text else ""
 
 

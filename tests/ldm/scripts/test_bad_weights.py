@@ -194,3 +194,36 @@ def test_embeddings_that_onetrainer_bundles_are_left_out_with_a_word(base, image
     flags = {"network_weights": path, "dim_from_weights": True, "network_alpha": 1, "max_train_steps": 1}
     assert run(base, images, tmp_path / "out", **flags) == 0
     assert caplog.text.count("(mycat, style) are left out") == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["junk.safetensors", "junk.ckpt", "junk.pt", "junk.gguf", "none.safetensors", "folder"]
+)
+def test_what_is_no_file_of_weights_is_one_message_everywhere(base, images, tmp_path, capsys, name):
+    (tmp_path / "folder").mkdir()
+    if name.startswith("junk"):
+        (tmp_path / name).write_bytes(b"junk")
+    path = str(tmp_path / name)
+    refused(tools(base, base, path, tmp_path)["merge_lora"], capsys, name)
+    refused(tools(base, base, path, tmp_path)["sample_images"], capsys, name)
+    for way in tools(path, base, path, tmp_path).values():
+        refused(way, capsys, name)
+    for flag in ("pretrained_model_name_or_path", "vae", "network_weights"):
+        refused(
+            lambda flag=flag: run(**{"base": base, "images": images, "out": tmp_path / "o", flag: path}), capsys, name
+        )
+
+
+def test_a_state_that_is_damaged_is_one_message(base, images, tmp_path, capsys):
+    assert run(base, images, tmp_path / "out", max_train_steps=2, save_state_on_train_end=True) == 0
+    (state,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir() and path.name.endswith("-state"))
+    again = {"resume": state, "max_train_steps": 4}
+    for name in ("progress.json", "optimizer.pt", "random-0.pt", "lora.safetensors"):
+        whole = (state / name).read_bytes()
+        for torn in (b"[]", whole[: len(whole) // 2]):
+            (state / name).write_bytes(torn)
+            refused(lambda: run(base, images, tmp_path / "more", **again), capsys, state.name)
+        (state / name).write_bytes(whole)
+    weights = load_file(state / "lora.safetensors")
+    save_file({**weights, FIRST: weights[FIRST] * float("nan")}, state / "lora.safetensors")
+    refused(lambda: run(base, images, tmp_path / "more", **again), capsys, FIRST, "NaN or Inf")

@@ -49,3 +49,15 @@ def test_a_fault_of_ours_keeps_its_traceback_and_says_so(capsys, error):
 
 def test_what_the_work_gives_is_the_exit_code():
     assert [ended("tool", lambda code=code: code) for code in (0, 3)] == [0, 3]
+
+
+def test_a_logger_that_is_not_installed_is_said_with_its_command(tmp_path, monkeypatch):
+    from settings.parsing import parse_arguments
+
+    monkeypatch.setattr("settings.checks.find_spec", lambda name: None)
+    words = ["--pretrained_model_name_or_path", "owner/base", "--train_data_dir", str(tmp_path), "--resolution", "64"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError) as caught:
+        parse_arguments([*words, "--output_dir", str(tmp_path / "file"), "--log_with", "wandb"])
+    assert "--log_with wandb: the package wandb is not installed: pip install wandb" in str(caught.value)
+    assert "is a file: name a folder" in str(caught.value)
