@@ -147,6 +147,7 @@ def read_records(subset: SubsetSettings) -> list[ImageRecord]:
     FileNotFoundError: the folder or the metadata file is missing."""
     if subset.metadata_file:
         captions = read_metadata(subset)
+        report_not_listed(subset, captions)
     else:
         captions = read_folder_captions(subset)
     captions = first_lines(captions, subset)
@@ -218,6 +219,16 @@ def spelled(path: Path) -> Optional[Path]:
         if candidate.is_file():
             return candidate
     return None
+
+
+def report_not_listed(subset: SubsetSettings, captions: dict[Path, str]) -> None:
+    """Counts the pictures of a folder that its metadata file does not name."""
+    if subset.image_dir is None:
+        return
+    others = [path for path in image_files(existing_folder(subset.image_dir, "image folder")) if path not in captions]
+    if others:
+        message = "%s does not name %d images of %s, which are not used; the first is %s"
+        logger.warning(message, subset.metadata_file, len(others), subset.image_dir, others[0].name)
 
 
 def find_caption_file(path: Path, extension: str) -> Optional[Path]:
@@ -356,7 +367,8 @@ def find_masks(paths: list[Path], subset: SubsetSettings, problems: list[str]) -
     missing = [path.name for path in paths if path.stem not in by_stem]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        problems += [f"conditioning_data_dir {folder} has no mask of the same name for {len(missing)} images: {shown}"]
+        lack = f"has no mask of the same name for {len(missing)} images: {shown}{deeper_hint(folder)}"
+        problems.append(f"conditioning_data_dir {folder} {lack}")
     return {path: by_stem[path.stem] for path in paths if path.stem in by_stem}
 
 

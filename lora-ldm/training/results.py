@@ -143,7 +143,7 @@ def next_commands(outcome: Outcome, run: Run) -> dict[str, str]:
     kept, base = shown_path(folder / outcome.files["kept"].path), args.pretrained_model_name_or_path
     models = ["--base", kept] if args.train_full_unet else ["--base", base, "--lora", kept]
     prompts = run.previews.prompts
-    prompt = prompts[0].prompt if prompts else run.loader.batches[0]["captions"][0]
+    prompt = prompts[0].prompt if prompts else run.loader.batches.whole_captions()[0]
     words = [*models, *kind, *text, "--prompt", short_prompt(prompt)]
     commands = {"Try it": _script("sample_images.py", *words)}
     if args.train_full_unet:

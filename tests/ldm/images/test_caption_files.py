@@ -176,3 +176,24 @@ def test_the_separator_joins_trigger_word_and_listed_tags(tmp_path):
     listed = make_images(tmp_path / "listed", ["a.png"])
     (listed / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a cat", "tags": ["x", "y"]}))
     assert captions_of(listed, caption_separator=";") == {"a.png": "a cat; x; y"}
+
+
+def test_pictures_that_a_metadata_file_does_not_name_are_counted(tmp_path, caplog):
+    make_images(tmp_path / "pictures", ["a.png", "b.png", "c.png"])
+    (tmp_path / "meta.json").write_text(json.dumps({"a": {"caption": "a cat"}}))
+    with caplog.at_level(logging.WARNING):
+        assert captions_of(tmp_path / "pictures", in_json=str(tmp_path / "meta.json")) == {"a.png": "a cat"}
+    assert "does not name 2 images" in caplog.text and "the first is b.png" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_both_ends_of_lines_end_lines_in_every_reader(tmp_path, end):
+    folder = make_images(tmp_path / "1_cat", ["a.png"])
+    (folder / "a.txt").write_text(f"one{end}{end}two{end}", newline="")
+    assert captions_of(tmp_path, enable_wildcard=True) == {"a.png": "one\ntwo"}
+    (tmp_path / "run.toml").write_text(f'[a]{end}seed = 3{end}name = "x"{end}words = [{end}1,{end}2]{end}', newline="")
+    assert read_toml(tmp_path / "run.toml", "--config_file") == {"a": {"seed": 3, "name": "x", "words": [1, 2]}}
+    (tmp_path / "prompts.txt").write_text(f"one{end}# no{end}two --s 2{end}", newline="")
+    assert [prompt.prompt for prompt in read_prompts(tmp_path / "prompts.txt")] == ["one", "two"]
+    (tmp_path / "tags.csv").write_text(f"name,category{end}one,0{end}two,4{end}", newline="")
+    assert [(tag.name, tag.category) for tag in read_tags(tmp_path / "tags.csv")] == [("one", 0), ("two", 4)]
