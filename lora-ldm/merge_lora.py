@@ -25,6 +25,8 @@ from network.folding import fold_into_tensors, fold_lora
 from network.lora_file import DTYPES, load_lora
 from settings.entry_point import ended
 
+TOO_LARGE = "the sum is too large for it: give --save_precision float, or lower --ratios"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code: 0, or 2 with one line on stderr."""
@@ -53,7 +55,7 @@ def _merge_file(base, target, loras, args):
     dtype = DTYPES[args.save_precision]
     if dtype is not None:
         checkpoint = {k: value.to(dtype) if value.is_floating_point() else value for k, value in checkpoint.items()}
-    refuse_not_finite(f"{target} in {args.save_precision or 'its precision'}", checkpoint)
+    refuse_not_finite(f"{target} in {args.save_precision or 'its precision'}", checkpoint, TOO_LARGE)
     metadata = {}
     if base.suffix == ".safetensors":
         with safe_open(base, "pt") as file:
@@ -78,7 +80,7 @@ def _merge_folder(base, target, loras, args):
         fold_lora(model, tensors, ratio)
     for part in (model.unet, model.vae, *model.text_encoders):
         part.to(dtype)
-        refuse_not_finite(f"{target} in {args.save_precision or 'float'}", part.state_dict())
+        refuse_not_finite(f"{target} in {args.save_precision or 'float'}", part.state_dict(), TOO_LARGE)
     write_folder_whole(target, model.save_pipeline)
 
 

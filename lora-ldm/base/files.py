@@ -50,7 +50,7 @@ def load_from_folder(model_class: type, folder: Path, dtype: torch.dtype) -> tor
     settings = {"local_files_only": True, "variant": variant, precision: dtype, "output_loading_info": True}
     with readable(folder):
         model, info = model_class.from_pretrained(folder, **settings)
-    if info["missing_keys"]:
+    if info.get("missing_keys"):
         missing = sorted(info["missing_keys"])
         raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; copy or download it again")
     refuse_not_finite(folder, model.state_dict())
@@ -62,7 +62,7 @@ def readable(source: str | Path) -> Iterator[None]:
     """Whatever a library stumbles on while it reads a file is a ValueError that names the file."""
     try:
         yield
-    except ImportError:
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ValueError(f"{source} cannot be loaded ({first_line(error)}); copy or download it again") from error

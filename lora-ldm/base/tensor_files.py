@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+EARLIER_FILE = "the run that saved it had diverged, or it is damaged: use an earlier file"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -22,14 +23,11 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def refuse_not_finite(source: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError, by the first one's name, where tensors hold NaN or Inf."""
+def refuse_not_finite(source: str | Path, tensors: Mapping[str, torch.Tensor], advice: str = EARLIER_FILE) -> None:
+    """Raise ValueError, by the first one's name, where tensors hold NaN or Inf. advice: the fix."""
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
     if bad:
-        raise ValueError(
-            f"{source}: {bad[0]} holds NaN or Inf ({len(bad)} of {len(tensors)} tensors do); the run that saved it "
-            "had diverged, or it is damaged: use an earlier file"
-        )
+        raise ValueError(f"{source}: {bad[0]} holds NaN or Inf ({len(bad)} of {len(tensors)} tensors do); {advice}")
 
 
 def first_line(error: BaseException) -> str:
@@ -55,6 +53,8 @@ def _read(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again") from error
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(
             f"{path} cannot be read as tensors only ({first_line(error)}). A pickle may carry code, so "

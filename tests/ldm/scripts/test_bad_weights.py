@@ -127,7 +127,13 @@ def test_strengths_and_precisions_that_give_inf_are_refused(base, lora, tmp_path
     save_lora(tmp_path / "lora.safetensors", {**lora, FIRST: lora[FIRST] * 1e8})
     path = str(tmp_path / "lora.safetensors")
     merge = ["--sd_model", base, "--models", path, "--save_to", str(tmp_path / "merged")]
-    refused(lambda: merge_lora.main([*merge, "--save_precision", "fp16"]), capsys, "fp16", "NaN or Inf")
+    refused(
+        lambda: merge_lora.main([*merge, "--save_precision", "fp16"]),
+        capsys,
+        "fp16",
+        "NaN or Inf",
+        "--save_precision float",
+    )
     refused(lambda: merge_lora.main([*merge, "--ratios", "nan"]), capsys, "--ratios nan must be finite")
     refused(tools(base, base, f"{path}:nan", tmp_path)["sample_images"], capsys, "strength nan")
 
