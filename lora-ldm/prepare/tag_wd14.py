@@ -165,7 +165,8 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path]:
         names = ("model.onnx", "selected_tags.csv")
         model, tags = (Path(hf_hub_download(args.repo_id, name, local_files_only=offline)) for name in names)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = "which does not answer" if offline else first_line(error)
+        unanswered = offline and isinstance(error, LocalEntryNotFoundError)
+        reason = "it does not answer" if unanswered else first_line(error)
         advice = "give the files with --model model.onnx --tags selected_tags.csv"
         raise ValueError(f"{args.repo_id} cannot be had from the hub ({reason}): {advice}") from error
     return model, args.tags or tags
