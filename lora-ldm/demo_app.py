@@ -11,13 +11,20 @@ Whoever reaches the page can start trainings: --server.address 127.0.0.1 keeps i
 import argparse
 import io
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import quiet_libraries  # noqa: F401  (before diffusers)
-import streamlit as st
+
+from settings.entry_point import BAD_INPUT, missing_package, say
+
+try:
+    import streamlit as st
+except ModuleNotFoundError as error:
+    sys.exit(say("demo_app", missing_package(error.name), BAD_INPUT))
 
 from demo.process import LIMITS, OFFERED_RULES, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base
 from demo.run_folders import TREE, Places, Run, decision_of, offered
@@ -227,7 +234,7 @@ def make_pictures(base: str, run: Run, picked: dict[str, Path | None], wanted: A
                 picture = maker.picture(Prompt(**wanted), lora, strength)
                 facts = {**wanted, "base": base, "lora": lora.name if lora else "none", "strength": strength}
                 group.append((label, png_with_settings(picture, facts)))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         st.error(str(error))
         return
     title = f"{wanted['prompt']} · seed {wanted['seed']} · {wanted['sample_steps']} steps · strength {strength:g}"
@@ -330,7 +337,7 @@ def main() -> None:
     page = st.navigation(list(PAGES.values()), position="top")
     try:
         page.run()
-    except ValueError as error:  # such as a name that was not offered
+    except (ValueError, OSError) as error:  # such as a name that was not offered
         st.error(str(error))
 
 

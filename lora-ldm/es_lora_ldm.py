@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Optional
 
 import quiet_libraries  # noqa: F401  (before diffusers)
-import torch
 
 from base.families import StableDiffusion
 from images.batches import build_datasets
+from settings.entry_point import ended
 from settings.parsing import parse_arguments
 from training.loop import train
 from training.results import finish, last_lines
@@ -26,28 +26,17 @@ from training.setup import set_up
 def main(argv: Optional[Sequence[str]] = None, family: type[StableDiffusion] = StableDiffusion) -> int:
     """Run the trainer for a kind of base; -> exit code. argv: the words, None: the process's."""
 
-    def failed(message):
-        for line in message.splitlines():
-            print(f"{family.program}: {line}", file=sys.stderr)
-        return 2
-
-    try:
+    def work() -> int:
         args = parse_arguments(argv, family.is_sdxl)
         if args.debug_dataset:
             return show_data(args)
         run = set_up(args, family)
         outcome = finish(run, train(run))
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        return failed(str(error))
-    except torch.OutOfMemoryError as error:
-        advice = "lower --train_batch_size or --resolution, or add --gradient_checkpointing or --mixed_precision"
-        return failed(f"out of memory: {advice} ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        failed("interrupted at once; what was saved before is whole")
-        return 130
-    if run.processes.is_main:
-        print("\n".join(last_lines(outcome, run)))
-    return outcome.exit_code
+        if run.processes.is_main:
+            print("\n".join(last_lines(outcome, run)))
+        return outcome.exit_code
+
+    return ended(family.program, work, "interrupted at once; what was saved before is whole")
 
 
 def show_data(args: Namespace) -> int:

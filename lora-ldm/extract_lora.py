@@ -22,6 +22,7 @@ from base.sd import SDModel
 from network.lora import component_roots, find_modules
 from network.lora_file import DTYPES, save_lora
 from network.metadata import build_metadata
+from settings.entry_point import ended
 
 UNCHANGED = 1e-12  # ||dW|| / ||W|| up to which a layer counts as not trained
 NOTHING = 1e-6  # share of the change that is not worth a line
@@ -153,13 +154,12 @@ def table(layers: list[ChangedLayer], kept: list[ChangedLayer], shares: dict[str
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code: 0, or 2 with one line on stderr."""
     args = _parser().parse_args(argv)
-    try:
-        for line in _run(args):
-            print(line)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"extract_lora: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work() -> int:
+        print(*_run(args), sep="\n")
+        return 0
+
+    return ended("extract_lora", work)
 
 
 @torch.no_grad()
@@ -169,10 +169,8 @@ def _run(args):
     if args.rank < 1:
         raise ValueError(f"--rank {args.rank} is not allowed: it must be at least 1")
     settings = {"v2": args.v2, "v_parameterization": args.v_parameterization}
-    models = [
-        load_base_model(path, **settings, tokenizer_cache_dir=args.tokenizer_cache_dir)
-        for path in (args.model_org, args.model_tuned)
-    ]
+    loading = {**settings, "vae": args.vae, "tokenizer_cache_dir": args.tokenizer_cache_dir}
+    models = [load_base_model(path, **loading) for path in (args.model_org, args.model_tuned)]
     for root in (root for model in models for root in component_roots(model).values()):
         root.to(args.device)
     layers = changed_layers(*models)
@@ -199,6 +197,7 @@ def _parser():
     add("--rank", "--dim", type=int, default=16, help="at most; a small layer gets its own (default %(default)s)")
     add("--select", default="energy:0.9", help="all, top:N or energy:SHARE of the most changed (%(default)s)")
     add("--save_precision", choices=["float", "fp16", "bf16"], help="of the saved tensors (default float)")
+    add("--vae", help="a VAE, where the models are files without one")
     add("--v2", action="store_true", help="the models are SD 2.x")
     add("--v_parameterization", action="store_true", help="they predict velocity")
     add("--tokenizer_cache_dir", help="where the CLIP vocabulary lies, for single files")

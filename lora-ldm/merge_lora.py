@@ -9,7 +9,7 @@ folder. LoRAs of kohya's and diffusers' naming are read, and LyCORIS' locon, loh
 """
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,26 +18,30 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from base.tensor_files import read_tensors
+from base.files import read_json
+from base.tensor_files import read_tensors, refuse_not_finite
 from es_lora.files import write_folder_whole, write_whole
 from network.folding import fold_into_tensors, fold_lora
 from network.lora_file import DTYPES, load_lora
+from settings.entry_point import ended
+
+TOO_LARGE = "the sum is too large for it: give --save_precision float, or lower --ratios"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit code: 0, or 2 with one line on stderr."""
     args = _parser().parse_args(argv)
-    try:
-        ratios = _check(args)
-        loras = [(load_lora(path)[0], ratio) for path, ratio in zip(args.models, ratios)]
-        base, target = Path(args.sd_model), Path(args.save_to)
-        if base.is_file() and target.suffix:
-            _merge_file(base, target, loras, args)
-        else:
-            _merge_folder(args.sd_model, target, loras, args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"merge_lora: {error}", file=sys.stderr)
-        return 2
+    return ended("merge_lora", lambda: _merge(args))
+
+
+def _merge(args):
+    ratios = _check(args)
+    loras = [(load_lora(path)[0], ratio) for path, ratio in zip(args.models, ratios)]
+    base, target = Path(args.sd_model), Path(args.save_to)
+    if base.is_file() and target.suffix:
+        _merge_file(base, target, loras, args)
+    else:
+        _merge_folder(args.sd_model, target, loras, args)
     print(f"{args.save_to}: {args.sd_model} with {len(args.models)} LoRA(s) folded in")
     return 0
 
@@ -45,12 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _merge_file(base, target, loras, args):
     checkpoint = read_tensors(base)
     config = base.with_suffix(".config") / "unet" / "config.json"
-    layers_per_block = json.loads(config.read_text())["layers_per_block"] if config.is_file() else 2
+    layers_per_block = read_json(config)["layers_per_block"] if config.is_file() else 2
     for tensors, ratio in loras:
         fold_into_tensors(checkpoint, tensors, ratio, layers_per_block)
     dtype = DTYPES[args.save_precision]
     if dtype is not None:
         checkpoint = {k: value.to(dtype) if value.is_floating_point() else value for k, value in checkpoint.items()}
+    refuse_not_finite(f"{target} in {args.save_precision or 'its precision'}", checkpoint, TOO_LARGE)
     metadata = {}
     if base.suffix == ".safetensors":
         with safe_open(base, "pt") as file:
@@ -65,12 +70,17 @@ def _merge_folder(base, target, loras, args):
 
     dtype = DTYPES[args.save_precision] or torch.float32
     model = load_base_model(
-        base, v2=args.v2, v_parameterization=args.v_parameterization, tokenizer_cache_dir=args.tokenizer_cache_dir
+        base,
+        v2=args.v2,
+        v_parameterization=args.v_parameterization,
+        vae=args.vae,
+        tokenizer_cache_dir=args.tokenizer_cache_dir,
     )
     for tensors, ratio in loras:
         fold_lora(model, tensors, ratio)
     for part in (model.unet, model.vae, *model.text_encoders):
         part.to(dtype)
+        refuse_not_finite(f"{target} in {args.save_precision or 'float'}", part.state_dict(), TOO_LARGE)
     write_folder_whole(target, model.save_pipeline)
 
 
@@ -84,7 +94,9 @@ def _check(args):
         problems.append(f"--save_to ends in {target.suffix}; give a .safetensors file or a folder without an ending")
     if target.suffix and Path(args.sd_model).is_dir():
         problems.append(f"--sd_model is a folder, so --save_to must be one, too: leave {target.suffix} out")
-    if target.exists() and target.samefile(args.sd_model):
+    if not all(map(math.isfinite, ratios)):
+        problems.append(f"--ratios {' '.join(map(str, ratios))} must be finite numbers")
+    if target.exists() and Path(args.sd_model).exists() and target.samefile(args.sd_model):
         problems.append(f"--save_to is the base model itself ({target}); give another path")
     elif target.is_dir() and any(target.iterdir()):
         problems.append(f"--save_to {target} is a folder with files in it; give a new one")
@@ -104,6 +116,7 @@ def _parser():
         "--save_precision", "--precision", choices=["float", "fp16", "bf16"],
         help="of the saved weights; the sum is computed in float32 (default: as the base file, float for a folder)",
     )  # fmt: skip
+    add("--vae", help="another VAE, or that of a base without one, for a folder")
     add("--v2", action="store_true", help="the base is SD 2.x")
     add("--v_parameterization", action="store_true", help="the base predicts velocity")
     add("--tokenizer_cache_dir", help="where the CLIP vocabulary lies, for file to folder")

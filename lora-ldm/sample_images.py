@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from base.sampling import SCHEDULERS, Sampler, parse_prompt_line, read_prompts
+from settings.entry_point import ended
 
 SCHEDULERS.update({f"k_{name}": SCHEDULERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")})
 
@@ -30,6 +31,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--v2", action="store_true")
     parser.add_argument("--v_parameterization", action="store_true")
     parser.add_argument("--clip_skip", type=int)
+    parser.add_argument("--max_token_length", type=int, choices=[75, 150, 225], help="longest prompt (default: 75)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if not (args.prompt or args.prompts):
@@ -48,31 +50,33 @@ def split_weight(text: str) -> tuple[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    try:
-        prompts = [parse_prompt_line(line) for line in args.prompt] + (
-            read_prompts(args.prompts) if args.prompts else []
-        )
-        from base.loading import load_base_model
-        from network.folding import fold_lora
-        from network.lora_file import load_lora
+    return ended("sample_images", lambda: sample(args))
 
-        dtype = torch.float32 if args.device == "cpu" else torch.float16
-        settings = {"v2": args.v2, "v_parameterization": args.v_parameterization, "vae": args.vae}
-        model = load_base_model(args.base, **settings, dtype=dtype)
-        for text in args.lora:
-            path, weight = split_weight(text)
-            fold_lora(model, load_lora(path)[0], weight)
-        for part in (model.unet, model.vae, *model.text_encoders):
-            part.to(args.device)
-        sampler = Sampler(
-            model, lambda captions: model.encode_text(captions, clip_skip=args.clip_skip),
-            sampler=args.sampler, device=args.device,
-        )  # fmt: skip
-        for _, path in sampler.save_pictures(prompts, args.out, "picture", args.seed):
-            print(path)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"sample_images: {error}", file=sys.stderr)
-        return 2
+
+def sample(args: argparse.Namespace) -> int:
+    """Make the pictures and print their paths; -> 0."""
+    prompts = [parse_prompt_line(line) for line in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
+    from base.loading import load_base_model
+    from base.text_encoding import what_is_cut
+    from network.folding import fold_lora
+    from network.lora_file import load_lora
+
+    dtype = torch.float32 if args.device == "cpu" else torch.float16
+    settings = {"v2": args.v2, "v_parameterization": args.v_parameterization, "vae": args.vae}
+    model = load_base_model(args.base, **settings, dtype=dtype)
+    how = {"max_token_length": args.max_token_length, "clip_skip": args.clip_skip}
+    for line in what_is_cut(model, [prompt.prompt for prompt in prompts], args.max_token_length, "prompts"):
+        print(f"sample_images: {line}", file=sys.stderr)
+    for text in args.lora:
+        path, weight = split_weight(text)
+        fold_lora(model, load_lora(path)[0], weight)
+    for part in (model.unet, model.vae, *model.text_encoders):
+        part.to(args.device)
+    sampler = Sampler(
+        model, lambda captions: model.encode_text(captions, **how), sampler=args.sampler, device=args.device
+    )
+    for _, path in sampler.save_pictures(prompts, args.out, "picture", args.seed):
+        print(path)
     return 0
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from base.sd import SDModel, load_sd_model
 from base.sdxl import TextConditions, load_sdxl_model
 from base.text_cache import TextFiles, captions_of, conditions_of_all
+from base.text_encoding import what_is_cut
 from images.batches import ImageBatches
 
 
@@ -46,6 +47,12 @@ class StableDiffusion:
             raise ValueError(
                 "--zero_terminal_snr needs a base that predicts v: at the last timestep epsilon is the input"
             )
+
+    def notices(self, batches: Iterable[ImageBatches], prompts: Iterable[str]) -> list[str]:
+        """What is cut of captions and of the previews' prompts: lines before the first step."""
+        texts = {"captions": [text for part in batches for text in part.whole_captions()], "prompts": list(prompts)}
+        length, weighted = self.args.max_token_length, self.args.weighted_captions
+        return [line for what in texts for line in what_is_cut(self.model, texts[what], length, what, weighted)]
 
     def cache_text(self, batches: Iterable[ImageBatches], prompts: Iterable[str], accelerator: Accelerator) -> None:
         """Encode once what is not trained, where asked for: here nothing, with SDXL captions."""

@@ -2,9 +2,12 @@
 
 Nothing is fetched unless a hub name is given or a single file's tokenizer is found nowhere here."""
 
+import contextlib
 import hashlib
 import json
+import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from base.tensor_files import file_hashes
+from base.tensor_files import file_hashes, first_line, refuse_not_finite
+from es_lora.files import read_text
 
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
 SPECIAL_TOKENS = 3  # begin, end and padding, which a tokenizer without a vocabulary still has
@@ -43,12 +47,25 @@ def load_from_folder(model_class: type, folder: Path, dtype: torch.dtype) -> tor
         raise FileNotFoundError(f"{folder} holds no weights (*.safetensors or *.bin)")
     variant = "fp16" if all(".fp16." in name for name in weights) else None
     precision = "dtype" if issubclass(model_class, PreTrainedModel) else "torch_dtype"
+    settings = {"local_files_only": True, "variant": variant, precision: dtype, "output_loading_info": True}
+    with readable(folder):
+        model, info = model_class.from_pretrained(folder, **settings)
+    if info.get("missing_keys"):
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}; copy or download it again")
+    refuse_not_finite(folder, model.state_dict())
+    return model
+
+
+@contextlib.contextmanager
+def readable(source: str | Path) -> Iterator[None]:
+    """Whatever a library stumbles on while it reads a file is a ValueError that names the file."""
     try:
-        return model_class.from_pretrained(folder, local_files_only=True, variant=variant, **{precision: dtype})
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder} cannot be loaded ({str(error).splitlines()[0]}); copy or download it again"
-        ) from error
+        yield
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{source} cannot be loaded ({first_line(error)}); copy or download it again") from error
 
 
 def load_clip_tokenizer(
@@ -62,9 +79,10 @@ def load_clip_tokenizer(
         candidates += [cache, cache / CLIP_VOCABULARY.replace("/", "_"), cache / CLIP_VOCABULARY, cache / "tokenizer"]
     for candidate in candidates:
         if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.json").is_file():
-            return CLIPTokenizer.from_pretrained(candidate, local_files_only=True)
+            with readable(candidate):
+                return CLIPTokenizer.from_pretrained(candidate, local_files_only=True)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, local_files_only=not _hub_answers())
+        tokenizer = CLIPTokenizer.from_pretrained(CLIP_VOCABULARY, local_files_only=not hub_answers())
     except OSError:
         tokenizer = None
     if tokenizer is None or tokenizer.vocab_size <= SPECIAL_TOKENS:  # transformers 5 makes an empty one of no files
@@ -96,28 +114,43 @@ def hash_metadata(kind: str, name: str | Path, location: Path) -> dict[str, str]
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    return json.loads(path.read_text(encoding="utf-8"))
+    with readable(path):
+        content = json.loads(read_text(path))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
 
 
 def _hub_folder(name):
     import huggingface_hub
 
+    offline = not hub_answers()
     try:
-        offline = not _hub_answers()
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=PIPELINE_FILES, local_files_only=offline))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = "which does not answer" if offline else first_line(error)
         raise FileNotFoundError(
             f"{name} is neither a file or folder here nor could it be read from the Hugging Face hub "
-            f"({str(error).splitlines()[0]}); give a local path"
+            f"({reason}); give a local path"
         ) from error
 
 
-def _hub_answers():
+def hub_answers() -> bool:
     """Whether the hub can be reached: else its client would retry for minutes first."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(_answers()), daemon=True)
+    asking.start()
+    asking.join(HUB_TIMEOUT_SEC)  # the timeout of a request does not count the search for its address
+    return bool(answers and answers[0])
+
+
+def _answers():
+    import huggingface_hub
+
     request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SEC).close()

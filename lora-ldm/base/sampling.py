@@ -9,12 +9,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
-import toml
 import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
 from base.random_state import untouched_random_state
+from es_lora.files import read_text, split_lines
+from settings.toml_files import read_toml
 
 if TYPE_CHECKING:
     from base.sd import SDModel
@@ -87,29 +88,47 @@ def read_prompts(path: Union[str, Path]) -> list[Prompt]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
-            table = toml.loads(text).get("prompt", {})
-            common = {key: value for key, value in table.items() if key != "subset"}
-            entries = [{**common, **subset} for subset in table.get("subset", [])]
-        elif path.suffix == ".json":
-            entries = json.loads(text)
-        else:
-            lines = [line.strip() for line in text.splitlines()]
-            return _some([parse_prompt_line(line) for line in lines if line and not line.startswith("#")], path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, toml.TomlDecodeError) as error:
+        text = read_text(path)
+    except OSError as error:
         raise ValueError(f"prompt file {path} cannot be read: {error}") from error
-    known = {field.name for field in fields(Prompt)}
-    for entry in entries:
-        for key in set(entry) - known:
-            raise ValueError(f"prompt file {path}: unknown key '{key}'; there are {', '.join(sorted(known))}")
-    return _some([Prompt(**entry) for entry in entries], path)
-
-
-def _some(prompts, path):
+    if path.suffix.lower() in (".toml", ".json"):
+        prompts = [_prompt_of(entry, path) for entry in _entries(path, text)]
+    else:
+        lines = [line.strip() for line in split_lines(text)]
+        prompts = [parse_prompt_line(line) for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"prompt file {path} has no prompts")
     return prompts
+
+
+def _entries(path, text):
+    """The tables of a TOML file, or the objects of a JSON file."""
+    if path.suffix.lower() == ".toml":
+        table = read_toml(path, "prompt file").get("prompt", {})
+        subsets = table.get("subset", []) if isinstance(table, dict) else [table]
+        if not (isinstance(subsets, list) and all(isinstance(subset, dict) for subset in subsets)):
+            raise ValueError(
+                f"prompt file {path} must hold [prompt] with common settings and [[prompt.subset]] for each"
+            )
+        common = {key: value for key, value in table.items() if key != "subset"}
+        return [{**common, **subset} for subset in subsets] or ([common] if "prompt" in common else [])
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"prompt file {path} is not valid JSON: {error}") from error
+    return entries if isinstance(entries, list) else [entries]
+
+
+def _prompt_of(entry, path):
+    """The Prompt of a line, or of {name: value}."""
+    if isinstance(entry, str):
+        return parse_prompt_line(entry)
+    known = {field.name for field in fields(Prompt)}
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'prompt file {path}: {entry!r} has no "prompt" with a text')
+    for key in set(entry) - known:
+        raise ValueError(f"prompt file {path}: unknown key '{key}'; there are {', '.join(sorted(known))}")
+    return Prompt(**entry)
 
 
 def make_scheduler(name: str, config: dict) -> Any:

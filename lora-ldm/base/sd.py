@@ -18,10 +18,10 @@ from base.files import (
     load_from_folder,
     local_path,
     read_json,
+    readable,
     write_clip_vocabulary,
 )
-from base.single_file import config_folder, load_components, load_single_file_vae
-from base.tensor_files import read_tensors
+from base.single_file import config_folder, load_components, load_single_file_vae, read_checkpoint
 from base.text_encoding import encode_captions
 
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel}
@@ -146,31 +146,32 @@ def load_sd_model(
     if location.is_dir():
         if (location / "text_encoder_2").is_dir():
             raise ValueError(f"{path} has two text encoders, as SDXL has; train it with es_lora_sdxl.py")
-        parts = load_folder(location, dtype, TEXT_ENCODERS)
+        parts = load_folder(location, dtype, TEXT_ENCODERS, with_vae=not vae)
     else:
-        tensors = read_tensors(location)
+        tensors = read_checkpoint(location, TEXT_ENCODERS, with_vae=not vae)
         config = config_folder(location, tensors, v_parameterization)
-        components = load_components(location, tensors, config, dtype, TEXT_ENCODERS)
+        components = load_components(location, tensors, config, dtype, TEXT_ENCODERS, with_vae=not vae)
         tokenizer = load_clip_tokenizer(config / "tokenizer", tokenizer_cache_dir)
         parts = *components, [tokenizer], read_json(config / "scheduler" / "scheduler_config.json")
     _check_version(path, parts[0], v2)
     return make_model(SDModel, parts, path, location, vae, v_parameterization, dtype)
 
 
-def load_folder(folder: Path, dtype: torch.dtype, encoder_classes: dict[str, type]) -> tuple:
-    """(unet, vae, [text encoders], [tokenizers], scheduler configuration) of a diffusers folder.
+def load_folder(folder: Path, dtype: torch.dtype, encoder_classes: dict[str, type], with_vae: bool = True) -> tuple:
+    """(unet, vae or None, [text encoders], [tokenizers], scheduler configuration) of a folder.
 
     encoder_classes: {"text_encoder": its class, ...}; ``text_encoder_2`` has ``tokenizer_2``."""
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoder_classes]
-    needed = ["unet", "vae", *encoder_classes, *tokenizers, "scheduler"]
+    needed = ["unet", *(["vae"] if with_vae else []), *encoder_classes, *tokenizers, "scheduler"]
     missing = [name for name in needed if not (folder / name).is_dir()]
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a Stable Diffusion folder in diffusers layout: it lacks {', '.join(missing)}"
+            + ("; give a VAE with --vae" if missing == ["vae"] else "")
         )
     return (
         load_from_folder(UNet2DConditionModel, folder / "unet", dtype),
-        load_from_folder(AutoencoderKL, folder / "vae", dtype),
+        load_from_folder(AutoencoderKL, folder / "vae", dtype) if with_vae else None,
         [load_from_folder(encoder_class, folder / name, dtype) for name, encoder_class in encoder_classes.items()],
         [load_clip_tokenizer(folder / name) for name in tokenizers],
         read_json(folder / "scheduler" / "scheduler_config.json"),
@@ -197,7 +198,10 @@ def make_model(
         scheduler_config = {**scheduler_config, "prediction_type": "v_prediction"}
     for part in (unet, vae_model, *text_encoders):
         part.requires_grad_(False).eval()
-    return model_class(unet, vae_model, text_encoders, tokenizers, scheduler_config, str(path), hashes)
+    model = model_class(unet, vae_model, text_encoders, tokenizers, scheduler_config, str(path), hashes)
+    with readable(f"{path}: its scheduler configuration"):
+        model.alphas_cumprod.sum()
+    return model
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, family: str = "sd1") -> AutoencoderKL:

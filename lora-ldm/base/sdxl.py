@@ -14,8 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from base.files import load_clip_tokenizer, local_path, read_json
 from base.sd import SDModel, load_folder, make_model
-from base.single_file import load_components, sdxl_config_folder
-from base.tensor_files import read_tensors
+from base.single_file import load_components, read_checkpoint, sdxl_config_folder
 from base.text_encoding import encode_captions
 
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -137,11 +136,11 @@ def load_sdxl_model(
     if location.is_dir():
         if not (location / "text_encoder_2").is_dir():
             raise ValueError(f"{path} has no second text encoder, so it is not SDXL; train it with es_lora_ldm.py")
-        parts = load_folder(location, dtype, TEXT_ENCODERS)
+        parts = load_folder(location, dtype, TEXT_ENCODERS, with_vae=not vae)
     else:
-        tensors = read_tensors(location)
+        tensors = read_checkpoint(location, TEXT_ENCODERS, with_vae=not vae)
         config = sdxl_config_folder(location, tensors)
-        components = load_components(location, tensors, config, dtype, TEXT_ENCODERS)
+        components = load_components(location, tensors, config, dtype, TEXT_ENCODERS, with_vae=not vae)
         tokenizers = [load_clip_tokenizer(config / "tokenizer", tokenizer_cache_dir) for _ in TEXT_ENCODERS]
         tokenizers[1].pad_token = SECOND_PADDING
         parts = *components, tokenizers, read_json(config / "scheduler" / "scheduler_config.json")

@@ -4,6 +4,8 @@ The model configurations ship in sd_configs/. A checkpoint of another shape (a f
 model) brings its
 own: a diffusers folder of configurations, named like the file but for ``.config``."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import quiet_libraries  # noqa: F401  (before diffusers)
@@ -11,10 +13,22 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, create_diffusers_clip_model_from_ldm
 
+from base.files import readable
 from base.tensor_files import read_tensors
 
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "sd_configs"
 CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+PART_PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
+    "text_encoder_2": "conditioner.embedders.1.",
+}
+PART_NAMES = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+# Some fine-tunes leave a level of CLIP's names out.
+_TEXT_LEVEL = re.compile(
+    r"^((?:cond_stage_model|conditioner\.embedders\.0)\.transformer\.)(embeddings|encoder|final_layer)"
+)
 SDXL_KEY = "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
 
 
@@ -51,24 +65,54 @@ def load_components(
     config: Path,
     dtype: torch.dtype,
     encoder_classes: dict[str, type],
+    with_vae: bool = True,
 ) -> tuple:
-    """(unet, vae, [text encoders]) from the tensors of a single file, in evaluation mode.
+    """(unet, vae or None, [text encoders]) from a single file's tensors, in evaluation mode.
     encoder_classes: {"text_encoder": its class, ...} in order."""
-    _check_unet_shapes(path, tensors, config)
     settings = {"config": str(config), "torch_dtype": dtype, "local_files_only": True}
-    parts = {
-        "unet": UNet2DConditionModel.from_single_file(dict(tensors), subfolder="unet", **settings),
-        "vae": AutoencoderKL.from_single_file(dict(tensors), subfolder="vae", **settings),
-    }
-    for name, encoder_class in encoder_classes.items():
-        parts[name] = create_diffusers_clip_model_from_ldm(encoder_class, dict(tensors), subfolder=name, **settings)
+    with readable(path):
+        wrong = _other_shapes(tensors, config)
+    if wrong:
+        raise ValueError(
+            f"{path} does not have the shape of {config.name} ({len(wrong)} tensors differ, e.g. {wrong[0]}); "
+            f"inpainting and depth models are not supported. For a model of another size put its configurations in "
+            f"{Path(path).with_suffix('.config')}"
+        )
+    with readable(path):
+        parts = {"unet": UNet2DConditionModel.from_single_file(dict(tensors), subfolder="unet", **settings)}
+        if with_vae:
+            parts["vae"] = AutoencoderKL.from_single_file(dict(tensors), subfolder="vae", **settings)
+        for name, encoder_class in encoder_classes.items():
+            parts[name] = create_diffusers_clip_model_from_ldm(encoder_class, dict(tensors), subfolder=name, **settings)
     for name, part in parts.items():
         missing = [key for key, value in part.state_dict().items() if value.is_meta]
         if missing:
             raise ValueError(f"{path}: {len(missing)} tensors of the {name} are missing, the first is {missing[0]}")
         part.eval()
-    unet, vae, *text_encoders = parts.values()
-    return unet, vae, text_encoders
+    return parts["unet"], parts.get("vae"), [parts[name] for name in encoder_classes]
+
+
+def read_checkpoint(path: str | Path, encoders: Iterable[str], with_vae: bool = True) -> dict[str, torch.Tensor]:
+    """The tensors of a whole model, its text encoder's under their usual names.
+
+    encoders: the text encoders that are needed. Raises ValueError for parts that it lacks."""
+    tensors = {_TEXT_LEVEL.sub(r"\1text_model.\2", name): value for name, value in read_tensors(path).items()}
+    needed = ["unet", *(["vae"] if with_vae else []), *encoders]
+    missing = [part for part in needed if not any(name.startswith(PART_PREFIXES[part]) for name in tensors)]
+    if missing:
+        kind = "an SDXL" if "text_encoder_2" in needed else "a Stable Diffusion 1.x or 2.x"
+        lack = " and ".join(f"no {PART_NAMES[part]}" for part in missing)
+        raise ValueError(f"{path} is not {kind} checkpoint that is whole: {lack} in it; {_advice(missing, tensors)}")
+    return tensors
+
+
+def _advice(missing, tensors):
+    """Where the missing parts are to be had."""
+    if missing == ["vae"]:
+        return "give a VAE with --vae, a file or a folder"
+    if any(name.startswith(("lora_", "unet.", "base_model.")) for name in tensors):
+        return "it is a LoRA; give the base that it was trained on"
+    return "give the whole checkpoint, not a part of one, or a folder in diffusers layout"
 
 
 def load_single_file_vae(path: str | Path, dtype: torch.dtype, family: str = "sd1") -> AutoencoderKL:
@@ -78,9 +122,9 @@ def load_single_file_vae(path: str | Path, dtype: torch.dtype, family: str = "sd
         raise ValueError(f"{path} holds no VAE (no decoder.conv_in.weight); give a VAE file or a diffusers VAE folder")
     own = Path(path).with_suffix(".config")
     config = own if own.is_dir() else CONFIG_ROOT / family
-    return AutoencoderKL.from_single_file(
-        tensors, config=str(config), subfolder="vae", torch_dtype=dtype, local_files_only=True
-    )
+    settings = {"config": str(config), "subfolder": "vae", "torch_dtype": dtype, "local_files_only": True}
+    with readable(path):
+        return AutoencoderKL.from_single_file(tensors, **settings)
 
 
 def unet_original_names(
@@ -94,18 +138,13 @@ def unet_original_names(
     return {name: originals[id(value)] for name, value in converted.items()}
 
 
-def _check_unet_shapes(path, tensors, config):
+def _other_shapes(tensors, config):
+    """The tensors of the U-Net whose shapes differ from the configuration's, in words."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(config), subfolder="unet"))
     layout = unet_original_names(tensors, unet.config.layers_per_block, unet.config.addition_embed_type)
-    wrong = [
+    return [
         f"{layout[name]} {tuple(tensors[layout[name]].shape)} instead of {tuple(value.shape)}"
         for name, value in unet.state_dict().items()
         if name in layout and tensors[layout[name]].shape != value.shape
     ]
-    if wrong:
-        raise ValueError(
-            f"{path} does not have the shape of {config.name} ({len(wrong)} tensors differ, e.g. {wrong[0]}); "
-            f"inpainting and depth models are not supported. For a model of another size put its configurations in "
-            f"{Path(path).with_suffix('.config')}"
-        )

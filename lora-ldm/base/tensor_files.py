@@ -2,37 +2,62 @@
 
 import hashlib
 import io
-import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+EARLIER_FILE = "the run that saved it had diverged, or it is damaged: use an earlier file"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or a pickle's by weights only. {name: tensor}, on CPU.
 
-    Raises FileNotFoundError: no such file; ValueError: damaged, or a pickle that holds more than
-    tensors."""
-    path = Path(path)
+    Raises FileNotFoundError: no such file; ValueError: damaged, not finite, or a pickle that holds
+    more than tensors."""
+    tensors = _read(Path(path))
+    refuse_not_finite(path, tensors)
+    return tensors
+
+
+def refuse_not_finite(source: str | Path, tensors: Mapping[str, torch.Tensor], advice: str = EARLIER_FILE) -> None:
+    """Raise ValueError, by the first one's name, where tensors hold NaN or Inf. advice: the fix."""
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
+    if bad:
+        raise ValueError(f"{source}: {bad[0]} holds NaN or Inf ({len(bad)} of {len(tensors)} tensors do); {advice}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _is_finite(value):
+    if value.is_meta:
+        return True
+    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
+
+
+def _read(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file; give a .safetensors or .ckpt file")
+    if path.suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
+        allowed = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; allowed are {allowed}")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
-        if path.suffix not in PICKLE_SUFFIXES:
-            allowed = ", ".join((".safetensors", *PICKLE_SUFFIXES))
-            raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; allowed are {allowed}")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(
-            f"{path} cannot be read as tensors only ({str(error).splitlines()[0]}). A pickle may carry code, so "
+            f"{path} cannot be read as tensors only ({first_line(error)}). A pickle may carry code, so "
             "nothing else is read from it; convert the checkpoint to .safetensors with a tool you trust"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}

@@ -3,11 +3,19 @@
 A caption of up to 75 n tokens is encoded as n chunks of 77 positions (BOS, 75 tokens, EOS). The
 states are joined to BOS + 75 n + EOS: the U-Net sees (B, 77, D), (B, 152, D) or (B, 227, D)."""
 
+from __future__ import annotations
+
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import CLIPTokenizer
 
+if TYPE_CHECKING:
+    from base.sd import SDModel
+
+TOKEN_LENGTHS = (75, 150, 225)  # of --max_token_length
 UP_WEIGHT = 1.1  # what one pair of brackets means: (word) is multiplied by it, [word] divided
 
 _MARKUP = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*[+-]?[0-9]*\.?[0-9]+\s*\)|[^\\()\[\]:]+|:|\\")
@@ -79,6 +87,32 @@ def tokenize_chunks(
     return torch.tensor(rows), torch.tensor(weights)
 
 
+def what_is_cut(
+    model: SDModel, texts: Sequence[str], max_token_length: int | None, what: str = "captions", weighted: bool = False
+) -> list[str]:
+    """A line on the texts beyond the length that is used: how many, the longest, the way out.
+
+    Empty where nothing is cut. what: the name of the texts."""
+    tokenizer, body_tokens = model.tokenizers[0], model.text_encoders[0].config.max_position_embeddings - 2
+    used = _chunk_count(max_token_length) * body_tokens
+    counts = [_token_count(tokenizer, caption, weighted) for caption in texts]
+    longer = [count for count in counts if count > used]
+    if not longer:
+        return []
+    keeps = [length for length in TOKEN_LENGTHS if _chunk_count(length) * body_tokens >= max(longer)]
+    wider = [length for length in TOKEN_LENGTHS if length > (max_token_length or TOKEN_LENGTHS[0])]
+    advice = f"--max_token_length {keeps[0]} keeps them whole" if keeps else "shorten them"
+    if wider and not keeps:
+        advice = f"--max_token_length {wider[-1]} keeps more of them, the rest has to be shortened"
+    return [f"{len(longer)} of {len(counts)} {what} are cut at {used} tokens, the longest has {max(longer)}: {advice}"]
+
+
+def _token_count(tokenizer, caption, weighted):
+    pieces = [text for text, _ in parse_weighted_caption(caption)] if weighted else [caption]
+    texts = tokenizer(pieces, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return sum(map(len, texts))
+
+
 def encode_captions(
     text_encoder: torch.nn.Module,
     tokenizer: CLIPTokenizer,
@@ -117,9 +151,9 @@ def encode_captions(
 
 
 def _chunk_count(max_token_length):
-    if max_token_length not in (None, 75, 150, 225):
+    if max_token_length not in (None, *TOKEN_LENGTHS):
         raise ValueError(f"max_token_length is {max_token_length}; allowed are 75, 150 and 225")
-    return (max_token_length or 75) // 75
+    return (max_token_length or TOKEN_LENGTHS[0]) // TOKEN_LENGTHS[0]
 
 
 def _layer_states(text_encoder, output, clip_skip):

@@ -15,8 +15,8 @@ from base.loading import load_base_model
 from base.sampling import Prompt, Sampler
 from base.sd import SDModel
 from network.folding import fold_lora
-from network.lora import find_modules
-from network.lora_file import group_modules, load_lora, rename_text_encoder
+from network.lora import find_modules, rename_modules
+from network.lora_file import group_modules, load_lora
 
 
 @contextlib.contextmanager
@@ -29,8 +29,9 @@ def lora_applied(model: SDModel, path: str | Path | None, strength: float = 1.0)
         yield
         return
     tensors = load_lora(path)[0]
-    layers = {name: layer for _, _, name, layer in find_modules(model, everywhere=True)}
-    touched = [layers[name] for name in group_modules(rename_text_encoder(tensors, layers)) if name in layers]
+    candidates = find_modules(model, everywhere=True)
+    layers = {name: layer for _, _, name, layer in candidates}
+    touched = [layers[name] for name in group_modules(rename_modules(tensors, candidates)) if name in layers]
     before = [layer.weight.detach().clone() for layer in touched]
     try:
         fold_lora(model, tensors, strength)

@@ -12,6 +12,7 @@ from pathlib import Path
 from base.loading import is_sdxl
 from base.sampling import parse_prompt_line
 from demo.run_folders import LOG_NAME, TREE, Places
+from es_lora.files import split_lines
 from es_lora.rules import DEFAULT_RULE, RULES
 
 PROMPTS_NAME = "preview_prompts.txt"
@@ -82,7 +83,7 @@ class TrainingSettings:
             raise ValueError("\n".join(problems))
 
     def prompt_lines(self) -> list[str]:
-        return [line.strip() for line in self.prompts.splitlines() if line.strip() and not line.strip().startswith("#")]
+        return [line.strip() for line in split_lines(self.prompts) if line.strip() and not line.strip().startswith("#")]
 
 
 def command(settings: TrainingSettings, places: Places, folder: str | Path) -> list[str]:

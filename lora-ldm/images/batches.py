@@ -247,6 +247,13 @@ class ImageBatches(torch.utils.data.Dataset):
         batches._in_memory, batches._on_disk = self._in_memory, self._on_disk
         return batches
 
+    def whole_captions(self) -> list[str]:
+        """A caption an image as it is trained on where nothing of it is varied or left out."""
+        records = [image.record for dataset in self.datasets for image in dataset.images]
+        settings = {id(record.subset): without_chance(record.subset) for record in records}
+        chance = random.Random(0)
+        return [process_caption(r.caption, settings[id(r.subset)], chance, epoch=0, step=0) for r in records]
+
     def metadata(self) -> dict[str, object]:
         """The `ss_*` facts of the saved LoRA that come from the data."""
         return dataset_metadata(self.datasets, num_batches=len(self), is_user_config=self.is_user_config)

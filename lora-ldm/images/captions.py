@@ -39,7 +39,7 @@ def process_caption(
     else:
         text = text.split("\n", 1)[0]
     if needs_tags(text, subset):
-        text = ", ".join(process_tags(text, subset, rng, step, total_steps))
+        text = subset.between_tags.join(process_tags(text, subset, rng, step, total_steps))
     if subset.secondary_separator:
         text = text.replace(subset.secondary_separator, subset.caption_separator)
     return text if subset.is_reg else with_trigger_word(text, subset)
@@ -50,7 +50,7 @@ def with_trigger_word(text: str, subset: SubsetSettings) -> str:
     trigger = subset.trigger_word
     if not trigger or re.match(rf"{re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
         return text
-    return f"{trigger}{subset.caption_separator} {text}" if text else trigger
+    return f"{trigger}{subset.between_tags}{text}" if text else trigger
 
 
 def is_dropped(subset: SubsetSettings, rng: random.Random, epoch: int) -> bool:

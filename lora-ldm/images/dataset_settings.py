@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
-import toml
+from settings.toml_files import read_toml
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 # Keys of upstream's configuration that have no meaning for LoRA training of SD 1.x/2.x here.
@@ -76,6 +76,11 @@ class SubsetSettings:
     resize_interpolation: Optional[str] = setting(None, "str", choices=INTERPOLATIONS)
     validation_split: float = setting(0.0, "float", minimum=0, maximum=1)
     validation_seed: Optional[int] = setting(None, "int")
+
+    @property
+    def between_tags(self) -> str:
+        """What joins tags: the separator, and a space where it does not end in one."""
+        return self.caption_separator if self.caption_separator[-1:].isspace() else f"{self.caption_separator} "
 
     @property
     def has_masks(self) -> bool:
@@ -212,16 +217,6 @@ def unknown_key(key: str, allowed: dict[str, Any]) -> str:
     return f"unknown key {key}: {hint}"
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Content of a TOML file. Raises FileNotFoundError, or ValueError with the line at fault."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--dataset_config {path}: there is no such file")
-    try:
-        return toml.loads(Path(path).read_text(encoding="utf-8"))
-    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError) as error:  # IndexError: the parser on some torn lines
-        raise ValueError(f"--dataset_config {path} is not valid TOML: {error}") from error
-
-
 def list_of_tables(value: Any, name: str, problems: list[str]) -> list[dict[str, Any]]:
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return value
@@ -233,7 +228,7 @@ def settings_from_toml(path: str | Path, args: Namespace) -> list[DatasetSetting
     """DatasetSettings of a --dataset_config file over the values of the command line.
 
     Raises FileNotFoundError: no such file; ValueError: all that is wrong in it, a line each."""
-    content, problems = read_toml(path), []
+    content, problems = read_toml(path, "--dataset_config"), []
     base = command_line_values(args, problems)
     for key in sorted(set(content) - {"general", "datasets"}):
         nearest = difflib.get_close_matches(key, ["general", "datasets"], n=1)

@@ -14,11 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator, Optional
 
+from es_lora.files import read_text, split_lines
 from images.dataset_settings import SubsetSettings
 
 logger = logging.getLogger(__name__)
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff", ".gif")
-CONVERT_FIRST = (".heic", ".heif", ".jxl", ".psd", ".svg")  # often met, not read by Pillow alone
+JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".jfi", ".pjpeg", ".pjp")
+IMAGE_EXTENSIONS = (".png", ".apng", *JPEG_EXTENSIONS, ".webp", ".bmp", ".dib", ".avif", ".tif", ".tiff", ".gif")
+# Pictures that people have and that are not read here.
+CONVERT_FIRST = """
+    .heic .heif .jxl .psd .svg .jp2 .j2k .jpx .tga .ppm .pgm .pbm .pnm .ico .exr .hdr .xcf .eps
+    .raw .cr2 .cr3 .nef .arw .dng .orf .rw2
+""".split()
 CAPTION_EXTENSIONS = (".caption", ".txt")
 REPEAT_FOLDER = re.compile(r"(\d+)(?:_(.*))?")
 
@@ -55,8 +61,13 @@ def existing_folder(folder: str | Path, flag: str) -> Path:
 def subsets_of_folder(
     data_dir: str | Path, flag: str, common: SubsetSettings, masks_dir: Optional[str]
 ) -> list[SubsetSettings]:
-    """A subset for each `<repeats>_<name>` folder in `data_dir`; the name: default caption."""
+    """A subset for each `<repeats>_<name>` folder in `data_dir`; the name: default caption.
+
+    `data_dir` may be such a folder itself, with pictures and no such folders inside."""
     root = existing_folder(data_dir, flag)
+    if is_leaf(root):
+        logger.warning("%s %s is a <repeats>_<name> folder itself: it alone is used", flag, data_dir)
+        return [subset_of_folder(root, common, masks_dir)]
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     subsets, others = [], []
     for folder in folders:
@@ -67,9 +78,7 @@ def subsets_of_folder(
         if int(match[1]) < 1:
             logger.warning("%s: 0 repeats, its images are not used", folder)
             continue
-        masks = mask_folder(masks_dir, folder.name)
-        named = {"class_tokens": match[2], "num_repeats": int(match[1]), "conditioning_data_dir": masks}
-        subsets.append(replace(common, image_dir=str(folder), **named))
+        subsets.append(subset_of_folder(folder, common, masks_dir))
     if not subsets and (root / "metadata.jsonl").is_file():  # an image folder as `datasets` writes it
         return [replace(common, image_dir=str(root), conditioning_data_dir=masks_dir)]
     if not subsets:
@@ -82,6 +91,25 @@ def subsets_of_folder(
     return subsets
 
 
+def subset_of_folder(folder: Path, common: SubsetSettings, masks_dir: Optional[str]) -> SubsetSettings:
+    """The subset of a `<repeats>_<name>` folder."""
+    match = REPEAT_FOLDER.fullmatch(folder.absolute().name)
+    masks = mask_folder(masks_dir, folder.absolute().name)
+    named = {"class_tokens": match[2], "num_repeats": int(match[1]), "conditioning_data_dir": masks}
+    return replace(common, image_dir=str(folder), **named)
+
+
+def is_leaf(root: Path) -> bool:
+    """Whether a folder is a `<repeats>_<name>` folder with pictures, and holds no such folders."""
+    match = REPEAT_FOLDER.fullmatch(root.absolute().name)
+    return bool(match and int(match[1]) and any(image_files(root)) and not repeat_folders(root))
+
+
+def repeat_folders(root: Path) -> list[Path]:
+    """The `<repeats>_<name>` folders directly in a folder."""
+    return [folder for folder in sorted(root.iterdir()) if folder.is_dir() and REPEAT_FOLDER.fullmatch(folder.name)]
+
+
 def mask_folder(masks_dir: Optional[str], name: str) -> Optional[str]:
     """The mask folder with the name of the image folder, or the one folder for all."""
     if masks_dir is None:
@@ -92,6 +120,12 @@ def mask_folder(masks_dir: Optional[str], name: str) -> Optional[str]:
 
 def no_repeat_folders(root: Path, flag: str, others: list[str]) -> str:
     wanted = f"{flag} {root} must hold folders named <repeats>_<name>, such as 10_{others[0] if others else 'mycat'}"
+    deeper = [root / name for name in others if repeat_folders(root / name)]
+    if deeper:
+        return f"{wanted}: they lie in {deeper[0]}, give {flag} {deeper[0]}"
+    zeros = [folder.name for folder in repeat_folders(root)]
+    if zeros:
+        return f"{wanted}: {', '.join(zeros)} has 0 repeats, so that nothing is trained; give it 1 or more"
     if others:
         return f'{wanted}: rename "{others[0]}" to "10_{others[0]}" (10 = each image comes 10 times an epoch)'
     if any(image_files(root)):
@@ -113,8 +147,10 @@ def read_records(subset: SubsetSettings) -> list[ImageRecord]:
     FileNotFoundError: the folder or the metadata file is missing."""
     if subset.metadata_file:
         captions = read_metadata(subset)
+        report_not_listed(subset, captions)
     else:
         captions = read_folder_captions(subset)
+    captions = first_lines(captions, subset)
     problems: list[str] = []
     masks = find_masks(list(captions), subset, problems)
     if problems:
@@ -129,18 +165,15 @@ def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
     listed = folder / "metadata.jsonl"
     metadata = read_image_list(listed, subset) if listed.is_file() else {}
     paths = sorted(set(image_files(folder)) | set(metadata))
-    convert = Counter(p.suffix.lower() for p in folder.iterdir() if p.suffix.lower() in CONVERT_FIRST)
-    if convert:
-        shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(convert.items()))
-        logger.warning("%s: %s files are not read: convert them with prepare/resize_images.py", folder, shown)
+    report_left_out(folder, set(paths))
     if not paths:
-        raise ValueError(f"image folder {folder} holds no images ({', '.join(IMAGE_EXTENSIONS)})")
+        raise ValueError(f"image folder {folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}){deeper_hint(folder)}")
     captions, sources, problems = {}, Counter(), []
     for path in paths:
         caption_file = find_caption_file(path, subset.caption_extension)
         if caption_file:
-            captions[path] = read_caption(caption_file, subset.enable_wildcard, problems)
-            sources[caption_file.suffix] += 1
+            captions[path] = read_caption(caption_file, problems)
+            sources[caption_file.suffix.lower()] += 1
         elif path in metadata:
             captions[path] = metadata[path]
         else:
@@ -152,24 +185,88 @@ def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
     return captions
 
 
-def find_caption_file(path: Path, extension: str) -> Optional[Path]:
-    """`cat.txt` or `cat.png.txt` for cat.png; else the other usual extension."""
-    for suffix in dict.fromkeys((extension,) + CAPTION_EXTENSIONS):
-        for candidate in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
-            if candidate.is_file():
-                return candidate
+def report_left_out(folder: Path, used: set[Path]) -> None:
+    """Counts and names the pictures that a folder holds and training does not read."""
+    convert = Counter(p.suffix.lower() for p in folder.iterdir() if p.suffix.lower() in CONVERT_FIRST)
+    if convert:
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(convert.items()))
+        advice = "convert them to .png first (prepare/resize_images.py does it for .heic)"
+        logger.warning("%s: %s files are not read: %s", folder, shown, advice)
+    deeper = Counter(path.parent for path in deeper_images(folder) if path not in used)
+    if deeper and used:
+        shown = ", ".join(f"{count} in {inner.relative_to(folder)}" for inner, count in sorted(deeper.items())[:5])
+        message = "%s: %d images in folders below it are not used (%s): move them up"
+        logger.warning(message, folder, sum(deeper.values()), shown)
+
+
+def deeper_images(folder: Path) -> Iterator[Path]:
+    """Images in the folders below a folder; hidden folders are left out."""
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        yield from image_files(inner)
+        yield from deeper_images(inner)
+
+
+def deeper_hint(folder: Path) -> str:
+    """`: they lie in ...` where the folders below a folder hold images; empty otherwise."""
+    inner = list(dict.fromkeys(str(path.parent) for path in deeper_images(folder)))
+    return f"; they lie in {', '.join(inner[:3])}: give that folder" if inner else ""
+
+
+def spelled(path: Path) -> Optional[Path]:
+    """The file of this name, its extension in small or capital letters, or None."""
+    for suffix in dict.fromkeys((path.suffix, path.suffix.lower(), path.suffix.upper(), path.suffix.title())):
+        candidate = path.with_suffix(suffix)
+        if candidate.is_file():
+            return candidate
     return None
 
 
-def read_caption(path: Path, all_lines: bool, problems: list[str]) -> str:
-    """First line of a caption file, or all lines that are not empty."""
+def report_not_listed(subset: SubsetSettings, captions: dict[Path, str]) -> None:
+    """Counts the pictures of a folder that its metadata file does not name."""
+    if subset.image_dir is None:
+        return
+    others = [path for path in image_files(existing_folder(subset.image_dir, "image folder")) if path not in captions]
+    if others:
+        message = "%s does not name %d images of %s, which are not used; the first is %s"
+        logger.warning(message, subset.metadata_file, len(others), subset.image_dir, others[0].name)
+
+
+def find_caption_file(path: Path, extension: str) -> Optional[Path]:
+    """`cat.txt` or `cat.png.txt` for cat.png; else the other usual extension."""
+    for suffix in dict.fromkeys((extension, *CAPTION_EXTENSIONS)):
+        for candidate in (path.with_suffix(suffix), path.with_name(path.name + suffix)):
+            found = spelled(candidate)
+            if found:
+                return found
+    return None
+
+
+def read_caption(path: Path, problems: list[str]) -> str:
+    """The lines of a caption file that are not empty."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        problems.append(f"caption file {path} is not UTF-8 text: save it as UTF-8")
+        return written_lines(read_text(path))
+    except ValueError as error:
+        problems.append(f"caption file {error}")
         return ""
-    lines = [line.strip() for line in lines if line.strip()] if all_lines else [line.strip() for line in lines[:1]]
-    return "\n".join(lines)
+
+
+def written_lines(text: str) -> str:
+    """A caption as written, without empty lines and the spaces around lines."""
+    return "\n".join(line.strip() for line in split_lines(text) if line.strip())
+
+
+def first_lines(captions: dict[Path, str], subset: SubsetSettings) -> dict[Path, str]:
+    """The captions cut to their first line, and said, but where several are alternatives."""
+    if subset.enable_wildcard:
+        return captions
+    longer = [text.count("\n") + 1 for text in captions.values() if "\n" in text]
+    if longer:
+        message = "%s: %d of %d captions have several lines (at most %d), only their first line is used: %s"
+        advice = "write a caption in one line, or take one of its lines each time with --enable_wildcard"
+        logger.warning(
+            message, subset.image_dir or subset.metadata_file, len(longer), len(captions), max(longer), advice
+        )
+    return {path: text.partition("\n")[0] for path, text in captions.items()}
 
 
 def report_caption_sources(folder: Path, subset: SubsetSettings, sources: Counter, captions: dict[Path, str]) -> None:
@@ -195,8 +292,8 @@ def read_metadata(subset: SubsetSettings) -> dict[Path, str]:
     if path.suffix.lower() == ".jsonl":
         return read_image_list(path, subset)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"metadata file {path} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise ValueError(f'metadata file {path} must be an object {{"image": {{"caption": "...", "tags": "..."}}}}')
@@ -206,7 +303,7 @@ def read_metadata(subset: SubsetSettings) -> dict[Path, str]:
 def read_image_list(path: Path, subset: SubsetSettings) -> dict[Path, str]:
     """Captions of a metadata.jsonl: one `{"file_name": ..., "text" or "caption": ...}` a line."""
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(split_lines(read_text(path)), 1):
         if not line.strip():
             continue
         try:
@@ -228,7 +325,7 @@ def captions_by_path(source: Path, entries: list[tuple[str, dict]], subset: Subs
         if path is None:
             missing.append(key)
         else:
-            captions[path] = joined_caption(entry, subset.caption_separator)
+            captions[path] = joined_caption(entry, subset.between_tags)
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"{source} names {len(missing)} images that are not in {folder}: {shown}")
@@ -249,16 +346,16 @@ def find_image(folder: Path, beside: Path, key: str) -> Optional[Path]:
     return None
 
 
-def joined_caption(entry: dict, separator: str) -> str:
+def joined_caption(entry: dict, between_tags: str) -> str:
     """Caption and tags of a metadata entry as one text."""
     parts = []
     for name in ("caption", "tags"):
         value = entry.get(name)
         if isinstance(value, list):
-            value = f"{separator} ".join(str(item) for item in value)
+            value = between_tags.join(str(item) for item in value)
         if value:
-            parts.append(str(value).strip())
-    return f"{separator} ".join(parts)
+            parts.append(written_lines(str(value)))
+    return between_tags.join(parts)
 
 
 def find_masks(paths: list[Path], subset: SubsetSettings, problems: list[str]) -> dict[Path, Path]:
@@ -270,7 +367,8 @@ def find_masks(paths: list[Path], subset: SubsetSettings, problems: list[str]) -
     missing = [path.name for path in paths if path.stem not in by_stem]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        problems += [f"conditioning_data_dir {folder} has no mask of the same name for {len(missing)} images: {shown}"]
+        lack = f"has no mask of the same name for {len(missing)} images: {shown}{deeper_hint(folder)}"
+        problems.append(f"conditioning_data_dir {folder} {lack}")
     return {path: by_stem[path.stem] for path in paths if path.stem in by_stem}
 
 

@@ -10,14 +10,12 @@ from settings.key_values import key_values
 
 
 def make_network(args: Namespace, model: SDModel) -> tuple[Any, dict]:
-    """(what is trained, in the model; parsed --network_args). Raises ValueError if nothing is."""
+    """(what is trained, in the model; parsed --network_args)."""
     if args.train_full_unet:
         return FullUnet(model.unet), {}
     train_unet = not args.network_train_text_encoder_only and _rate(args.unet_lr, args.learning_rate) != 0
     text_rates = args.text_encoder_lr if isinstance(args.text_encoder_lr, list) else [args.text_encoder_lr]
     train_text = not args.network_train_unet_only and any(_rate(rate, args.learning_rate) for rate in text_rates)
-    if not (train_unet or train_text):
-        raise ValueError("nothing to train: the learning rates of the U-Net and of the text encoder are both 0")
     common = dict(
         rank=args.network_dim,
         alpha=args.network_alpha,

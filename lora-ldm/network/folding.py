@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from typing import TYPE_CHECKING, Optional
 
@@ -96,6 +97,8 @@ def update_of(parts: dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def _fold(tensors, weight, weights):
+    if not math.isfinite(weight):
+        raise ValueError(f"a LoRA cannot be laid on with strength {weight}: give a finite number")
     modules = group_modules(rename_text_encoder(tensors, weights))
     updates, problems = {}, []
     for name, parts in modules.items():

@@ -23,6 +23,7 @@ ADAPTER = "default"
 UNET_ATTENTION_BLOCKS = ("Transformer2DModel",)
 UNET_CONVOLUTION_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 TEXT_ENCODER_BLOCKS = ("CLIPAttention", "CLIPMLP")
+RANK_ADVICE = "; --dim_from_weights takes the ranks and alphas of the file"
 NETWORK_ARGS = {"conv_dim": int, "conv_alpha": float, "rank_dropout": float, "module_dropout": float}
 
 
@@ -155,7 +156,8 @@ class LoraNetwork:
             problems += _load_module(mine.get(name), name, parts)
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise ValueError(f"the LoRA does not fit this network: {'; '.join(problems[:3])}{more}")
+            advice = RANK_ADVICE if any(_other_rank(mine.get(name), parts) for name, parts in given.items()) else ""
+            raise ValueError(f"the LoRA does not fit this network: {'; '.join(problems[:3])}{more}{advice}")
 
     @torch.no_grad()
     def scale_weight_norms(self, max_norm: float) -> tuple[int, float, float]:
@@ -380,6 +382,11 @@ def _inject(model, candidates, sizes, adapter=ADAPTER):
         for path, name in chosen.items():
             modules.append(LoraModule(name, component, root.get_submodule(path), *sizes[name], adapter))
     return modules
+
+
+def _other_rank(module, parts):
+    """Whether a file's module differs from this one in its rank."""
+    return module is not None and "lora_down.weight" in parts and len(parts["lora_down.weight"]) != module.rank
 
 
 def _load_module(module, name, parts):

@@ -7,6 +7,7 @@ and the module's path with underscores."""
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +17,11 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from base.files import read_json
 from base.tensor_files import LEGACY_HASH_LENGTH_BYTES, LEGACY_HASH_OFFSET_BYTES, read_tensors
 from es_lora.files import write_whole
 
+logger = logging.getLogger(__name__)
 DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DIFFUSERS_KEY = re.compile(
     r"^(?P<part>unet|text_encoder|text_encoder_2)\.(?P<module>.+?)"
@@ -26,6 +29,12 @@ _DIFFUSERS_KEY = re.compile(
     r"|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<plain>down|up)\.weight"
     r"|\.(?P<alpha>alpha))$"
 )
+_TEXT_NAME = re.compile(r"lora_te([12]?)_(?:text_model_)?(.+)")
+# How the modules of a part begin where PEFT's file does not name the part.
+_UNET_MODULE = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
+_TEXT_MODULE = re.compile(r"(?:text_model|encoder|embeddings|text_projection)\.")
+PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "lora_adapter_metadata"
+BUNDLED = "bundle_emb."
 _PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 # What diffusers' older attention processors call the four projections, for the text encoder.
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -58,17 +67,46 @@ def load_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     """Read a LoRA as ({kohya key: tensor}, metadata); diffusers' and PEFT's keys are renamed.
     Raises FileNotFoundError: no such file; ValueError: damaged, empty, or no LoRA."""
     path = Path(path)
-    tensors = read_tensors(path)
+    path = path / PEFT_FILE if path.is_dir() else path
+    tensors = {_with_part(name): value for name, value in _without_embeddings(path, read_tensors(path)).items()}
     metadata = {}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     if any(_DIFFUSERS_KEY.match(name) for name in tensors):
-        tensors = from_diffusers_names(tensors, metadata)
+        tensors = from_diffusers_names(tensors, {**_peft_settings(path), **metadata})
     if not any(name.startswith("lora_") for name in tensors):
         first = next(iter(tensors), "no tensors")
         raise ValueError(f"{path} is not a LoRA of kohya's or diffusers' naming (its first key: {first})")
     return tensors, metadata
+
+
+def _without_embeddings(path, tensors):
+    """The tensors without the embeddings that OneTrainer bundles, which are said."""
+    names = [name for name in tensors if name.startswith(BUNDLED)]
+    if not names:
+        return tensors
+    embeddings = ", ".join(dict.fromkeys(name.removeprefix(BUNDLED).partition(".")[0] for name in names))
+    logger.warning("%s: the embeddings bundled in it (%s) are left out, only its LoRA is used", path, embeddings)
+    return {name: value for name, value in tensors.items() if name not in names}
+
+
+def _with_part(name):
+    """A key of PEFT's with the part of the model in front, as diffusers writes it."""
+    name = name.replace("base_model.model.", "", 1)
+    for part, module in (("unet", _UNET_MODULE), ("text_encoder", _TEXT_MODULE)):
+        if module.match(name) and _DIFFUSERS_KEY.match(f"{part}.{name}"):
+            return f"{part}.{name}"
+    return name
+
+
+def _peft_settings(path):
+    """What adapter_config.json beside PEFT's file says, under the name that diffusers gives it."""
+    config = path.with_name("adapter_config.json")
+    if not path.name.startswith("adapter_model") or not config.is_file():
+        return {}
+    settings = read_json(config)
+    return {PEFT_SETTINGS: json.dumps({f"{part}.{key}": settings[key] for part in _PREFIXES for key in settings})}
 
 
 def from_diffusers_names(
@@ -95,10 +133,12 @@ def from_diffusers_names(
         raise ValueError(
             f"{len(unknown)} keys are neither kohya's nor diffusers' LoRA names, the first is {unknown[0]}"
         )
-    adapter = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
+    adapter = json.loads((metadata or {}).get(PEFT_SETTINGS, "{}"))
     for kohya_name, (part, module) in modules.items():
         alpha = (adapter.get(f"{part}.alpha_pattern") or {}).get(module, adapter.get(f"{part}.lora_alpha"))
         if alpha is not None:
+            if adapter.get(f"{part}.use_rslora"):  # whose scale is alpha over the root of the rank
+                alpha *= len(converted[f"{kohya_name}.lora_down.weight"]) ** 0.5
             converted.setdefault(f"{kohya_name}.alpha", torch.tensor(float(alpha)))
     return converted
 
@@ -113,18 +153,23 @@ def group_modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch
 
 
 def rename_text_encoder(tensors: dict[str, torch.Tensor], known_names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Swap ``lora_te_`` and ``lora_te1_`` where that is how the network names its first text
-    encoder. Programs disagree on the prefix of the only text encoder of SD 1.x and 2.x."""
-    known = set(known_names)
-    renamed = {}
+    """Give text encoder modules the names that the network has for them.
+
+    Programs disagree on the first text encoder's prefix and on the level ``text_model``."""
+    known, renamed = set(known_names), {}
     for key, value in tensors.items():
-        name = key.partition(".")[0]
-        for old, new in (("lora_te_", "lora_te1_"), ("lora_te1_", "lora_te_")):
-            if name not in known and name.startswith(old) and name.replace(old, new, 1) in known:
-                key = key.replace(old, new, 1)
-                break
-        renamed[key] = value
+        name, dot, part = key.partition(".")
+        renamed[_known_spelling(name, known) + dot + part] = value
     return renamed
+
+
+def _known_spelling(name, known):
+    match = _TEXT_NAME.match(name)
+    if name in known or match is None:
+        return name
+    numbers = ["2"] if match[1] == "2" else ["", "1"]
+    spellings = [f"lora_te{number}_{level}{match[2]}" for number in numbers for level in ("text_model_", "")]
+    return next((spelling for spelling in spellings if spelling in known), name)
 
 
 def lora_hashes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[str, str]:

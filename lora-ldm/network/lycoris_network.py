@@ -17,6 +17,7 @@ from lycoris.kohya import create_network as create_lycoris
 from base.sd import SDModel
 from cs_fluctuation import LoraLayer
 from es_lora.weights import DenseUpdateLayer, without_dropout
+from network.lora import RANK_ADVICE
 from network.lora_file import load_lora, rename_text_encoder
 
 MEASURABLE = ("LoConModule", "LohaModule", "LokrModule")
@@ -130,7 +131,8 @@ class LycorisNetwork:
                 problems.append(f"{name} is {tuple(value.shape)} instead of {tuple(mine[name].shape)}")
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise ValueError(f"the file does not fit this LyCORIS network: {'; '.join(problems[:3])}{more}")
+            advice = RANK_ADVICE if any(" instead of " in problem for problem in problems) else ""
+            raise ValueError(f"the file does not fit this LyCORIS network: {'; '.join(problems[:3])}{more}{advice}")
         for name, target in mine.items():
             if name in tensors:
                 target.copy_(tensors[name])

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from images.folders import IMAGE_EXTENSIONS  # noqa: E402
+from es_lora.files import read_text, split_lines  # noqa: E402
+from images.folders import IMAGE_EXTENSIONS, deeper_hint, spelled  # noqa: E402
 
 
 def find_pictures(folder: Path, recursive: bool) -> list[Path]:
@@ -20,18 +21,20 @@ def find_pictures(folder: Path, recursive: bool) -> list[Path]:
     found = sorted(folder.rglob("*") if recursive else folder.iterdir())
     pictures = [p for p in found if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file() and not p.name.startswith(".")]
     if not pictures:
-        raise ValueError(f"no pictures in {folder}" + ("" if recursive else " (--recursive takes subfolders, too)"))
+        hint = "" if recursive else f" (--recursive takes subfolders, too){deeper_hint(folder)}"
+        raise ValueError(f"no pictures in {folder}{hint}")
     return pictures
+
+
+def caption_path(picture: Path, extension: str) -> Path:
+    """Where a picture's caption is, `cat.TXT` too, or where it is to be written."""
+    path = picture.with_suffix(extension)
+    return spelled(path) or path
 
 
 def existing_caption(path: Path) -> Optional[str]:
     """The text of a caption file, None if there is none. ValueError where it is not UTF-8."""
-    if not path.exists():
-        return None
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"caption file {path} is not UTF-8 text: save it as UTF-8") from None
+    return read_text(path) if path.exists() else None
 
 
 def write_caption(path: Path, text: str) -> None:
@@ -59,7 +62,7 @@ class CaptionFiles:
                 )
 
     def path(self, picture: Path) -> Path:
-        return picture.with_suffix(self.extension)
+        return caption_path(picture, self.extension)
 
     def get(self, picture: Path) -> Optional[str]:
         return existing_caption(self.path(picture))
@@ -75,7 +78,7 @@ class MetadataFile:
     def __init__(self, folder: Path):
         self.folder, self.file, self.lock = folder, folder / "metadata.jsonl", threading.Lock()
         self.entries: dict[str, dict] = {}
-        for number, line in enumerate((existing_caption(self.file) or "").splitlines(), 1):
+        for number, line in enumerate(split_lines(existing_caption(self.file) or ""), 1):
             if line.strip():
                 try:
                     entry = json.loads(line)

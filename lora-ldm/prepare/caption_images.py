@@ -59,6 +59,7 @@ from prepare.caption_services import (  # noqa: E402
     ServiceFault,
     one_line,
 )
+from settings.entry_point import ended  # noqa: E402
 
 NO_ANSWERS_IN_A_ROW = 5
 
@@ -279,16 +280,12 @@ def report(plan: Plan, args: argparse.Namespace, failures: dict[Path, str]) -> N
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit code 0; 2 for bad arguments or pictures left out; 130 interrupted."""
     args = parse_arguments(argv)
-    try:
+
+    def work() -> int:
         validate(args)
-        failures = caption_folder(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one was", file=sys.stderr)
-        return 130
-    return 2 if failures else 0
+        return 2 if caption_folder(args) else 0
+
+    return ended("error", work, "interrupted: the same command goes on where this one was")
 
 
 if __name__ == "__main__":

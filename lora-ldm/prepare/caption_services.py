@@ -16,6 +16,8 @@ from typing import Any, Optional
 
 from PIL import Image
 
+from es_lora.files import read_text
+
 INSTRUCTION = (
     "Describe this picture in one sentence of at most 40 words, as a caption to train an image model with: the "
     "subject, its look and pose, the surroundings, the light and the style. Name only what can be seen. Answer with "
@@ -62,7 +64,7 @@ def read_key(args: Namespace) -> Optional[str]:
     if args.key_file:
         if not args.key_file.is_file():
             raise FileNotFoundError(f"--key_file {args.key_file} does not exist")
-        key, source = args.key_file.read_text(encoding="utf-8-sig").strip(), f"--key_file {args.key_file}"
+        key, source = read_text(args.key_file).strip(), f"--key_file {args.key_file}"
     elif variable:
         key, source = os.environ.get(variable, "").strip(), f"the environment variable {variable}"
     else:

@@ -25,9 +25,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images.buckets import BucketSelector, Size  # noqa: E402
 from images.dataset_settings import INTERPOLATIONS, checked_resolution  # noqa: E402
-from images.folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER  # noqa: E402
+from images.folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER, deeper_hint, spelled  # noqa: E402
 from images.loading import UnreadableImageError, open_image, resize, resize_mask, to_rgb_and_alpha  # noqa: E402
 from prepare.smart_crop import METHODS, Box, crop_box, face_finder  # noqa: E402
+from settings.entry_point import ended  # noqa: E402
 
 HEIF_EXTENSIONS = (".heic", ".heif")
 FORMATS = {"png": {}, "jpg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95}}
@@ -125,7 +126,7 @@ def find_pictures(folder: Path, recursive: bool, output: Path) -> list[Path]:
         and output not in path.resolve().parents
     ]
     if not pictures:
-        hint = "" if recursive else " (--recursive takes subfolders, too)"
+        hint = "" if recursive else f" (--recursive takes subfolders, too){deeper_hint(folder)}"
         raise ValueError(f"no pictures in {folder}{hint}")
     if any(path.suffix.lower() in HEIF_EXTENSIONS for path in pictures):
         register_heif()
@@ -240,8 +241,8 @@ def convert(
 
 def copy_captions(path: Path, target: Path, overwrite: bool) -> None:
     for suffix in CAPTION_EXTENSIONS:
-        source, copy = path.with_suffix(suffix), target.with_suffix(suffix)
-        if source.is_file() and (overwrite or not copy.exists()):
+        source, copy = spelled(path.with_suffix(suffix)), target.with_suffix(suffix)
+        if source and (overwrite or not copy.exists()):
             shutil.copyfile(source, copy)
 
 
@@ -287,12 +288,7 @@ def resize_folder(args: argparse.Namespace) -> Report:
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit code 0, or 2 for bad arguments or damaged pictures (all others are converted)."""
     args = parse_arguments(argv)
-    try:
-        report = resize_folder(args)
-    except (ValueError, FileNotFoundError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 2 if report.damaged else 0
+    return ended("error", lambda: 2 if resize_folder(args).damaged else 0)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from es_lora.files import read_text, split_lines  # noqa: E402
 from images.loading import UnreadableImageError, load_rgb  # noqa: E402
-from prepare.caption_files import existing_caption, find_pictures, write_caption  # noqa: E402
+from prepare.caption_files import caption_path, existing_caption, find_pictures, write_caption  # noqa: E402
+from settings.entry_point import ended  # noqa: E402
 
 DEFAULT_REPO = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 # Categories of selected_tags.csv.
@@ -103,8 +105,7 @@ def read_tags(path: Path) -> list[Tag]:
         raise FileNotFoundError(
             f"tag list {path} does not exist (it is the selected_tags.csv that belongs to the model)"
         )
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(split_lines(read_text(path))))
     try:
         tags = [Tag(row["name"], int(row["category"])) for row in rows]
     except (KeyError, TypeError, ValueError) as error:
@@ -156,10 +157,16 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from base.files import hub_answers
+    from base.tensor_files import first_line
+
+    offline = not hub_answers()
     try:
-        model, tags = (Path(hf_hub_download(args.repo_id, name)) for name in ("model.onnx", "selected_tags.csv"))
+        names = ("model.onnx", "selected_tags.csv")
+        model, tags = (Path(hf_hub_download(args.repo_id, name, local_files_only=offline)) for name in names)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        unanswered = offline and isinstance(error, LocalEntryNotFoundError)
+        reason = "it does not answer" if unanswered else first_line(error)
         advice = "give the files with --model model.onnx --tags selected_tags.csv"
         raise ValueError(f"{args.repo_id} cannot be had from the hub ({reason}): {advice}") from error
     return model, args.tags or tags
@@ -252,7 +259,7 @@ def tag_pictures(captions: dict[Path, Path], tagger: Tagger, args: argparse.Name
 def tag_folder(args: argparse.Namespace) -> list[str]:
     """Tags the pictures of a folder; returns the messages of damaged ones."""
     pictures = find_pictures(args.train_data_dir, args.recursive)
-    captions = {path: path.with_suffix(args.caption_extension) for path in pictures}
+    captions = {path: caption_path(path, args.caption_extension) for path in pictures}
     if not (args.append_tags or args.overwrite):
         captions = {path: caption for path, caption in captions.items() if not caption.exists()}
     damaged, frequency = [], Counter()
@@ -272,15 +279,15 @@ def tag_folder(args: argparse.Namespace) -> list[str]:
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit code 0, or 2 for bad arguments or damaged pictures (all others are tagged)."""
     args = parse_arguments(argv)
-    try:
+
+    def work() -> int:
         validate(args)
         damaged = tag_folder(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for message in damaged:
-        print(f"left out: {message}", file=sys.stderr)
-    return 2 if damaged else 0
+        for message in damaged:
+            print(f"left out: {message}", file=sys.stderr)
+        return 2 if damaged else 0
+
+    return ended("error", work)
 
 
 if __name__ == "__main__":

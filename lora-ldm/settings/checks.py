@@ -2,11 +2,13 @@
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from es_lora.settings import StopSettings
 from es_lora.shadows import rate_is_adams
+from settings.entry_point import missing_package
 
 SECRETS = ("wandb_api_key", "huggingface_token")
 
@@ -99,7 +101,7 @@ FOLDERS = "train_data_dir reg_data_dir conditioning_data_dir resume".split()
 def collect_problems(args: Namespace, stop: StopSettings, parser: ArgumentParser) -> list[str]:
     """Every problem of the settings as a line, beyond those of `stop`; empty without any."""
     args = Namespace(**{**vars(args), "stop": stop})
-    checks = _missing, _ranges, _contradictions, _components, _shadows, _full_unet, _sdxl, _paths
+    checks = _missing, _ranges, _contradictions, _components, _rates, _shadows, _full_unet, _sdxl, _paths
     return _refused(args, parser) + [line for check in checks for line in check(args)]
 
 
@@ -107,7 +109,7 @@ def _refused(args, parser):
     lines = [
         f"--{name} is not supported: {reason}"
         for name, (_, reason) in REJECTED.items()
-        if getattr(args, name) != parser.get_default(name)
+        if getattr(args, name) not in (parser.get_default(name), "no")
     ]
     for name, choices in REJECTED_CHOICES.items():
         if getattr(args, name) in choices and not args.train_full_unet:
@@ -211,6 +213,19 @@ def _shadows(args):
     return lines
 
 
+def _rates(args):
+    """Rates of 0 for all that is to be trained."""
+    unet = not args.network_train_text_encoder_only and _rate(args, args.unet_lr)
+    text = not (args.network_train_unet_only or args.train_full_unet)
+    if unet or (text and any(_rate(args, rate) for rate in args.text_encoder_lr or [None])):
+        return []
+    return ["nothing to train: the learning rates of all that is to be trained are 0; raise --learning_rate"]
+
+
+def _rate(args, own):
+    return args.learning_rate if own is None else own
+
+
 def _full_unet(args):
     if not args.train_full_unet:
         return []
@@ -243,11 +258,9 @@ def _paths(args):
     lines = [
         f"--{name} {getattr(args, name)}: there is no such file"
         for name in FILES
-        if getattr(args, name) and not Path(getattr(args, name)).is_file()
+        if getattr(args, name) and not _is_file(getattr(args, name))
     ]
-    lines += [
-        f"--base_weights {path}: there is no such file" for path in args.base_weights or [] if not Path(path).is_file()
-    ]
+    lines += [f"--base_weights {path}: there is no such file" for path in args.base_weights or [] if not _is_file(path)]
     lines += [
         f"--{name} {getattr(args, name)}: there is no such folder"
         for name in FOLDERS
@@ -255,6 +268,10 @@ def _paths(args):
         and not Path(getattr(args, name)).is_dir()
         and not (name == "reg_data_dir" and args.num_class_images)  # it is made then
     ]
+    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        lines.append(f"--output_dir {args.output_dir} is a file: name a folder")
+    if args.log_with in ("wandb", "tensorboard") and find_spec(args.log_with) is None:
+        lines.append(f"--log_with {args.log_with}: {missing_package(args.log_with)}")
     base = args.pretrained_model_name_or_path
     if (
         base
@@ -263,6 +280,11 @@ def _paths(args):
     ):
         lines.append(f"--pretrained_model_name_or_path {base}: there is no such file or folder")
     return lines
+
+
+def _is_file(path):
+    """Whether a path is a file, or a folder that PEFT saved an adapter to."""
+    return Path(path).is_file() or (Path(path) / "adapter_model.safetensors").is_file()
 
 
 def _given(args, name):

@@ -17,7 +17,7 @@ SAMPLERS = """
     k_lms k_euler k_euler_a k_dpm_2 k_dpm_2_a
 """.split()
 DYNAMO_BACKENDS = """
-    eager aot_eager inductor aot_ts_nvfuser nvprims_nvfuser cudagraphs ofi fx2trt onnxrt tensort ipex tvm
+    no eager aot_eager inductor aot_ts_nvfuser nvprims_nvfuser cudagraphs ofi fx2trt onnxrt tensort ipex tvm
 """.split()
 
 
@@ -81,7 +81,7 @@ def _model(parser):
     add("--vae", str, help="another VAE: folder or file")
     add("--tokenizer_cache_dir", str, help="where the CLIP vocabulary lies or is kept")
     add("--clip_skip", int, help="take the text from the n-th last layer of CLIP")
-    add("--max_token_length", int, choices=[None, 150, 225], help="longest caption; 75 when not given")
+    add("--max_token_length", int, choices=[None, 75, 150, 225], help="longest caption; 75 when not given")
 
 
 def _sdxl(parser):

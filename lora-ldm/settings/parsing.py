@@ -12,8 +12,10 @@ import toml
 
 from es_lora.command_line import nearest
 from es_lora.settings import stop_values
-from settings.checks import collect_problems, complete
+from settings.checks import REJECTED, collect_problems, complete
 from settings.flags import USUAL, Parser, build_parser
+from settings.kohya_gui import own_words
+from settings.toml_files import read_toml
 
 NOT_IN_CONFIG_FILE = ("config_file", "output_config", "wandb_api_key", "huggingface_token")
 
@@ -37,37 +39,35 @@ def parse_arguments(argv: Optional[Sequence[str]] = None, sdxl: bool = False) ->
     if args.output_config:
         raise ValueError("--output_config needs --config_file FILE.toml: the file that is to be written")
     if args.config_file:
-        parser.set_defaults(**read_config(parser, args.config_file))
+        has_length = args.max_train_epochs or args.max_train_steps != parser.get_default("max_train_steps")
+        parser.set_defaults(**read_config(parser, args.config_file, bool(has_length)))
         args = parser.parse_args(argv)
     stop, problems = USUAL.given(stop_values(args))
-    problems = collect_problems(args, stop, parser) + problems
+    problems = collect_problems(args, stop, build_parser(sdxl)) + problems  # a file changes the parser's defaults
     if problems:
         raise ValueError("\n".join(problems))
     return complete(args, stop)
 
 
-def read_config(parser: Parser, path: Union[str, Path]) -> dict[str, Any]:
-    """{flag: value} of a TOML file; sections only group flags. Every problem is collected first."""
-    path = Path(path if str(path).endswith(".toml") else f"{path}.toml")
-    if not path.is_file():
-        raise FileNotFoundError(f"--config_file {path} does not exist")
-    try:
-        content = toml.load(path)
-    except toml.TomlDecodeError as error:
-        raise ValueError(f"--config_file {path} is not valid TOML: {error}") from error
+def read_config(parser: Parser, path: Union[str, Path], has_length: bool = False) -> dict[str, Any]:
+    """{flag: value} of a TOML file; sections only group flags. Every problem is collected first.
+    has_length: the command line says how long to train."""
+    path = Path(path) if Path(path).is_file() else Path(path if str(path).endswith(".toml") else f"{path}.toml")
     flat, problems = {}, []
-    for key, value in content.items():
+    for key, value in read_toml(path, "--config_file").items():
         flat.update(value if isinstance(value, dict) else {key: value})
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("config_file", "output_config")}
+    flat = own_words(flat, set(actions), problems, sdxl=parser.get_default("sdxl"), has_length=has_length)
     for key, value in flat.items():
+        if key not in actions:
+            problems.append(f"unknown key '{key}'{nearest(key, actions)}")
+            continue
         try:
-            flat[key] = _value_from_config(actions[key], value) if key in actions else None
+            flat[key] = _value_from_config(actions[key], value)
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            problems.append(f"{path}: {key} = {value!r} is not accepted: {error}")
-        if key not in actions or key in NOT_IN_CONFIG_FILE:
-            problems.append(f"{path}: unknown key '{key}'{nearest(key, actions)}")
+            problems.append(f"{key} = {value!r} is not accepted: {error}")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
     return flat
 
 
@@ -90,14 +90,15 @@ def _value_from_config(action, value):
     many = action.nargs in ("*", "+")
     values = value if isinstance(value, list) else [value]
     if isinstance(action, argparse._StoreTrueAction):
-        if not isinstance(value, bool):
+        if action.dest not in REJECTED and value not in (True, False):  # 1 and 0 are equal to them
             raise ValueError("true or false is expected")
-        return value
+        return bool(value)
     if not many and isinstance(value, list):
         raise ValueError("one value is expected, not a list")
     for item in values:
         if isinstance(item, bool) and action.nargs != "?":
             raise ValueError("a value is expected, not true or false")
+    values = [int(v) if isinstance(v, float) and action.type is int and v.is_integer() else v for v in values]
     values = [action.type(str(item)) if action.type else str(item) for item in values]
     for item in values:
         if action.choices and item not in action.choices:

@@ -3,11 +3,11 @@
 from argparse import Namespace
 from typing import Any, Optional
 
-import toml
 from accelerate import Accelerator
 
 from es_lora.monitor import scalars
 from settings.checks import plain_settings
+from settings.toml_files import read_toml
 from training.optimizers import Optimization
 
 LEARNING_RATE_NAMES = {"unet": "unet", "te": "textencoder", "te1": "textencoder 1", "te2": "textencoder 2"}
@@ -17,7 +17,7 @@ def start_trackers(accelerator: Accelerator, args: Namespace) -> None:
     """Open TensorBoard and wandb where they were asked for."""
     if not accelerator.log_with:
         return
-    init = toml.load(args.log_tracker_config) if args.log_tracker_config else {}
+    init = read_toml(args.log_tracker_config, "--log_tracker_config") if args.log_tracker_config else {}
     if args.log_with in ("wandb", "all"):
         import wandb
 

@@ -1,6 +1,7 @@
 """Pictures that a run makes: previews of its prompts, DreamBooth's class pictures if missing."""
 
 import itertools
+import logging
 from argparse import Namespace
 from pathlib import Path
 from typing import Optional
@@ -9,20 +10,27 @@ import torch
 
 from base.families import StableDiffusion
 from base.sampling import Prompt, Sampler, read_prompts
+from es_lora.files import read_text
 from images.dataset_settings import checked_resolution
-from images.folders import REPEAT_FOLDER, image_files
+from images.folders import image_files, is_leaf, repeat_folders
 from network.full_unet import FullUnet
 from network.lora import LoraNetwork
 from training.objective import Objective
 from training.optimizers import Optimization
 from training.processes import Processes
 
+logger = logging.getLogger(__name__)
 PREVIEW_FOLDER = "sample"
 CLASS_FOLDER = "1_class"  # made where --reg_data_dir has no <repeats>_<name> folder yet
 
 
 def prompts_of(args: Namespace) -> list[Prompt]:
-    """Those of --sample_prompts. Raises ValueError for a file that cannot be read."""
+    """Those of --sample_prompts. Raises ValueError for a file that cannot be read.
+
+    An empty file makes no previews: kohya_ss's GUI writes one where none are wanted."""
+    if args.sample_prompts and not read_text(args.sample_prompts).strip():
+        logger.warning("--sample_prompts %s is empty: no previews are made", args.sample_prompts)
+        return []
     return read_prompts(args.sample_prompts) if args.sample_prompts else []
 
 
@@ -90,8 +98,9 @@ def make_class_images(args: Namespace, family: type[StableDiffusion], processes:
 def class_folder(reg_data_dir: str) -> Path:
     """The first <repeats>_<name> folder of --reg_data_dir, or the one that is to be made."""
     root = Path(reg_data_dir)
-    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return next((path for path in folders if REPEAT_FOLDER.fullmatch(path.name)), root / CLASS_FOLDER)
+    if not root.is_dir():
+        return root / CLASS_FOLDER
+    return root if is_leaf(root) else next(iter(repeat_folders(root)), root / CLASS_FOLDER)
 
 
 def _generate(args, family, processes, folder, missing):

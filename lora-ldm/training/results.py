@@ -1,6 +1,7 @@
 """The end of a run: which weights are saved under which name, compared pictures, result, report."""
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,6 +18,8 @@ from training.setup import Run
 
 PACKAGES = "torch diffusers transformers peft accelerate safetensors".split()
 TREE = Path(__file__).resolve().parents[1]
+TEXT_FLAGS = ("clip_skip", "max_token_length")  # how text is encoded: by training and by sample_images.py
+PROMPT_LETTERS = 120  # of the prompt in the command to go on with
 NOT_FINITE = "NaN or Inf in the loss, the gradients or the weights"
 
 Pictures = list[tuple[str, Path]]
@@ -136,16 +139,22 @@ def next_commands(outcome: Outcome, run: Run) -> dict[str, str]:
     if "kept" not in outcome.files:
         return {}
     kind = (["--v2"] if args.v2 else []) + (["--v_parameterization"] if args.v_parameterization else [])
-    text = ["--clip_skip", args.clip_skip] if args.clip_skip else []
+    text = [word for flag in TEXT_FLAGS if getattr(args, flag) for word in (f"--{flag}", getattr(args, flag))]
     kept, base = shown_path(folder / outcome.files["kept"].path), args.pretrained_model_name_or_path
     models = ["--base", kept] if args.train_full_unet else ["--base", base, "--lora", kept]
     prompts = run.previews.prompts
-    prompt = prompts[0].prompt if prompts else run.loader.batches[0]["captions"][0]
-    commands = {"Try it": _script("sample_images.py", *models, *kind, *text, "--prompt", prompt)}
+    prompt = prompts[0].prompt if prompts else run.loader.batches.whole_captions()[0]
+    words = [*models, *kind, *text, "--prompt", short_prompt(prompt)]
+    commands = {"Try it": _script("sample_images.py", *words)}
     if args.train_full_unet:
         words = ["--model_org", base, "--model_tuned", kept, *kind, "--save_to", f"{kept}-lora.safetensors"]
         commands["Make a LoRA of it, which stage two trains on"] = _script("extract_lora.py", *words)
     return commands
+
+
+def short_prompt(text: str) -> str:
+    """The beginning of a caption, whole words of one line, as much as a command shows well."""
+    return textwrap.shorten(text, PROMPT_LETTERS, placeholder="").rstrip(",;: ") or text[:PROMPT_LETTERS]
 
 
 def _script(name, *words):

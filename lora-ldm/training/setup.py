@@ -87,11 +87,13 @@ def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> 
     progress = progress_of(args, length, resumed)
     base = family(args, processes.weight_dtype)
     base.check(batches)
+    parts = [part for part in (batches, held_out) if part is not None]
+    processes.say(*base.notices(parts, [prompt.prompt for prompt in prompts]))
     fold_base_weights(args, base.model)
     network, network_args = make_network(args, base.model)
     objective = Objective(args, base, processes, trains_text=any(part.startswith("te") for part in network.components))
     place_model(objective, network)
-    fill_caches(objective, [part for part in (batches, held_out) if part is not None], prompts)
+    fill_caches(objective, parts, prompts)
     optimization = make_optimization(args, network, length, processes)
     plan = args.stop.plan(network.components, len(loader), length.total_steps) if args.stop.calculate_cs else None
     shadows = None

@@ -11,9 +11,11 @@ from typing import Any, Optional, Union
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from base.files import read_json, readable
 from base.random_state import random_state, restore_random_state
+from base.tensor_files import read_tensors
 from es_lora.files import flush, replace_folder
 from es_lora.monitor import EarlyStopMonitor
 from training.optimizers import Optimization
@@ -102,13 +104,14 @@ def read_progress(folder: Union[str, Path]) -> Progress:
     """The Progress of a state folder. Raises ValueError where the folder is no state."""
     file = Path(folder) / "progress.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"--resume {folder}: it is not a state folder of this trainer ({error})") from error
     if content.pop("format", None) != FORMAT:
         raise ValueError(f"--resume {folder}: its format is not {FORMAT}")
-    content.pop("processes")
-    return Progress(**content)
+    content.pop("processes", None)
+    with readable(file):
+        return Progress(**content)
 
 
 def load_state(
@@ -122,11 +125,12 @@ def load_state(
     Raises ValueError where network, optimizer, shadows or number of processes differ."""
     folder, accelerator = Path(folder), processes.accelerator
     own = folder / f"random-{processes.rank}.pt"
-    saved = json.loads((folder / "progress.json").read_text(encoding="utf-8"))["processes"]
+    saved = read_json(folder / "progress.json").get("processes")
     if saved != processes.count:
         raise ValueError(f"--resume {folder}: saved by {saved} processes, this run has {processes.count}")
-    network.load_tensors(load_file(folder / "lora.safetensors"))
-    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    network.load_tensors(read_tensors(folder / "lora.safetensors"))
+    with readable(folder / "optimizer.pt"):
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     try:
         optimization.prepared.load_state_dict(state["optimizer"])
         optimization.scheduler.load_state_dict(state["scheduler"])
@@ -137,8 +141,9 @@ def load_state(
     if shadows is not None:
         if not (folder / SHADOWS_NAME).is_file():
             raise ValueError(f"--resume {folder}: that run had no shadows; resume without --shadows, or start anew")
-        shadows.training.load_state_tensors(load_file(folder / SHADOWS_NAME))
-    restore_random_state(torch.load(own, map_location="cpu", weights_only=True))
+        shadows.training.load_state_tensors(read_tensors(folder / SHADOWS_NAME))
+    with readable(own):
+        restore_random_state(torch.load(own, map_location="cpu", weights_only=True))
 
 
 def _plain(value):

@@ -59,7 +59,7 @@ def test_secondary_separator_keeps_groups_together():
 
 
 def test_another_caption_separator():
-    assert sorted(run("a. b. c", shuffle_caption=True, caption_separator=".").split(", ")) == ["a", "b", "c"]
+    assert sorted(run("a. b. c", shuffle_caption=True, caption_separator=".").split(". ")) == ["a", "b", "c"]
 
 
 def test_wildcards_choose_evenly_and_nest():

@@ -6,28 +6,11 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
+from image_data import all_records, arguments, make_images
 
 from images.dataset_settings import SubsetSettings
 from images.folders import read_records
 from images.selection import balance_regularisation, load_datasets, split_validation
-
-
-def make_images(folder, names, captions=None, extension=".txt"):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(names):
-        Image.new("RGB", (16, 16), (i, 0, 0)).save(folder / name)
-    for name, caption in (captions or {}).items():
-        (folder / name).with_suffix(extension).write_text(caption, encoding="utf-8")
-    return folder
-
-
-def arguments(**values):
-    return SimpleNamespace(**{"resolution": "64", **values})
-
-
-def all_records(args):
-    return [record for dataset in load_datasets(args) for subset in dataset.subsets for record in read_records(subset)]
 
 
 def test_repeats_and_captions_from_folder_names_and_files(tmp_path):
