@@ -19,12 +19,14 @@ from typing import Any
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 
-from settings.entry_point import BAD_INPUT, missing_package, say
+from es_lora.command_line import say
+from settings.entry_point import missing_package
 
 try:
     import streamlit as st
 except ModuleNotFoundError as error:
-    sys.exit(say("demo_app", missing_package(error.name), BAD_INPUT))
+    say("demo_app", missing_package(error.name))
+    sys.exit(2)
 
 from demo.process import LIMITS, OFFERED_RULES, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base
 from demo.run_folders import TREE, Places, Run, decision_of, offered

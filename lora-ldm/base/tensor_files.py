@@ -1,13 +1,14 @@
 """Files of named tensors, read without running code."""
 
 import hashlib
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+
+from es_lora.weights import is_finite
 
 EARLIER_FILE = "the run that saved it had diverged, or it is damaged: use an earlier file"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -25,7 +26,7 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 def refuse_not_finite(source: str | Path, tensors: Mapping[str, torch.Tensor], advice: str = EARLIER_FILE) -> None:
     """Raise ValueError, by the first one's name, where tensors hold NaN or Inf. advice: the fix."""
-    bad = [name for name, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
+    bad = [name for name, value in tensors.items() if not is_finite(value)]
     if bad:
         raise ValueError(f"{source}: {bad[0]} holds NaN or Inf ({len(bad)} of {len(tensors)} tensors do); {advice}")
 
@@ -33,12 +34,6 @@ def refuse_not_finite(source: str | Path, tensors: Mapping[str, torch.Tensor], a
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _is_finite(value):
-    if value.is_meta:
-        return True
-    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
 
 
 def _read(path):
@@ -87,7 +82,4 @@ def file_hashes(path: str | Path) -> tuple[str, str]:
         file.seek(LEGACY_HASH_OFFSET_BYTES)
         legacy = hashlib.sha256(file.read(LEGACY_HASH_LENGTH_BYTES)).hexdigest()[:8]
         file.seek(0)
-        full = hashlib.sha256()
-        for block in iter(lambda: file.read(io.DEFAULT_BUFFER_SIZE * 128), b""):
-            full.update(block)
-    return legacy, full.hexdigest()
+        return legacy, hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,10 +4,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, List, Tuple, Union
-
-import torch
-from safetensors import safe_open
+from typing import Any, Callable, List, Union
 
 
 def read_text(path: Union[str, Path]) -> str:
@@ -34,30 +31,6 @@ def split_lines(text: str) -> List[str]:
     """
     lines = text.replace("\r\n", "\n").split("\n")
     return lines[:-1] if lines[-1] == "" else lines
-
-
-def refuse_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]], where: Union[str, Path]) -> None:
-    """Raises ValueError by the name of the first tensor that holds NaN or infinity."""
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise ValueError(f"{where}: the tensor {name} holds NaN or infinity; take another checkpoint")
-
-
-def stored_tensors(file: Union[str, Path]) -> Iterator[Tuple[str, torch.Tensor]]:
-    """(name, tensor) of a safetensors file, one at a time."""
-    with safe_open(str(file), framework="pt") as handle:
-        for name in handle.keys():
-            yield name, handle.get_tensor(name)
-
-
-def pickle_advice(file: Union[str, Path]) -> str:
-    """How to convert a file of pickled weights, which is not read."""
-    target = Path(file).with_suffix(".safetensors")
-    code = (
-        f"import torch; from safetensors.torch import save_file; w = torch.load('{file}', weights_only=True); "
-        f"save_file({{k: v.contiguous() for k, v in w.items()}}, '{target}')"
-    )
-    return f'{file} is a pickle file, which is not read; convert it: python -c "{code}"'
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Frozen weights and updates that are not dense matrices and B A: 4-bit, 8-bit, float8, LoHa, LoKr.
+"""Weights that are not dense matrices and B A: 4-bit, 8-bit, float8, LoHa, LoKr; and in files.
 
 On a processor with AVX512-BF16, bitsandbytes (0.50) rewrites a 4-bit weight for a faster kernel in
 the first forward pass in evaluation mode. That rounds its scales to bf16, and the kernel has no
@@ -6,9 +6,11 @@ backward pass: training that goes on after an evaluation would send no gradient 
 without an error. `keep_as_loaded` prevents that and undoes it."""
 
 import copy
-from typing import Any, Callable, Optional, Tuple
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Optional, Tuple, Union
 
 import torch
+from safetensors import safe_open
 
 from cs_fluctuation import BLOCK_VALUES, DenseWeight
 
@@ -133,3 +135,35 @@ def without_dropout(module: torch.nn.Module, update: Callable[[], torch.Tensor])
         module.train(was_training)
     made = made[0] if isinstance(made, tuple) else made
     return made.flatten(1).float()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity, as integers and tensors without data never do."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
+    return bool(torch.isfinite(values).all())
+
+
+def refuse_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]], where: Union[str, Path]) -> None:
+    """Raises ValueError by the name of the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            raise ValueError(f"{where}: the tensor {name} holds NaN or infinity; take another checkpoint")
+
+
+def stored_tensors(file: Union[str, Path]) -> Iterator[Tuple[str, torch.Tensor]]:
+    """(name, tensor) of a safetensors file, one at a time."""
+    with safe_open(str(file), framework="pt") as handle:
+        for name in handle.keys():
+            yield name, handle.get_tensor(name)
+
+
+def pickle_advice(file: Union[str, Path]) -> str:
+    """How to convert a file of pickled weights, which is not read."""
+    target = Path(file).with_suffix(".safetensors")
+    code = (
+        f"import torch; from safetensors.torch import save_file; w = torch.load('{file}', weights_only=True); "
+        f"save_file({{k: v.contiguous() for k, v in w.items()}}, '{target}')"
+    )
+    return f'{file} is a pickle file, which is not read; convert it: python -c "{code}"'

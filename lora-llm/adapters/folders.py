@@ -19,8 +19,9 @@ from base.loading import fit_embeddings, load_base
 from base.origin import local_base
 from base.spec import BaseSpec
 from es_lora.command_line import nearest, plain_text
-from es_lora.files import pickle_advice, read_text, refuse_nonfinite, stored_tensors
+from es_lora.files import read_text
 from es_lora.judge.adapter_files import PICKLE_NAME, QLORA_FOLDER
+from es_lora.weights import pickle_advice, refuse_nonfinite, stored_tensors
 from text.hub import offline_if_unreachable
 
 WEIGHTS_FILE = "adapter_model.safetensors"

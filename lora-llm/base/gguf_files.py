@@ -95,8 +95,5 @@ def gguf_folder(file: Path, dtype: torch.dtype, root: Path) -> Path:
 
 def _fingerprint(file: Path) -> str:
     """Twelve digits of the file's SHA-256."""
-    digest = hashlib.sha256()
     with open(file, "rb") as handle:
-        for block in iter(lambda: handle.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()[:12]
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:12]

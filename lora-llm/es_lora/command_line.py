@@ -10,38 +10,15 @@ import traceback
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Union
 
-import torch
-
 # Libraries that read what people bring: what they raise is about data, template or file.
 READERS = ("jinja2", "safetensors", "safetensors_rust", "datasets", "pyarrow", "huggingface_hub", "yaml", "PIL", "gguf")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def reported(program: str, run: Callable[[], int]) -> int:
-    """What `run` returns, the exit code; 2 after one message where the input cannot be used.
-
-    A traceback is left to what is a fault of this program: it is told so, with exit code 1.
-    """
-    try:
-        return run()
-    except Exception as error:
-        print(f"{program}: {told(error)}", file=sys.stderr)
-        return 1 if _of_input(error) is None else 2
-
-
-def told(error: BaseException) -> str:
-    """An error in words; the traceback of a fault of this program goes to the screen before it."""
-    message = _of_input(error)
-    if message is not None:
-        return message
-    traceback.print_exception(type(error), error, error.__traceback__)
-    return "this is a fault of ES-LoRA, not of what you gave it; please report it with the lines above"
-
-
-def _of_input(error: BaseException) -> Optional[str]:
+def fault_of_input(error: BaseException) -> Optional[str]:
     """What is wrong with the data, files or settings, in words; None for any other failure."""
     text = plain_text(str(error))
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+    if is_out_of_memory(error):
         return f"memory is used up ({text.splitlines()[0] if text else 'no more to be had'}); lower the batch size"
     if isinstance(error, (ValueError, OSError)):
         return text
@@ -49,6 +26,50 @@ def _of_input(error: BaseException) -> Optional[str]:
     if library in READERS or type(error) is Exception:  # tokenizers raise Exception itself
         return f"{type(error).__name__}: {text}"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is used up, of the machine or of a device (there a RuntimeError says so)."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
+
+
+def reported(
+    program: str,
+    run: Callable[[], int],
+    interrupted: Optional[str] = None,
+    of_input: Callable[[BaseException], Optional[str]] = fault_of_input,
+) -> int:
+    """What `run` returns, the exit code; 2 after one message where the input cannot be used.
+
+    A traceback is left to what is a fault of this program: it is told so, with exit code 1.
+    interrupted: what is said after Ctrl-C, with exit code 130; None: Ctrl-C goes on to the caller.
+    of_input: an error's fault of the input in words, None where it has none.
+    """
+    try:
+        return run()
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        say(program, interrupted)
+        return 130
+    except Exception as error:
+        say(program, told(error, of_input))
+        return 1 if of_input(error) is None else 2
+
+
+def say(program: str, message: str) -> None:
+    """A message on stderr, the program before each line."""
+    for line in message.splitlines() or [""]:
+        print(f"{program}: {line}", file=sys.stderr)
+
+
+def told(error: BaseException, of_input: Callable[[BaseException], Optional[str]] = fault_of_input) -> str:
+    """An error in words; the traceback of a fault of this program goes to the screen before it."""
+    message = of_input(error)
+    if message is not None:
+        return message
+    traceback.print_exception(type(error), error, error.__traceback__)
+    return "this is a fault of ES-LoRA, not of what you gave it; please report the lines above"
 
 
 def plain_text(text: str) -> str:

@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Optional
 
-from es_lora.files import refuse_nonfinite, stored_tensors
 from es_lora.history import HISTORY_NAME
 from es_lora.monitor import STATE_NAME
 from es_lora.snapshots import SNAPSHOT_FOLDER
+from es_lora.weights import refuse_nonfinite, stored_tensors
 from settings.flags import Settings
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from es_lora.files import pickle_advice, read_text
+from es_lora.files import read_text
 from es_lora.history import HISTORY_NAME, History, read_history
 from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, PICKLE_NAME, QLORA_FOLDER, file_metadata
+from es_lora.weights import pickle_advice
 
 
 @dataclass

@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from es_lora.files import read_text, refuse_nonfinite
+from es_lora.files import read_text
 from es_lora.judge.base_index import Key
+from es_lora.weights import refuse_nonfinite
 
 QLORA_FOLDER, PICKLE_NAME = "adapter_model", "adapter_model.bin"
 PEFT_NAME, DIFFUSERS_NAME = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"

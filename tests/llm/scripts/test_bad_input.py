@@ -131,7 +131,7 @@ def test_pickled_adapters_are_told_how_to_be_converted(adapter, random_base, tmp
 
 
 def test_the_advice_to_convert_a_pickle_works(adapter, tmp_path):
-    from es_lora.files import pickle_advice
+    from es_lora.weights import pickle_advice
 
     tensors = load_file(adapter / "adapter_model.safetensors")
     torch.save(tensors, tmp_path / "adapter_model.bin")
