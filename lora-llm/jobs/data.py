@@ -12,7 +12,7 @@ from es_lora.monitor import MEASURED
 from es_lora.settings import MeasurementPlan
 from jobs.config import Job
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
-from text.conversations import Limit, conversation_format, cut_notices, with_chat_template
+from text.conversations import Limit, conversation_format, with_chat_template
 from text.sources import load_splits
 from text.usable import Cuts, usable_rows
 from training.epoch_order import epoch_order
@@ -41,13 +41,15 @@ def encode_examples(rows: Any, collator: CausalCollator) -> list[Example]:
 
 
 def _learnt_examples(
-    rows: Any, collator: CausalCollator, what: str, positions: Optional[Positions]
+    rows: Any, collator: CausalCollator, what: str, positions: Optional[Positions], limit: Optional[Limit] = None
 ) -> tuple[list[Example], list[str]]:
     """(the examples of which a token is learnt, notices of what is cut and left out).
 
-    Raises ValueError where there is none, and where one is longer than a table of positions.
+    limit: of conversations, None: nothing is said of those that are cut. Raises ValueError where
+    there is no such example, and where one is longer than a table of positions.
     """
-    rows, sizes, notices = usable_rows(rows, Cuts(collator, "source_max_len", "target_max_len"), what)
+    cuts = Cuts(collator, "source_max_len", "target_max_len", conversations=limit)
+    rows, sizes, notices = usable_rows(rows, cuts, what)
     longest = max((size.kept for size in sizes), default=0)
     notices += positions_notices(positions, longest, "source_max_len and target_max_len")
     return encode_examples(rows, collator), notices
@@ -106,7 +108,7 @@ def prepare_job(
     if splits.chats:
         tokenizer = with_chat_template(tokenizer)
     collator = CausalCollator(tokenizer, job.source_max_len, job.target_max_len, job.train_on_source)
-    train, notices = _learnt_examples(splits.train, collator, "training", positions)
+    train, notices = _learnt_examples(splits.train, collator, "training", positions, limit)
     steps_per_epoch = math.ceil(math.ceil(len(train) / job.batch_size) / job.accumulation)
     total_steps = job.max_steps or math.ceil(job.epochs * steps_per_epoch)
     plan = job.stop_settings()[0].plan([COMPONENT], steps_per_epoch, total_steps)
@@ -114,7 +116,7 @@ def prepare_job(
     if splits.evaluation is not None:
         heldout, more = _learnt_examples(splits.evaluation, collator, "held-out", positions)
         notices += more
-    notices = [*plan.notices, *cut_notices(tokenizer, splits.train, limit), *notices]
+    notices = [*plan.notices, *notices]
     data = JobData(
         job, train, heldout, splits.source, steps_per_epoch, total_steps, plan, tokenizer, splits.chats, notices
     )

@@ -15,13 +15,13 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from text.formats import LEARN, Format, Row, system_turn
+from text.formats import Format, Row, system_turn
 
 LEARN_TURNS = ("all", "last")
 ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("system", "user", "assistant", "tool")}}
@@ -337,22 +337,3 @@ def with_chat_template(tokenizer: Any) -> Any:
     ready = copy.copy(tokenizer)
     ready.chat_template = PLAIN_TEMPLATE
     return ready
-
-
-def token_counts(tokenizer: Any, rows: Iterable[Mapping[str, Any]]) -> Iterator[int]:
-    """Tokens of every conversation among the rows, uncut."""
-    for row in rows:
-        if row.get(LEARN):
-            yield len(encode_learnt(tokenizer, row["input"] + row["output"], row[LEARN])[0])
-
-
-def cut_notices(tokenizer: Any, rows: Iterable[Mapping[str, Any]], limit: Limit) -> list[str]:
-    """How many conversations are cut, and what keeps them; nothing where none is."""
-    counts = list(token_counts(tokenizer, rows))
-    cut = [count for count in counts if count > limit.tokens]
-    if not cut:
-        return []
-    return [
-        f"Conversations: {len(cut)} of {len(counts)} are longer than {limit.tokens} tokens, and the rest of them is "
-        f"cut off. The longest has {max(cut)} tokens; raise {limit.flags} to keep them whole."
-    ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from text.collator import CausalCollator, RowSize
+from text.conversations import Limit
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class Cuts:
     """What cuts a row, and what the flags that raise it are called.
 
     sequence_tokens: of a packed sequence, which holds a row alone or cuts it; None: not packed.
+    conversations: what they are cut to; None: nothing is said of those that are cut.
     """
 
     collator: CausalCollator
     source_flag: str = "--source_max_len"
     target_flag: str = "--target_max_len"
     sequence_tokens: int | None = None
+    conversations: Limit | None = None
 
     @property
     def flags(self) -> str:
@@ -72,7 +75,19 @@ def cut_notices(sizes: Sequence[RowSize], cuts: Cuts, what: str) -> list[str]:
     if cuts.sequence_tokens is not None:
         whole = [size.kept for size in pairs]
         lines.append(_cut_line("examples", whole, cuts.sequence_tokens, "--seq_length", what))
+    if cuts.conversations is not None:
+        lines.append(_cut_conversations([size.source for size in sizes if size.is_conversation], cuts.conversations))
     return [line for line in lines if line]
+
+
+def _cut_conversations(tokens: Sequence[int], limit: Limit) -> str:
+    cut = sum(count > limit.tokens for count in tokens)
+    if not cut:
+        return ""
+    return (
+        f"Conversations: {cut} of {len(tokens)} are longer than {limit.tokens} tokens, and the rest of them is "
+        f"cut off. The longest has {max(tokens)} tokens; raise {limit.flags} to keep them whole."
+    )
 
 
 def _cut_line(parts: str, tokens: Sequence[int], limit: int, flag: str, what: str) -> str:

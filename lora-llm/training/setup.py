@@ -16,7 +16,7 @@ from base.spec import BaseSpec
 from es_lora.rules import RULES
 from settings.flags import Settings
 from text.collator import CausalCollator
-from text.conversations import Limit, conversation_format, cut_notices
+from text.conversations import Limit, conversation_format
 from text.formats import Format
 from text.mmlu import Row, load_mmlu
 from text.packing import PackedCollator, check_base_keeps_samples_apart, pack, packing_notice, uses_varlen_kernel
@@ -107,11 +107,8 @@ def conversation_limit(settings: Settings) -> Limit:
 
 
 def read_splits(settings: Settings, tokenizer: Any) -> Splits:
-    """The rows of a run.
-
-    Notices say what is cut of conversations. Raises ValueError or FileNotFoundError, also where the
-    rule decides on rows that there are not.
-    """
+    """The rows of a run. Raises ValueError or FileNotFoundError, also where the rule decides on
+    rows that there are not."""
     spec, stop = data_spec(settings, tokenizer), settings.stop
     splits = load_streamed_splits(spec) if settings.data.streaming else load_splits(spec)
     if "heldout_loss" in _needed_columns(settings) and splits.evaluation is None:
@@ -119,8 +116,6 @@ def read_splits(settings: Settings, tokenizer: Any) -> Splits:
             f"--stop_rule {stop.stop_rule} decides on held-out examples: add --do_eval with --eval_dataset FILE or "
             "--eval_dataset_size, or choose a rule that needs none"
         )
-    if splits.train is not None and not settings.data.streaming:
-        settings.notices.extend(cut_notices(tokenizer, splits.train, conversation_limit(settings)))
     return splits
 
 
@@ -139,7 +134,8 @@ def ready_splits(settings: Settings, splits: Splits, collator: CausalCollator) -
     left out. Raises ValueError where nothing would be trained on.
     """
     data, training, longest = settings.data, settings.training, [0]
-    cuts = Cuts(collator, sequence_tokens=data.seq_length if data.packing == "samples" else None)
+    sequence = data.seq_length if data.packing == "samples" else None
+    cuts = Cuts(collator, sequence_tokens=sequence, conversations=conversation_limit(settings))
 
     def usable(rows: Any, cuts: Cuts, what: str) -> Any:
         if rows is None:
@@ -161,10 +157,8 @@ def ready_splits(settings: Settings, splits: Splits, collator: CausalCollator) -
     if train is not None and data.packing:
         train = _packed(settings, train, collator)
     check_trains(settings, train)
-    held_out, test = (
-        usable(splits.evaluation, Cuts(collator), "held-out"),
-        usable(splits.test, Cuts(collator), "test"),
-    )
+    held_out = usable(splits.evaluation, Cuts(collator), "held-out")
+    test = usable(splits.test, Cuts(collator), "test")
     return Ready(replace(splits, train=train, evaluation=held_out, test=test), max(longest))
 
 

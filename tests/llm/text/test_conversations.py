@@ -14,7 +14,6 @@ from text.conversations import (
     PLAIN_TEMPLATE,
     Limit,
     conversation_format,
-    cut_notices,
     end_tokens,
     with_chat_template,
 )
@@ -23,6 +22,7 @@ from text.packing import encode_sample
 from text.sources import load_splits
 from text.spec import DataSpec
 from text.templates import template_format
+from text.usable import Cuts, usable_rows
 
 
 def said(*turns):
@@ -334,9 +334,14 @@ def test_what_is_cut_is_counted_with_the_flag_that_keeps_it():
     tokenizer = family_tokenizer("qwen", TEMPLATES["qwen"])
     rows = [converted(tokenizer, row_of(name)) for name in ("two answers", "system first")]
     short, long = sorted(len(labels_of(tokenizer, row_of(name))[0]) for name in ("two answers", "system first"))
-    (notice,) = cut_notices(tokenizer, rows, Limit(short, "--target_max_len"))
+    collator = CausalCollator(tokenizer, 1024, 1024)
+
+    def notices(limit):
+        return usable_rows(Dataset.from_list(rows), Cuts(collator, conversations=limit), "training")[2]
+
+    (notice,) = notices(Limit(short, "--target_max_len"))
     assert "1 of 2 are longer" in notice and f"has {long} tokens; raise --target_max_len" in notice
-    assert cut_notices(tokenizer, rows, Limit(long, "--target_max_len")) == []
+    assert notices(Limit(long, "--target_max_len")) == notices(None) == []
 
 
 def test_answers_that_are_all_empty_are_named_by_their_line(tmp_path):
