@@ -284,7 +284,7 @@ def merged_dtype(arguments: Any, adapters: Sequence[AdapterFolder], base: str) -
     """The precision to merge in: as the base is stored.
 
     A bf16 base of which only a GGUF is written is merged in f16, which a GGUF holds. Where it is
-    loaded in 32 bits, it is merged in float32. By way of bf16 the difference is 27 times as large
+    loaded in 32 bits, it is merged in float32. By way of bf16 the difference is nine times as large
     (tests/benchmarks/gguf_export.md).
     """
     if arguments.dtype:
