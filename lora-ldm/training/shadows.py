@@ -108,9 +108,13 @@ class ShadowNetworks:
         """The column shadow_loss: the shadows' mean loss on their folds; None if not due."""
         if not self.training.score_is_due():
             return None
+        losses = self.fold_losses()
+        return sum(losses) / len(losses)
+
+    def fold_losses(self) -> list[float]:
+        """Each shadow's loss on its own fold, its weights as they are."""
         with self.training.apart():
-            means = [self._fold_loss(number) for number in range(len(self.networks))]
-        return sum(means) / len(means)
+            return [self._fold_loss(number) for number in range(len(self.networks))]
 
     def _fold_loss(self, number):
         self.networks[number].eval()

@@ -127,7 +127,6 @@ class ShadowAdapters(TrainerCallback):
             counts = [int(part.sum()) for part in tokens.split([len(own) for own in rows])]
             self.training.backward(losses.sum(), counts)
 
-    @torch.no_grad()
     def score(self) -> Optional[float]:
         """The column shadow_loss: mean of the folds' losses a token; None where it is not due."""
         if self.training.interval is None:
@@ -136,6 +135,12 @@ class ShadowAdapters(TrainerCallback):
             self.training.interval = auto_interval(fold, measured_rows, self._rows)
         if not self.training.score_is_due():
             return None
+        losses = self.fold_losses()
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def fold_losses(self) -> list[float]:
+        """Each shadow's loss a token on its own fold, its weights as they are."""
         sums = torch.zeros(self.training.count, 2, dtype=torch.float64)  # (K, loss and tokens)
         was_training = self.model.training
         self.model.eval()
@@ -145,7 +150,7 @@ class ShadowAdapters(TrainerCallback):
                 facts = torch.stack(self._losses(on_device), 1).double().cpu()  # (N, 2)
             sums += torch.stack([part.sum(0) for part in facts.split(rows_of_each)])
         self.model.train(was_training)
-        return (sums[:, 0] / sums[:, 1].clamp_min(1)).mean().item()
+        return (sums[:, 0] / sums[:, 1].clamp_min(1)).tolist()
 
     # -------------------------------------------------------------------------------- as a callback
 

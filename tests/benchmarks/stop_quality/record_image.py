@@ -7,7 +7,19 @@ import tempfile
 from pathlib import Path
 
 import torch
-from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, record_all, write_trace
+from recorded_columns import (
+    Alignment,
+    Averages,
+    EveryNth,
+    GradientNorm,
+    ShadowScores,
+    adam_ratio,
+    group_columns,
+    record_all,
+    shadow_interval,
+    weighted_evidence,
+    write_trace,
+)
 from runs import CACHE, ROOT, data_folder, trace_path
 
 from images.batches import build_datasets
@@ -16,7 +28,7 @@ from training import loop
 from training.objective import HeldOut
 from training.setup import cache_latents, set_up
 
-HELDOUT_POINTS = 40  # about so many held-out losses a run
+HELDOUT_POINTS = 30  # about so many held-out losses a run
 PROBE_BATCHES = 1
 MORE_FLAGS = {"validation": ["--validation_split", "0.1"], "shadow": ["--shadows", "2"]}
 
@@ -52,16 +64,22 @@ def folder_of(pictures, repeats, parent):
     (parent / f"{repeats}_pictures").symlink_to(pictures.resolve(), target_is_directory=True)
 
 
-def note_gradients(run, gradient_norm):
-    """Have the norm of every step's gradient noted, shared by all processes and before it is
-    clipped."""
+def note_steps(run, norm, alignment, averaged):
+    """Have every step's gradient noted, shared by all processes and before it is clipped, and its
+    weights averaged. averaged: whatever has an update()."""
     share = run.processes.share_gradients
 
     def share_and_note(parameters):
         share(parameters)
-        gradient_norm.note(parameters)
+        norm.note(parameters)
+        alignment.note()
+
+    def average(*_):
+        for averages in averaged:
+            averages.update()
 
     run.processes.share_gradients = share_and_note
+    run.optimization.raw.register_step_post_hook(average)
 
 
 def heldout_of(run, arguments, most_batches=None):
@@ -91,10 +109,8 @@ def record(spec, scratch):
     folder_of(pictures_of(spec), 1, probe)
     more = MORE_FLAGS.get(spec.purpose, [])
     run = set_up(parse_arguments(arguments_of(spec, train, output, more)))
-    gradient_norm = GradientNorm()
-    note_gradients(run, gradient_norm)
     heldout = heldout_of(run, arguments_of(spec, score, output))
-    add_columns(run, heldout, heldout_of(run, arguments_of(spec, probe, output), PROBE_BATCHES), gradient_norm)
+    add_columns(run, spec, heldout, heldout_of(run, arguments_of(spec, probe, output), PROBE_BATCHES))
     run.monitor.snapshots = None  # nothing is restored here
     at_start = heldout.loss()
     ending = loop.train(run)
@@ -105,13 +121,25 @@ def record(spec, scratch):
     shutil.rmtree(output, ignore_errors=True)
 
 
-def add_columns(run, heldout, probe, gradient_norm):
+def add_columns(run, spec, heldout, probe):
+    layers, averages = run.network.layers(), Averages(run.network.tensors)
+    norm, alignment = GradientNorm(), Alignment(layers)
     every = max(1, round(run.length.total_steps / run.plan.cs_interval / HELDOUT_POINTS))
     columns = run.monitor.columns
-    columns.update(group_columns(run.network.layers(), groups_of, every))
-    columns["probe_loss"], columns["grad_norm"] = EveryNth(probe.loss, every), gradient_norm.value
+    columns.update(group_columns(layers, groups_of, every))
+    columns.update(weighted_evidence(run.monitor.evidence))
+    columns["probe_loss"], columns["grad_norm"] = EveryNth(probe.loss, every), norm.value
+    columns["alignment"], columns["average_distance"] = alignment.value, averages.distances
     columns["adam_ratio"] = lambda: adam_ratio(run.optimization.raw)
     columns["heldout_loss"] = EveryNth(heldout.loss, every)
+    columns["heldout_loss_average"] = EveryNth(averages.scored(heldout.loss, also_measured=spec.seed == 0), every)
+    averaged = [averages]
+    if run.shadows is not None:
+        interval = shadow_interval(run.length.steps_per_epoch / run.plan.cs_interval)
+        shadows = ShadowScores(run.shadows.training, run.shadows.fold_losses, interval)
+        columns["shadow_loss"], columns["shadow_losses"] = shadows.mean, shadows.each
+        averaged.append(shadows)
+    note_steps(run, norm, alignment, averaged)
     if run.validation is not None:
         columns["validation_loss"] = EveryNth(run.validation.loss, every)
 

@@ -6,16 +6,28 @@ import sys
 
 import es_lora_llm
 import torch
-from recorded_columns import EveryNth, GradientNorm, adam_ratio, group_columns, record_all, write_trace
+from recorded_columns import (
+    Alignment,
+    Averages,
+    EveryNth,
+    GradientNorm,
+    ShadowScores,
+    adam_ratio,
+    group_columns,
+    record_all,
+    shadow_interval,
+    weighted_evidence,
+    write_trace,
+)
 from runs import CACHE, ROOT, data_folder, trace_path
 from transformers import TrainerCallback
 
-from es_lora.peft_models import peft_lora_layers
+from es_lora.peft_models import peft_lora_layers, trainable_tensors
 from settings.parsing import parse_arguments
 from text.sources import read_table_as_pairs
 from training.losses import RowLoss
 
-HELDOUT_ROWS, HELDOUT_POINTS = 32, 30  # examples scored; about so many times a run
+HELDOUT_ROWS, HELDOUT_POINTS = 32, 24  # examples scored; about so many times a run
 PROBE_ROWS, EVALUATION_BATCH = 8, 20
 BASES = {"embedded": ROOT / "lora-llm" / "tiny_base", "larger": CACHE / "larger_base"}
 
@@ -26,7 +38,7 @@ def arguments_of(spec, output):
         "model_name_or_path": BASES[spec.base],
         "dataset": folder / "train.jsonl",
         "output_dir": output,
-        "bits": spec.bits,
+        "bits": 32 if spec.bits == 16 else spec.bits,  # 16-bit weights; a CPU without bf16 units would take hours
         "lora_r": spec.rank,
         "lora_alpha": 2 * spec.rank,
         "learning_rate": spec.learning_rate,
@@ -43,8 +55,6 @@ def arguments_of(spec, output):
         "disable_tqdm": True,
         "seed": spec.seed,
     }
-    if spec.bits == 16:
-        flags["bf16"] = True
     if spec.purpose == "validation":
         flags.update(do_eval=True, eval_dataset_size=0.1)
     if spec.purpose == "shadow":
@@ -56,25 +66,33 @@ def loss_over(run, rows):
     return RowLoss(run.model, run.collator, rows, EVALUATION_BATCH)
 
 
-class NotesGradients(TrainerCallback):
-    """Notes every step's gradient norm, and has the monitor keep no snapshots: nothing is restored
-    here."""
+class NotesSteps(TrainerCallback):
+    """Notes every step's gradients and averages its weights. The monitor keeps no snapshots:
+    nothing is restored here. averaged: whatever has an update()."""
 
-    def __init__(self, run, norm):
-        self.run, self.norm = run, norm
+    def __init__(self, run, norm, alignment, averaged):
+        self.run, self.norm, self.alignment, self.averaged = run, norm, alignment, averaged
         self.parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.run.early_stop.monitor.snapshots = None
+        monitor = self.run.early_stop.monitor
+        monitor.snapshots = None
+        monitor.columns.update(weighted_evidence(monitor.evidence))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.norm.note(self.parameters)
+        self.alignment.note()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        for averages in self.averaged:
+            averages.update()
 
 
-def add_columns(run, spec, heldout, probe, norm):
-    """Fill the callback's further columns. The slow ones are measured about HELDOUT_POINTS times a
-    run."""
-    columns, depth = run.early_stop.columns, run.model.config.num_hidden_layers
+def add_columns(run, spec, heldout, probe):
+    """Fill the callback's further columns, and note steps for them. The slow ones are measured
+    about HELDOUT_POINTS times a run."""
+    columns, depth, layers = run.early_stop.columns, run.model.config.num_hidden_layers, peft_lora_layers(run.model)
+    norm, alignment, averages = GradientNorm(), Alignment(layers), Averages(lambda: trainable_tensors(run.model))
 
     def groups_of(layer):
         """A layer's projection (q_proj, ...) and its third of the depth."""
@@ -85,10 +103,19 @@ def add_columns(run, spec, heldout, probe, norm):
     steps_per_epoch = -(-len(run.splits.train) // spec.batch)
     measurements = spec.epochs * steps_per_epoch / max(1, round(steps_per_epoch / 10))
     every = max(1, round(measurements / HELDOUT_POINTS))
-    columns.update(group_columns(peft_lora_layers(run.model), groups_of, every))
+    columns.update(group_columns(layers, groups_of, every))
     columns["probe_loss"], columns["grad_norm"] = EveryNth(probe, every), norm.value
+    columns["alignment"], columns["average_distance"] = alignment.value, averages.distances
     columns["adam_ratio"] = lambda: adam_ratio(run.trainer.optimizer.optimizer)
     columns["heldout_loss"] = EveryNth(heldout, every)
+    columns["heldout_loss_average"] = EveryNth(averages.scored(heldout, also_measured=spec.seed == 0), every)
+    averaged = [averages]
+    if run.shadows is not None:
+        interval = shadow_interval(steps_per_epoch / max(1, round(steps_per_epoch / 10)))
+        shadows = ShadowScores(run.shadows.training, run.shadows.fold_losses, interval)
+        columns["shadow_loss"], columns["shadow_losses"] = shadows.mean, shadows.each
+        averaged.append(shadows)
+    run.trainer.add_callback(NotesSteps(run, norm, alignment, averaged))
     if spec.purpose == "validation":
         columns["validation_loss"] = EveryNth(loss_over(run, list(run.splits.evaluation)), every)
 
@@ -100,9 +127,7 @@ def record(spec):
     rows, _ = read_table_as_pairs(data_folder(spec) / "heldout.jsonl")
     heldout = loss_over(run, list(rows)[:HELDOUT_ROWS])
     probe = loss_over(run, [run.splits.train[index] for index in range(PROBE_ROWS)])
-    norm = GradientNorm()
-    run.trainer.add_callback(NotesGradients(run, norm))
-    add_columns(run, spec, heldout, probe, norm)
+    add_columns(run, spec, heldout, probe)
     at_start = heldout()
     outcome = es_lora_llm.train(run).name
     if outcome == "interrupted":

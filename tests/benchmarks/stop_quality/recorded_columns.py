@@ -1,7 +1,8 @@
 """What the suite records at every measurement beside the history's own columns: CS and norms by
-layer group, stable rank, gradient statistics. And how a finished history becomes a trace: rounded,
-packed, with the run's settings in its header."""
+layer group, stable rank, gradient statistics, losses of averaged weights. And how a finished
+history becomes a trace: rounded, packed, with the run's settings in its header."""
 
+import contextlib
 import gzip
 import json
 import math
@@ -11,10 +12,13 @@ import torch
 from runs import RUNS
 
 from cs_fluctuation import measure_each
+from es_lora.average import WeightAverage
 from es_lora.files import write_whole
 from es_lora.history import HISTORY_NAME
 
 DIGITS = 6  # significant digits of a trace's numbers
+WIDTHS = (0.1, 0.25, 0.4)  # of the averages that are scored
+MEASURED_WIDTH = 0.25  # of one more average, updated at the measurements alone
 
 
 @torch.no_grad()
@@ -77,6 +81,130 @@ def adam_ratio(optimizer):
             square = state["exp_avg_sq"].float() / (1 - second ** float(state["step"]))
             ratios.append(torch.where(square > 0, mean.square() / square, 0).flatten())
     return float(torch.cat(ratios).mean()) if ratios else None
+
+
+class Alignment:
+    """How gradients G of the frozen weights lie to the update BA, mean over the steps since it was
+    last asked for: <G, BA> = sum(grad_B * B), by the norms of grad_B and B. Falls below zero while
+    the update still grows. Related: Gradient-Weight Alignment, NeurIPS 2025."""
+
+    def __init__(self, layers):
+        self.ups, self.cosines = [layer.up for layer in layers], []
+
+    @torch.no_grad()
+    def note(self):
+        ups = [up for up in self.ups if up.grad is not None]
+        if not ups:
+            return
+        products = torch.stack(
+            [torch.stack([(up.grad * up).sum(), up.grad.square().sum(), up.square().sum()]) for up in ups]
+        )
+        product, gradient, weight = products.double().sum(0).tolist()
+        self.cosines.append(product / math.sqrt(gradient * weight) if gradient * weight > 0 else 0.0)
+
+    def value(self):
+        cosines, self.cosines = self.cosines, []
+        return math.fsum(cosines) / len(cosines) if cosines else None
+
+
+def weighted_evidence(evidence):
+    """Functions of a GradientEvidence: its evidence with inner products weighted as Adam weighs
+    them, by 1 / sqrt(v), and not weighted. The column grad_evidence weighs them by 1 / v."""
+
+    def weighted(power):
+        seen = [index for index, count in enumerate(evidence._counts) if count > 1]
+        if not seen:
+            return None
+        passed = 1 - evidence.decay ** evidence._counts[seen[0]]
+        noise = (1 - evidence.decay) * (2 - passed) / ((1 + evidence.decay) * passed)
+        means = torch.cat([evidence._means[index] for index in seen]).double()
+        squares = torch.cat([evidence._squares[index] for index in seen]).double()
+        weights = torch.where(squares > 0, squares.pow(-power), torch.zeros_like(squares))
+        whole = float((squares * weights).sum()) * passed
+        return float((means.square() * weights).sum()) / whole / noise if whole else None
+
+    return {"evidence_adam": lambda: weighted(0.5), "evidence_plain": lambda: weighted(0.0)}
+
+
+class Averages:
+    """The averages of some weights of all WIDTHS, and one of MEASURED_WIDTH that only measurements
+    update.  weights: gives {name: live tensor}."""
+
+    def __init__(self, weights):
+        self.weights = weights
+        self.each = {f"{width:g}": WeightAverage(weights, width) for width in WIDTHS}
+        self.measured = WeightAverage(weights, MEASURED_WIDTH)
+
+    def update(self):
+        for average in self.each.values():
+            average.update()
+
+    def scored(self, loss, also_measured=False):
+        """A function: {width: loss() with that average in place}, and "WIDTH measured" if asked."""
+        chosen = {**self.each, f"{MEASURED_WIDTH:g} measured": self.measured} if also_measured else self.each
+
+        def scores():
+            found = {}
+            for name, average in chosen.items():
+                with average.in_place():
+                    found[name] = loss()
+            return found
+
+        return scores
+
+    @torch.no_grad()
+    def distances(self):
+        """{width: ||weights - average||}. It is called at every measurement: the measured average
+        takes its step here."""
+        self.measured.update()
+        live = self.weights()
+        found = {}
+        for name, average in self.each.items():
+            squares = [(live[key].float() - tensor.float()).square().sum() for key, tensor in average.tensors().items()]
+            found[name] = math.sqrt(float(torch.stack(squares).sum()))
+        return found
+
+
+class ShadowScores:
+    """The columns of shadows: each one's loss on its fold, as it is and of its averages.
+
+    training: its ShadowTraining; fold_losses: gives [loss of each shadow]. interval: scored at
+    every so many measurements."""
+
+    def __init__(self, training, fold_losses, interval):
+        training.interval = interval
+        self.training, self.fold_losses, self.now = training, fold_losses, None
+        self.averages = [Averages(lambda own=own: own) for own in map(named, training.parameters)]
+
+    def update(self):
+        for averages in self.averages:
+            averages.update()
+
+    def mean(self):
+        """The column shadow_loss."""
+        self.now = self.fold_losses() if self.training.score_is_due() else None
+        return None if self.now is None else math.fsum(self.now) / len(self.now)
+
+    def each(self):
+        """The column shadow_losses: {"0": as they are, width: averaged}, a list of the shadows'."""
+        if self.now is None:
+            return None
+        found = {"0": self.now}
+        for name in self.averages[0].each:
+            with contextlib.ExitStack() as stack:
+                for averages in self.averages:
+                    stack.enter_context(averages.each[name].in_place())
+                found[name] = self.fold_losses()
+        return found
+
+
+def named(parameters):
+    return {str(index): parameter for index, parameter in enumerate(parameters)}
+
+
+def shadow_interval(measured_per_epoch):
+    """Every second measurement, where an epoch has enough of them."""
+    return 2 if measured_per_epoch >= 5 else 1
 
 
 class EveryNth:
