@@ -6,8 +6,9 @@ Works in transformers' Trainer, TRL's SFTTrainer and what is built on them, on o
 DDP. It needs two things beside it, cs_fluctuation.py and es_lora/, and imports nothing else of this
 project. It measures CS after every cs_interval optimizer steps and stops the Trainer cleanly. It
 saves the last weights as `adapter-last` in the output folder. It puts the weights of the turning
-point back into the model before anything after training sees it. Where another callback ended the
-training, the weights are left as they are. Who stopped, and why, is said, logged and written to
+point back into the model before anything after training sees it; with `average`, averaged ones, at
+the end of the budget too. Where another callback ended the training, the weights are left as they
+are. Who stopped, and why, is said, logged and written to
 result.json and report.html.
 """
 
@@ -125,6 +126,8 @@ class EarlyStopCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         model = kw["model"]
         keep_as_loaded(model)
+        if "schedule_free" in str(args.optim):
+            self.settings = self.settings.without_average(f"--optim {getattr(args.optim, 'value', args.optim)}")
         batches_per_epoch, steps_per_epoch = self._epoch(args, kw["train_dataloader"])
         self.plan = self.settings.plan(["lm"], steps_per_epoch, state.max_steps)
         self._ended = False
@@ -175,6 +178,8 @@ class EarlyStopCallback(TrainerCallback):
         every = self.monitor.snapshots.every
         if every > 1:
             self.say(f"The snapshots' disk limit lets only every {every}th measurement be kept.")
+        if self.plan.average:
+            self.say(f"An average of the weights is kept, of width {self.plan.average:g} (--average 0: single steps).")
         for notice in self.plan.notices:
             self.say(notice)
 
@@ -196,6 +201,8 @@ class EarlyStopCallback(TrainerCallback):
         return loss
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.after_step()
         if not self.plan.due(state.global_step):
             return
         answer, error = GO_ON, None
@@ -240,10 +247,10 @@ class EarlyStopCallback(TrainerCallback):
         if not self._ended:
             self.note_heldout(state.global_step, (kwargs["metrics"] or {}).get("eval_loss"))
 
-    def note_heldout(self, step: int, loss: Optional[float]) -> None:
-        """Write the held-out loss of a step's weights into the history, where it is finite."""
-        if self.monitor is not None and loss is not None and math.isfinite(loss):
-            self.monitor.note("evaluation", step, heldout_loss=loss)
+    def note_heldout(self, step: int, loss: Optional[float], averaged: bool = False) -> None:
+        """Write the held-out loss of a step's weights, or their average, into the history."""
+        if self.monitor is not None:
+            self.monitor.note_heldout(step, loss, averaged)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The last thing written into a checkpoint: one that holds the monitor's state is whole."""
@@ -274,8 +281,18 @@ class EarlyStopCallback(TrainerCallback):
         elif self.diverged is not None and self.report:
             held = restore_finite(model, held, self.monitor)
             same_on_all(model, args)
+        elif self.report and "last" in self.outcome(args, state).files:
+            if self.monitor is not None:
+                save_adapter(model, Path(args.output_dir) / LAST, self.outcome(args, state).facts("last"))
+            self.hold_average(args, model)
         if self.report and self.monitor is not None:
             self._leave_results(args, state, model, held)
+
+    def hold_average(self, args: TrainingArguments, model: torch.nn.Module) -> None:
+        """Put the average of the weights into the model, on every process."""
+        if self.monitor is not None:
+            load_tensors(model, self.monitor.kept_tensors())
+        same_on_all(model, args)
 
     @contextmanager
     def turning_point_in(self, model: torch.nn.Module) -> Iterator[None]:
@@ -302,9 +319,10 @@ class EarlyStopCallback(TrainerCallback):
             stopped_by=by,
             seed=args.seed,
         )
-        if outcome.name == "stopped_early":
+        stopped, best = outcome.name == "stopped_early", best_step_loaded(args, state)
+        if stopped or (outcome.keeps_average_of_all and not best):
             outcome.saved("last", LAST, last)
-        elif decision is not None and outcome.name != "diverged":
+        if decision is not None and outcome.name != "diverged" and not stopped:
             outcome.saved("turning_point", TURNING_POINT, decision.keep_step)
         return outcome
 
@@ -354,6 +372,8 @@ class EarlyStopCallback(TrainerCallback):
                 f"The model holds the weights of step {best}, loaded by "
                 "load_best_model_at_end; they are left as they are."
             )
+        if "last" in outcome.files:
+            return f"The model holds their average; the weights of the last step, {outcome.held_step}, are in {LAST}."
         return f"The model holds the weights of the last step, {outcome.held_step}; they are left as they are."
 
 

@@ -197,14 +197,14 @@ def finish(run: Run, outcome: Outcome, argv: Sequence[str], seconds: float) -> N
     if outcome.name == "diverged":
         kept = restore_finite(run.model, last, run.early_stop.monitor if run.early_stop is not None else None)
         if kept is not None:
-            _save(run, outcome, "kept", "adapter", kept)
+            _save(run, outcome, "kept", "adapter", kept, averaged=False if kept == last else None)
     elif outcome.name == "stopped_early":
         outcome.saved("last", LAST, last)
         if outcome.keeps_last:
             scores.kept_is_last()
         else:
             scores.score_kept()
-            run.early_stop.note_heldout(outcome.decision.keep_step, scores.heldout["kept"])
+            run.early_stop.note_heldout(outcome.decision.keep_step, scores.heldout["kept"], outcome.averages)
         _save(run, outcome, "kept", "adapter", outcome.decision.keep_step)
     elif outcome.name != "interrupted":
         _keep_full_run(run, outcome)
@@ -227,12 +227,17 @@ def finish(run: Run, outcome: Outcome, argv: Sequence[str], seconds: float) -> N
 
 
 def _keep_full_run(run: Run, outcome: Outcome) -> None:
-    """The full run was asked for: its last weights are kept, those of a turning point lie beside
-    them."""
+    """The full run was asked for: its last weights are kept, or their average and the last ones
+    beside it. Those of a turning point lie beside them."""
     scores, early_stop, decision = run.scores, run.early_stop, outcome.decision
     loss = scores.score_last()
     if early_stop is not None:
         early_stop.note_heldout(outcome.last_step, loss)
+    if outcome.keeps_average_of_all:
+        _save(run, outcome, "last", LAST, outcome.last_step)
+        early_stop.hold_average(run.settings.training, run.model)
+        scores.score_kept(name="average")
+        early_stop.note_heldout(outcome.last_step, scores.heldout["average"], averaged=True)
     _save(run, outcome, "kept", "adapter", outcome.last_step)
     if decision is None:
         return
@@ -244,11 +249,12 @@ def _keep_full_run(run: Run, outcome: Outcome) -> None:
         _save(run, outcome, "turning_point", TURNING_POINT, decision.keep_step)
 
 
-def _save(run: Run, outcome: Outcome, what: str, name: str, step: int) -> None:
-    """Save the model's weights, which are those of `step`, and the tokenizer with them."""
+def _save(run: Run, outcome: Outcome, what: str, name: str, step: int, averaged: Optional[bool] = None) -> None:
+    """Save the model's weights, which are those of `step`, and the tokenizer with them.
+    averaged: whether they are an average; None: as Outcome.saved."""
     training = run.settings.training
     folder = run.output_dir / ("model" if training.full_finetune else name)
-    outcome.saved(what, folder.name, step)
+    outcome.saved(what, folder.name, step, averaged)
     if not run.is_main:
         return
     if training.full_finetune:

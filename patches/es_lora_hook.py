@@ -64,6 +64,8 @@ class NetworkEarlyStop:
         self.args, self.network = args, accelerator.unwrap_model(network)
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         self.to_training, self.to_evaluation = _schedule_free_switches(self.optimizer, args)
+        if self.to_evaluation is not None:
+            settings = settings.without_average(f"--optimizer_type {args.optimizer_type}")
         self._trained = False
         layers, left_out = network_layers(self.network)
         if args.resume and getattr(args, "resume_from_huggingface", False):
@@ -129,28 +131,33 @@ class NetworkEarlyStop:
 
         On a stop the last weights are saved as NAME-last, and the turning point's stand in the
         network when the trainer saves it as NAME. Without --early_stop the turning point is saved
-        as NAME-turning-point, and NAME is the end.
+        as NAME-turning-point, and NAME is the end. Where the average at the end is kept, NAME is
+        that, and the last weights are NAME-last.
         """
         run, kept, last = self.run, self.run.kept_step(), self.run.step
-        outcome = run.outcome()
-        if kept is None:
-            outcome.saved("kept", f"../{self._file()}", last)
-        elif run.settings.early_stop:
-            outcome.saved("kept", f"../{self._file()}", kept)
-            outcome.saved("last", f"../{self._file('-last')}", last)
-            metadata.update(outcome.metadata("last"))
-            save_model(self._file("-last"), network, last, run.epoch_of(last))
-            put_in(all_tensors(network), run.monitor.load_snapshot(kept))
+        outcome, live = run.outcome(), all_tensors(network)
+        stops = kept is not None and run.settings.early_stop
+        averaged = outcome.averages and (stops or outcome.keeps_average_of_all)
+        outcome.saved("kept", f"../{self._file()}", kept if stops else last, averaged)
+
+        def save_as(what: str, of_step: int) -> None:
+            name = self._file(f"-{what.replace('_', '-')}")
+            outcome.saved(what, f"../{name}", of_step)
+            metadata.update(outcome.metadata(what))
+            save_model(name, network, of_step, run.epoch_of(of_step))
+
+        if stops or outcome.keeps_average_of_all:
+            save_as("last", last)
+        if stops:
+            put_in(live, run.monitor.load_snapshot(kept))
             step, epoch = kept, run.epoch_of(kept)
-        else:
-            outcome.saved("kept", f"../{self._file()}", last)
-            outcome.saved("turning_point", f"../{self._file('-turning-point')}", kept)
-            metadata.update(outcome.metadata("turning_point"))
-            live, turning_point = all_tensors(network), run.monitor.load_snapshot(kept)
+        elif kept is not None:
             end = copies(live)
-            put_in(live, turning_point)
-            save_model(self._file("-turning-point"), network, kept, run.epoch_of(kept))
+            put_in(live, run.monitor.load_snapshot(kept))
+            save_as("turning_point", kept)
             put_in(live, end)
+        if outcome.keeps_average_of_all:
+            put_in(live, run.monitor.kept_tensors())
         metadata.update(outcome.metadata("kept"))
         run.finish(outcome)
         return step, epoch
@@ -209,7 +216,7 @@ class QloraEarlyStop(TrainerCallback):
 
     The last weights stay where qlora puts them (checkpoint-N/adapter_model). With --early_stop the
     model holds the turning point when the Trainer returns, so that evaluation and prediction are of
-    it.
+    it. An average at the end is left in `average/adapter_model`, and is then what the model holds.
     """
 
     def __init__(self, settings: StopSettings, checkpoint_dir: Optional[str]):
@@ -246,9 +253,8 @@ class QloraEarlyStop(TrainerCallback):
             control.should_training_stop = True
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        loss = (metrics or {}).get("eval_loss")
-        if self.run is not None and self.run.monitor is not None and loss is not None and math.isfinite(loss):
-            self.run.monitor.note("evaluation", self.run.step, heldout_loss=loss)
+        if self.run is not None and self.run.monitor is not None:
+            self.run.monitor.note_heldout(self.run.step, (metrics or {}).get("eval_loss"))
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if self.run.monitor is not None:
@@ -268,6 +274,10 @@ class QloraEarlyStop(TrainerCallback):
             _save_adapter(model, output_dir / "turning-point", facts)
             if not self.settings.early_stop:
                 put_in(live, end)
+        if outcome.keeps_average_of_all:
+            outcome.saved("kept", "average", state.global_step)
+            put_in(live, self.run.monitor.kept_tensors())
+            _save_adapter(model, output_dir / "average", outcome.facts("kept"))
         self.run.finish(outcome)
 
 

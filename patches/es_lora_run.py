@@ -128,6 +128,8 @@ class EarlyStopRun:
         )
         if not settings.early_stop:
             say("--early_stop is not given: the turning point is marked and saved, and training goes on to its end.")
+        if self.plan.average:
+            say(f"an average of the weights is kept, of width {self.plan.average:g} (--average 0: single steps).")
         if self.monitor.snapshots.every > 1:
             say(f"the snapshots' disk limit lets only every {self.monitor.snapshots.every}th measurement be kept.")
         for notice in self.plan.notices:
@@ -141,6 +143,8 @@ class EarlyStopRun:
         """Count a completed optimizer step and, where it is due, measure; whether it was
         measured."""
         self.step += 1
+        if self.monitor is not None:
+            self.monitor.after_step()
         if loss is not None:
             self._losses.append(loss.detach())
         if self.step % self.plan.cs_interval:

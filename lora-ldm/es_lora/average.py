@@ -6,13 +6,24 @@ to the steps so far, so that one width fits a short and a long run. Source: Karr
 Python 3.8, torch 1.13."""
 
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 
 WIDEST = 0.5  # every step counts alike; a wider average would count the first steps most
+DEFAULT_WIDTH = 0.0  # with early stopping: no average
 STEPS = "steps"
 PREFIX = "average."
+
+
+def width_or_auto(value: Any) -> Optional[float]:
+    """A width of 0 (off) to 0.5, or None for `auto`. Raises ValueError for anything else."""
+    if value is None or value == "auto":
+        return None
+    width = float(value)
+    if not 0 <= width <= WIDEST:
+        raise ValueError(f"give a width of 0 (off) to {WIDEST:g}, or auto")
+    return width
 
 
 class WeightAverage:

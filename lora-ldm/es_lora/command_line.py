@@ -94,8 +94,8 @@ def number_or_auto(value: Any) -> Optional[int]:
     return int(value)
 
 
-def auto_word(value: Optional[int]) -> Union[int, str]:
-    """What number_or_auto reads, written down again."""
+def auto_word(value: Optional[float]) -> Union[float, str]:
+    """What a reader that knows `auto` has read, written down again."""
     return "auto" if value is None else value
 
 

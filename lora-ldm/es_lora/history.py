@@ -22,9 +22,10 @@ class History:
     records: List[Dict[str, Any]]
     events: List[Dict[str, Any]]
 
-    def heldout(self) -> List[Tuple[int, float]]:
-        """(step, held-out loss), from measurements and evaluations between them, each step once."""
-        points = [(r["step"], r.get("heldout_loss")) for r in [*self.records, *self.events]]
+    def heldout(self, column: str = "heldout_loss") -> List[Tuple[int, float]]:
+        """(step, held-out loss), from measurements and evaluations between them, each step once.
+        column: heldout_loss_average: of the averaged weights."""
+        points = [(r["step"], r.get(column)) for r in [*self.records, *self.events]]
         return sorted({step: loss for step, loss in points if loss is not None}.items())
 
     def last_step(self) -> int:
@@ -89,7 +90,8 @@ def rule_for(
     m = auto_window(per_epoch, interval) if window == "auto" else int(window)
     if value is None and name == header.get("rule"):
         value = _recorded_value(header)
-    return make_rule(name, RuleSettings(m, component or header["decided_on"], per_epoch, interval, value))
+    averaged = bool(header.get("average"))
+    return make_rule(name, RuleSettings(m, component or header["decided_on"], per_epoch, interval, value, averaged))
 
 
 def _recorded_value(header: Dict[str, Any]) -> Optional[float]:

@@ -12,9 +12,11 @@ Both trainers, the jobs of multi_lora.py, the callback and the patches leave the
     usable_steps    [first, last] step whose weights would do as well
     last_step       completed optimizer steps; total_steps: the budget
     rule, window, cs_interval   by what it was decided
+    average         the width of the average that is kept; 0: single steps are
     files           {"kept", "last", "turning_point", "state": {"path", "step", "averaged"}}
     held_step       the step whose weights the model holds, where a caller goes on
-    heldout         {"before", "kept", "last": held-out loss}
+    heldout         {"before", "kept", "last": held-out loss}; kept: the turning point. "average":
+                    of the averaged weights at the end, where these lie under the normal name
     parts           {component: the rule's verdict on its own CS}
     shadows         what shadow adapters have cost
     seconds, seed, settings, versions
@@ -40,7 +42,7 @@ RESULT_NAME, REPORT_NAME = "result.json", "report.html"
 RESULT_FORMAT = "es-lora-result/1"
 EXIT_CODES = dict.fromkeys(("stopped_early", "budget_reached", "no_turning_point", "stopped_by_other"), 0)
 EXIT_CODES.update(diverged=3, interrupted=130)
-WEIGHTS = {"before": "before training", "kept": "kept", "last": "last step"}
+WEIGHTS = {"before": "before training", "kept": "kept", "average": "average at the end", "last": "last step"}
 PART_NAMES = {"unet": "U-Net", "te": "text encoder", "te1": "first text encoder", "te2": "second text encoder"}
 
 
@@ -83,13 +85,26 @@ class Outcome:
         return EXIT_CODES[self.name]
 
     @property
+    def averages(self) -> bool:
+        """Whether averaged weights are kept."""
+        return self.plan is not None and self.plan.average > 0
+
+    @property
     def keeps_last(self) -> bool:
         """Whether the turning point's weights are the last ones: they are scored and saved once."""
-        return self.decision is not None and self.decision.keep_step == self.last_step
+        return not self.averages and self.decision is not None and self.decision.keep_step == self.last_step
 
-    def saved(self, what: str, path: str, step: Optional[int] = None, averaged: bool = False) -> None:
+    @property
+    def keeps_average_of_all(self) -> bool:
+        """Whether the average at the end of the training is what is kept."""
+        return self.averages and self.name in ("budget_reached", "no_turning_point")
+
+    def saved(self, what: str, path: str, step: Optional[int] = None, averaged: Optional[bool] = None) -> None:
         """Note a file by its path relative to the output folder, and the step of its weights.
-        what: "kept" lies under the normal name, "last", "turning_point" and "state" beside it."""
+        what: "kept" lies under the normal name, "last", "turning_point" and "state" beside it.
+        averaged: None: as the run averages; the last weights and a state never are."""
+        if averaged is None:
+            averaged = self.averages and what in ("kept", "turning_point")
         self.files[what] = SavedWeights(path, step, averaged)
 
     # ------------------------------------------------------------------------------------- in words
@@ -109,7 +124,8 @@ class Outcome:
             return (
                 f"{stopped} The last weights are those of the turning point, {self._turning_point()}.{self._compared()}"
             )
-        return f"{stopped} The weights of the turning point, {self._turning_point()}, are kept.{self._compared()}"
+        weights = f"The {'averaged ' if self.averages else ''}weights of the turning point, {self._turning_point()}"
+        return f"{stopped} {weights}, are kept.{self._compared()}"
 
     def _stopped_by_other(self) -> str:
         stopped = f"Stopped at step {self.last_step} of {self.total_steps} by {self.stopped_by}."
@@ -126,7 +142,9 @@ class Outcome:
             return ""
         if self.decision is None:
             others = self.held_step not in (None, self.last_step)  # load_best_model_at_end
-            return "No evidence of overfitting yet" + ("." if others else ": the last weights are kept.")
+            kept = "average of the weights is" if self.keeps_average_of_all else "last weights are"
+            found = "No evidence of overfitting yet" + ("." if others else f": the {kept} kept.")
+            return f"{found}{self._compared()}"
         found = f"The turning point was {self._turning_point()}, found at step {self.decision.detected_step}."
         return f"{found}{self._compared()}"
 
@@ -151,7 +169,7 @@ class Outcome:
 
     def _compared(self) -> str:
         """The held-out losses of the kept and of the last weights, as far as known; else empty."""
-        kept, last = self.heldout.get("kept"), self.heldout.get("last")
+        kept, last = self.heldout.get("kept" if self.decision else "average"), self.heldout.get("last")
         if kept is None:
             return ""
         if self.keeps_last or last is None:
@@ -198,6 +216,7 @@ class Outcome:
             **self._decided(),
             "window": plan.window if plan else None,
             "cs_interval": plan.cs_interval if plan else None,
+            "average": plan.average if plan else None,
             "last_step": self.last_step,
             "total_steps": self.total_steps,
             "files": {what: vars(weights) for what, weights in self.files.items()},
@@ -227,14 +246,17 @@ class Outcome:
             [PART_NAMES.get(part, part), v["turning_step"] or "none", v["stop_step"] or "", v["reason"]]
             for part, v in self.parts.items()
         ]
-        files = [[what.replace("_", " "), weights.path, weights.step or ""] for what, weights in self.files.items()]
+        files = [
+            [what.replace("_", " "), weights.path, weights.step or "", "averaged" if weights.averaged else ""]
+            for what, weights in self.files.items()
+        ]
         rows = [[name, f"{loss:.4f}", f"{math.exp(min(loss, 50)):.2f}"] for name, loss in losses]
         return [
             table
             for table in (
                 ("Held-out loss", ["weights", "loss", "its exponential"], rows),
                 ("Each part by itself", ["part", "turning point (step)", "detected at step", "verdict"], parts),
-                ("Files", ["what", "file", "step"], files),
+                ("Files", ["what", "file", "step", ""], files),
             )
             if table[2]
         ]

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 from cs_fluctuation import FluctuationSeries
 from es_lora.files import write_text_whole
 from es_lora.history import History, read_history, redecide, rule_for
-from es_lora.rules import RULES, Decision, GradientAgreement
+from es_lora.rules import AVERAGED, RULES, Decision, GradientAgreement
 
 COLOURS = {"train": "#8a8f98", "heldout": "#c8553d", "kept": "#2a7f62", "detected": "#b58a00", "lines": "#2f5d8a"}
 
@@ -43,8 +43,11 @@ def _column(history: History, name: str) -> Points:
 def _losses(history: History) -> Panel:
     training = _column(history, "loss"), "training loss", {"color": COLOURS["train"]}
     heldout = history.heldout(), "held-out loss", {"color": COLOURS["heldout"], "marker": "."}
-    style = {"color": COLOURS["lines"], "marker": "."}
-    return Panel("loss", [training, heldout, (_column(history, "shadow_loss"), "shadows' loss on their folds", style)])
+    style, dashed = {"color": COLOURS["lines"], "marker": "."}, {"linestyle": "--"}
+    lines = [training, heldout, (_column(history, "shadow_loss"), "shadows' loss on their folds", style)]
+    averaged = history.heldout("heldout_loss" + AVERAGED), "held-out loss, averaged", {**heldout[2], **dashed}
+    shadows = _column(history, "shadow_loss" + AVERAGED), "averaged shadows' loss on their folds", {**style, **dashed}
+    return Panel("loss", [*lines, averaged, shadows])
 
 
 def _cosines(history: History, component: str) -> Panel:

@@ -14,6 +14,7 @@ from cs_fluctuation import FluctuationSeries
 from es_lora.gradient_evidence import memorising_evidence
 
 DEFAULT_RULE = "gradient-agreement"
+AVERAGED = "_average"  # ends the name of a column that is measured on averaged weights
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class RuleSettings:
     """window: M in measurements. component: whose CS decides. steps_per_epoch: optimizer steps.
 
     value: the rule's one number (valleys, epochs, a patience; StopRule.value_help); None: its own.
-    """
+    averaged: averaged weights are kept, so that losses are read of them."""
 
     window: int
     component: str
     steps_per_epoch: float
     cs_interval: int
     value: Optional[float] = None
+    averaged: bool = False
 
 
 class StopRule:
@@ -191,12 +193,16 @@ class FixedEpochs(StopRule):
 
 class LowestLoss(StopRule):
     """Keeps the measurement with the lowest loss of a column, once enough later ones were not
-    lower. A null is a measurement at which the loss was not taken, and counts for nothing."""
+    lower. A null is a measurement at which the loss was not taken, and counts for nothing. Where
+    averaged weights are kept, it is their loss."""
 
     column = ""
 
     def __init__(self, settings: RuleSettings):
         super().__init__(settings)
+        if settings.averaged:
+            self.column += AVERAGED
+            self.needs = (self.column,)
         self._lowest: Optional[Tuple[float, int]] = None  # (loss, step)
         self._since = 0  # losses taken after it
 

@@ -18,9 +18,12 @@ import json
 import math
 import random
 import time
+from functools import partial
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
+
+from es_lora.average import WeightAverage
 
 DEFAULT_SHADOWS = 2  # where a rule needs them and the person has not said how many
 FOLD_SHARE = 0.2  # of the examples, for up to five shadows
@@ -28,6 +31,7 @@ FEWEST_EXAMPLES = 3
 SCORE_SHARE = 0.1  # of the time of the main adapter's training, for each shadow
 SETTINGS = ("lr", "betas", "eps", "weight_decay")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+AVERAGE = "average/"  # begins the names of the averages in a saved state
 NOT_ADAM = ("dadapt", "schedulefree")  # Adam in name, but their rate means something else
 
 
@@ -71,13 +75,18 @@ def rate_is_adams(optimizer_name: str) -> bool:
     return "adam" in name and not any(other in name.replace("_", "") for other in NOT_ADAM)
 
 
+def _numbered(parameters: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
+    return {str(index): parameter for index, parameter in enumerate(parameters)}
+
+
 class ShadowTraining:
     """Folds, gradients and AdamW steps of K shadows.
 
     folds: of make_folds. parameter_groups: for each shadow its optimizer groups [{"params": [...]},
     ...], in the order of the main optimizer's groups. max_norm: clips each shadow's gradient; 0 or
     None: no clipping. interval: a score at every so many measurements; None: the trainer sets it
-    before the first one. seed: of the shadows' dropouts, of any kind.
+    before the first one. seed: of the shadows' dropouts, of any kind. average: width of the average
+    that is scored in place of the shadows' weights; 0: none.
     sum_over_processes: a tensor to its sum over all processes; None: there is one."""
 
     def __init__(
@@ -88,12 +97,16 @@ class ShadowTraining:
         max_norm: Optional[float],
         interval: Optional[int],
         seed: Any,
+        average: float = 0.0,
         sum_over_processes: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
     ):
         self.folds, self.max_norm, self.interval, self.seed = folds, max_norm, interval, seed
         self._sum_over_processes = sum_over_processes
         self.optimizers = [torch.optim.AdamW(groups, foreach=True) for groups in parameter_groups]
         self.parameters = [[p for group in groups for p in group["params"]] for groups in parameter_groups]
+        self.averages: List[WeightAverage] = []
+        if average:
+            self.averages = [WeightAverage(partial(_numbered, own), average) for own in self.parameters]
         self.seconds = 0.0  # spent in shadows
         self._counts = [0.0] * len(self.optimizers)  # what the gradients have been summed over since the last step
         self._steps = self._measurements = 0
@@ -147,6 +160,19 @@ class ShadowTraining:
         self._counts, self._steps = [0.0] * self.count, self._steps + 1
         self.seconds += time.perf_counter() - started
 
+    def average(self) -> None:
+        """Take every shadow's weights into its average; call it when a step is complete."""
+        for average in self.averages:
+            average.update()
+
+    @contextlib.contextmanager
+    def weights_to_score(self) -> Iterator[None]:
+        """Within it the shadows hold their averages, where they have some."""
+        with contextlib.ExitStack() as stack:
+            for average in self.averages:
+                stack.enter_context(average.in_place())
+            yield
+
     def _share(self) -> None:
         """Sum gradients and counts over the processes, in one transfer."""
         if self._sum_over_processes is None:
@@ -187,11 +213,15 @@ class ShadowTraining:
         for name, parameter, moments in self._named():
             state[f"{name}.weight"] = parameter.detach().cpu().contiguous()
             state.update({f"{name}.{key}": moments[key].cpu() for key in MOMENTS if key in moments})
+        for shadow, average in enumerate(self.averages):
+            state.update({f"{AVERAGE}{shadow}/{key}": tensor for key, tensor in average.state_tensors().items()})
         return state
 
     @torch.no_grad()
     def load_state_tensors(self, state: Dict[str, torch.Tensor]) -> None:
         """Go on from state_tensors(). Raises ValueError where shadows or data are others."""
+        averages = {key: tensor for key, tensor in state.items() if key.startswith(AVERAGE)}
+        state = {key: tensor for key, tensor in state.items() if key not in averages}
         names = [name for name, _, _ in self._named()]
         fits = {key.rpartition(".")[0] for key in state if "." in key} == set(names)
         fits = fits and all(state[f"{name}.weight"].shape == parameter.shape for name, parameter, _ in self._named())
@@ -200,6 +230,11 @@ class ShadowTraining:
                 "the saved shadows belong to other data or other settings: go on with the same data, seed, --shadows "
                 "and --shadow_rank, or start anew"
             )
+        if self.averages and not averages:
+            raise ValueError("the saved shadows hold no averages: go on with --average 0, or start anew")
+        for shadow, average in enumerate(self.averages):
+            start = f"{AVERAGE}{shadow}/"
+            average.load_state_tensors({k[len(start) :]: part for k, part in averages.items() if k.startswith(start)})
         self._steps, self._measurements = int(state["steps"]), int(state["measurements"])
         for name, parameter, moments in self._named():
             parameter.copy_(state[f"{name}.weight"])

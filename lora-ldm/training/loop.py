@@ -92,6 +92,8 @@ class Loop:
         bar.update()
         bar.set_postfix(loss=f"{progress.epoch_mean_loss:.4f}", refresh=False)
         with run.optimization.weights_to_use():
+            if run.monitor is not None:
+                run.monitor.after_step()
             self.measure()
             if progress.step % self.finite_interval == 0 and self.ended is None:
                 self.keep_finite()
@@ -186,7 +188,7 @@ class Loop:
         loss = run.validation.loss()
         run.processes.accelerator.log({"loss/validation": loss}, step=run.progress.step)
         if run.monitor is not None:
-            run.monitor.note("evaluation", run.progress.step, heldout_loss=loss)
+            run.monitor.note_heldout(run.progress.step, loss)
 
     def save_checkpoint(self, part: str) -> None:
         """The present weights under the name with this part, and the state with --save_state."""

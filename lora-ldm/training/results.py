@@ -78,33 +78,47 @@ def save_results(run: Run, ending: Ending, outcome: Outcome) -> Pictures:
     """The LoRA files, or the model, that this outcome leaves; -> pictures for the report.
 
     With --early_stop the kept weights get the normal name and the last ones `-last`; without it the
-    last ones get the normal name and those of the turning point `-turning-point`."""
+    last ones get the normal name and those of the turning point `-turning-point`. At the end of the
+    budget an average gets the normal name, and the last weights are `-last` beside it."""
     if outcome.name == "interrupted":
         return []
     if outcome.name == "diverged":
         if ending.finite is not None:
-            save(run, outcome, "kept", *ending.finite)
+            step, tensors = ending.finite
+            save(run, outcome, "kept", step, tensors, averaged=False)
         return []
     found = run.monitor.load_snapshot(outcome.decision.keep_step) if outcome.decision is not None else None
     if outcome.name == "stopped_early":
         save(run, outcome, "kept", outcome.decision.keep_step, found)
         save(run, outcome, "last", outcome.last_step)
     else:
-        save(run, outcome, "kept", outcome.last_step)
+        average = run.monitor.kept_tensors() if outcome.keeps_average_of_all else None
+        save(run, outcome, "kept", outcome.last_step, average)
+        if average is not None:
+            save(run, outcome, "last", outcome.last_step)
         if found is not None:
             save(run, outcome, "turning_point", outcome.decision.keep_step, found)
     if run.args.train_full_unet:
         run.previews.save("-last")  # there is no LoRA to switch off for a comparison
         return []
     kinds = [] if found is None or outcome.keeps_last else [("turning point", "-turning-point", found)]
+    if outcome.keeps_average_of_all:
+        kinds.append(("average", "-average", run.monitor.kept_tensors()))
     return run.previews.compared([*kinds, ("last", "-last", None)])
 
 
-def save(run: Run, outcome: Outcome, what: str, step: int, tensors: Optional[dict[str, torch.Tensor]] = None) -> None:
+def save(
+    run: Run,
+    outcome: Outcome,
+    what: str,
+    step: int,
+    tensors: Optional[dict[str, torch.Tensor]] = None,
+    averaged: Optional[bool] = None,
+) -> None:
     """Write a step's weights as "kept" (normal name), "last" or "turning_point", and note it.
-    tensors: those of that step, None: the live ones."""
+    tensors: those of that step, None: the live ones. averaged: as Outcome.saved."""
     part = "" if what == "kept" else f"-{what.replace('_', '-')}"
-    outcome.saved(what, run.files.names.path(part).name, step)
+    outcome.saved(what, run.files.names.path(part).name, step, averaged)
     run.files.save(part, run.network.state_for_file(tensors=tensors), step, outcome.metadata(what))
 
 

@@ -28,7 +28,7 @@ from network.metadata import FileFacts
 from training.checkpoints import CheckpointNames, WeightFiles
 from training.logs import start_trackers
 from training.objective import HeldOut, Objective
-from training.optimizers import Optimization, make_optimizer
+from training.optimizers import Optimization, is_schedule_free, make_optimizer
 from training.previews import Previews, make_class_images, prompts_of
 from training.processes import Processes
 from training.schedulers import make_scheduler
@@ -95,6 +95,8 @@ def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> 
     place_model(objective, network)
     fill_caches(objective, parts, prompts)
     optimization = make_optimization(args, network, length, processes)
+    if is_schedule_free(optimization.raw):
+        args.stop = args.stop.without_average(f"--optimizer_type {args.optimizer_type}")
     plan = args.stop.plan(network.components, len(loader), length.total_steps) if args.stop.calculate_cs else None
     shadows = None
     if args.stop.shadow_count:
@@ -213,8 +215,8 @@ def columns_of(
 ) -> dict[str, Callable[[], Optional[float]]]:
     """{name: function} of what is recorded beyond the usual measurements.
     Raises ValueError where the rule decides on held-out pictures and there are none."""
-    columns = {} if shadows is None else {"shadow_loss": shadows.score}
-    if plan is not None and "heldout_loss" in plan.rule().needs:
+    columns = {} if shadows is None else {shadows.column: shadows.score}
+    if plan is not None and any(column.startswith("heldout_loss") for column in plan.rule().needs):
         if validation is None:
             raise ValueError(
                 f"--stop_rule {plan.stop.stop_rule} decides on held-out pictures: add --validation_split, or choose a "
@@ -246,6 +248,8 @@ def make_monitor(
         columns=columns,
     )
     processes.say(f"CS every {plan.cs_interval} steps, window {plan.window}, rule {plan.stop.stop_rule}", *plan.notices)
+    if plan.average:
+        processes.say(f"an average of the weights is kept, of width {plan.average:g} (--average 0: single steps)")
     if monitor.snapshots.every > 1:
         processes.say(f"snapshots of every {monitor.snapshots.every}th measurement fit into --snapshot_disk_gb")
     return monitor

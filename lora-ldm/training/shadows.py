@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 
 from base.random_state import untouched_random_state
+from es_lora.rules import AVERAGED
 from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
 from images.batches import ImageBatches
 from images.folders import picture_name
@@ -44,8 +45,14 @@ class ShadowNetworks:
             max_norm=args.max_grad_norm,
             interval=self._interval(batches, measured_per_epoch),
             seed=f"{args.seed}/{processes.rank}",
+            average=args.stop.average_width,
             sum_over_processes=processes.accelerator.reduce if processes.count > 1 else None,
         )
+
+    @property
+    def column(self) -> str:
+        """The history's column of `score`."""
+        return "shadow_loss" + (AVERAGED if self.training.averages else "")
 
     def _create(self, network, number):
         with untouched_random_state():
@@ -103,12 +110,15 @@ class ShadowNetworks:
         if self.args.scale_weight_norms:
             for network in self.networks:
                 network.scale_weight_norms(self.args.scale_weight_norms)
+        self.training.average()
 
     def score(self) -> Optional[float]:
-        """The column shadow_loss: the shadows' mean loss on their folds; None if not due."""
+        """The mean loss on the folds, of the shadows' averages where they have some; None if not
+        due."""
         if not self.training.score_is_due():
             return None
-        losses = self.fold_losses()
+        with self.training.weights_to_score():
+            losses = self.fold_losses()
         return sum(losses) / len(losses)
 
     def fold_losses(self) -> list[float]:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
@@ -11,16 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cs_fluctuation import FluctuationSeries, LoraLayer, measure_layers
+from es_lora.average import WeightAverage
 from es_lora.files import write_text_whole, write_whole
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.history import HISTORY_FORMAT, HISTORY_NAME
-from es_lora.rules import Decision
+from es_lora.rules import AVERAGED, Decision
 from es_lora.settings import MeasurementPlan
 from es_lora.snapshots import SNAPSHOT_FOLDER, SnapshotStore
 
 STATE_NAME = "cs_state.json"
 GRADIENTS_NAME = "cs_gradients.safetensors"
+AVERAGE_NAME = "cs_average.safetensors"
 FLUCTUATION_SCALAR = "cs_fluctuation/step"
+SCORED_TWICE = ("heldout_loss",)  # columns that are measured on the averaged weights as well
 MEASURED = ("step", "epoch", "cs", "cs_matrix", "cs_row", "delta_norm", "fluctuation", "loss", "lr")  # in every run
 
 
@@ -37,11 +41,11 @@ def scalars(record: Dict[str, Any]) -> Dict[str, float]:
 
 
 class EarlyStopMonitor:
-    """Measures CS as its plan says, writes the history, keeps snapshots and asks the rule.
+    """Measures CS as its plan says, averages, writes the history, keeps snapshots, asks the rule.
 
     folder: where cs_history.jsonl and the snapshots go. plan: of es_lora.settings.
-    layers: the LoRA layers, live. tensors: gives {name: live tensor}, what a snapshot holds; None
-    keeps no snapshots.
+    layers: the LoRA layers, live. tensors: gives {name: live tensor}, what a snapshot holds, or the
+    average of it; None keeps no snapshots.
     header: further facts for the first line of the history.
     evidence: a GradientEvidence over the trained matrices, or None: grad_evidence is null.
     columns: {name: function} of further columns, called at every measurement: a float or None.
@@ -75,6 +79,9 @@ class EarlyStopMonitor:
         self.measurements = 0
         self._state_folder: Optional[Path] = None  # the newest whole checkpoint
         self.last_record: Optional[Dict[str, Any]] = None  # the history line written last
+        self.average: Optional[WeightAverage] = None
+        if tensors is not None and plan.average:
+            self.average = WeightAverage(tensors, plan.average)
         self.snapshots: Optional[SnapshotStore] = None
         if tensors is not None:
             bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in tensors().values())
@@ -96,6 +103,8 @@ class EarlyStopMonitor:
         if self.reduction not in ("matrix", "row"):
             raise ValueError(f"CS reduction {self.reduction!r} is unknown; use 'matrix' or 'row'")
         recorded = {*MEASURED, *self.columns, *(["grad_evidence"] if self.evidence is not None else [])}
+        if self.plan.average:
+            recorded |= {name + AVERAGED for name in SCORED_TWICE if name in self.columns}
         missing = [column for column in self.rule.needs if column not in recorded]
         if missing:
             needed = f"the rule {self.rule.name} needs {', '.join(missing)}, which is not recorded here"
@@ -108,6 +117,23 @@ class EarlyStopMonitor:
         with open(self.history_path, "a", encoding="utf-8") as handle:
             handle.write("".join(json.dumps(entry, allow_nan=False) + "\n" for entry in new))
 
+    def after_step(self) -> None:
+        """Take the weights of a completed optimizer step into the average. Call it after each
+        one, before `measure`."""
+        if self.average is not None:
+            self.average.update()
+
+    def kept_tensors(self) -> Dict[str, torch.Tensor]:
+        """{name: tensor} of the weights that are kept now: averaged, or the live ones."""
+        return self.average.tensors() if self.average is not None else self.tensors()
+
+    def _measured_columns(self) -> Dict[str, Optional[float]]:
+        values = {name: function() for name, function in self.columns.items()}
+        if self.average is not None:
+            with self.average.in_place():
+                values.update({name + AVERAGED: self.columns[name]() for name in SCORED_TWICE if name in values})
+        return values
+
     def measure(self, step: int, epoch: float, **columns: Any) -> Optional[Decision]:
         """Measure after optimizer step `step`; returns the rule's Decision once, None otherwise.
 
@@ -118,11 +144,10 @@ class EarlyStopMonitor:
         record: Dict[str, Any] = {"step": step, "epoch": round(epoch, 6), "cs": cs, **measured}
         record["fluctuation"] = self.series.update(record["cs"][self.plan.component]).fluctuation
         record["grad_evidence"] = self.evidence.value() if self.evidence is not None else None
-        measured_now = {name: function() for name, function in self.columns.items()}
-        for name, value in {**columns, **measured_now}.items():
+        for name, value in {**columns, **self._measured_columns()}.items():
             record[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         if self.snapshots is not None:
-            self.snapshots.put(self.measurements, step, self.tensors())
+            self.snapshots.put(self.measurements, step, self.kept_tensors())
         self.measurements += 1
         self.last_record = record
         self._write(record)
@@ -137,7 +162,7 @@ class EarlyStopMonitor:
             kept = self.snapshots.nearest_before(decision.keep_step)
             if kept is None:  # thinned out and just resumed
                 kept, self.snapshots.every = decision.detected_step, 1
-                self.snapshots.put(self.measurements - 1, kept, self.tensors())
+                self.snapshots.put(self.measurements - 1, kept, self.kept_tensors())
             if kept != decision.keep_step:
                 decision = replace(
                     decision, keep_step=kept, reason=f"{decision.reason} The nearest step still kept is {kept}."
@@ -150,6 +175,11 @@ class EarlyStopMonitor:
     def note(self, event: str, step: int, **facts: Any) -> None:
         """Write an event into the history, such as an evaluation with its heldout_loss."""
         self._write({"event": event, "step": step, **facts})
+
+    def note_heldout(self, step: int, loss: Optional[float], averaged: bool = False) -> None:
+        """Write the held-out loss of a step's weights, or of their average, where it is finite."""
+        if loss is not None and math.isfinite(loss):
+            self.note("evaluation", step, **{"heldout_loss" + (AVERAGED if averaged else ""): loss})
 
     def latest_snapshot_step(self) -> Optional[int]:
         """The newest step whose weights are kept; they are finite."""
@@ -183,9 +213,9 @@ class EarlyStopMonitor:
         """Put the state and hard links to the snapshots into a checkpoint's folder."""
         if self.snapshots is not None:
             self.snapshots.copy_to(Path(folder) / SNAPSHOT_FOLDER)
-        if self.evidence is not None:
-            state = self.evidence.state_tensors()
-            write_whole(Path(folder) / GRADIENTS_NAME, lambda temporary: save_file(state, str(temporary)))
+        for name, part in ((GRADIENTS_NAME, self.evidence), (AVERAGE_NAME, self.average)):
+            if part is not None:
+                write_whole(Path(folder) / name, partial(save_file, part.state_tensors()))
         write_text_whole(Path(folder) / STATE_NAME, json.dumps(self.state_dict()))
 
     def state_saved(self, folder: Union[str, Path]) -> None:
@@ -208,6 +238,10 @@ class EarlyStopMonitor:
             self.snapshots.copy_from(folder / SNAPSHOT_FOLDER, state["snapshots"])
         if self.evidence is not None and (folder / GRADIENTS_NAME).is_file():
             self.evidence.load_state_tensors(load_file(str(folder / GRADIENTS_NAME)))
+        if self.average is not None:
+            if not (folder / AVERAGE_NAME).is_file():
+                raise ValueError(f"{folder} holds no averaged weights; go on with --average 0, or start anew")
+            self.average.load_state_tensors(load_file(str(folder / AVERAGE_NAME)))
         self.load_state_dict(state)
         self._state_folder = folder
         if self.snapshots is not None and self.decision is not None:

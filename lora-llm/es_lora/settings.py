@@ -8,12 +8,14 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from es_lora.average import DEFAULT_WIDTH, width_or_auto
 from es_lora.command_line import auto_word, number_or_auto, truth
 from es_lora.rules import DEFAULT_RULE, RULES, RuleSettings, StopRule, check_rule, make_rule, value_of_valley
 from es_lora.shadows import DEFAULT_SHADOWS
 
 VALLEY_HELP = "N of the rule nth-valley: another name of its --rule_value"
 LEAST = {"shadows": 0, "shadow_rank": 1}
+KNOW_AUTO = (number_or_auto, width_or_auto)
 
 
 def _flag(default: Any, text: str, read: Callable[[Any], Any] = str, **more: Any) -> Any:
@@ -47,6 +49,11 @@ class StopSettings:
     shadow_rank: int = _flag(8, "LoRA rank of a shadow", int)
     shadow_interval: Optional[int] = _flag(
         1, "score the shadows at every so many measurements; auto: few, cheap ones", number_or_auto
+    )
+    average: Optional[float] = _flag(
+        None,
+        "width of the average of the weights that is kept, as a share of the steps; 0: off; or auto",
+        width_or_auto,
     )
     snapshot_disk_gb: float = _flag(20.0, "disk that the snapshots may use, in GB", float)
 
@@ -90,6 +97,8 @@ class StopSettings:
                 found.append(f"--{name} {value}: must be at least {least}")
         if not (math.isfinite(self.snapshot_disk_gb) and self.snapshot_disk_gb > 0):
             found.append(f"--snapshot_disk_gb {self.snapshot_disk_gb:g}: must be above 0")
+        if self.average and not self.calculate_cs:
+            found.append(f"--average {self.average:g}: the average is kept where CS is measured; add --early_stop")
         if self.shadows == 0 and self.calculate_cs and self.needs_shadows:
             found.append(
                 f"--stop_rule {self.stop_rule} decides on shadows: leave out --shadows 0, or give --shadows 1 or more"
@@ -108,10 +117,24 @@ class StopSettings:
             return self.shadows
         return DEFAULT_SHADOWS if self.calculate_cs and self.needs_shadows else 0
 
+    @property
+    def average_width(self) -> float:
+        """The width of the average that is kept; 0: single steps are kept."""
+        if self.average is not None:
+            return self.average
+        return DEFAULT_WIDTH if self.early_stop else 0.0
+
+    def without_average(self, optimizer: str) -> "StopSettings":
+        """These settings for an optimizer that averages its weights itself. Raises ValueError where
+        an average is asked for."""
+        if self.average:
+            raise ValueError(f"--average {self.average:g}: {optimizer} averages its weights itself; give --average 0")
+        return replace(self, average=0.0)
+
     def as_flags(self) -> Dict[str, Any]:
         """{flag: value} as they are written down: automatic ones as `auto`, unset ones as None."""
         given = ((entry.name, entry.metadata["read"], getattr(self, entry.name)) for entry in fields(self))
-        return {name: auto_word(value) if read is number_or_auto else value for name, read, value in given}
+        return {name: auto_word(value) if read in KNOW_AUTO else value for name, read, value in given}
 
     def plan(self, components: Sequence[str], steps_per_epoch: float, total_steps: int) -> "MeasurementPlan":
         """Resolve what is automatic against a run.
@@ -120,7 +143,8 @@ class StopSettings:
         counted in (repeats, ...). Raises ValueError for a component that is not trained."""
         interval = self.cs_interval or max(1, round(steps_per_epoch / 10))
         window = self.window_size or auto_window(steps_per_epoch, interval)
-        rule = RuleSettings(window, self._component(components), steps_per_epoch, interval, self.rule_value)
+        component, averaged = self._component(components), self.average_width > 0
+        rule = RuleSettings(window, component, steps_per_epoch, interval, self.rule_value, averaged)
         return MeasurementPlan(self, rule, tuple(_notices(make_rule(self.stop_rule, rule), total_steps)))
 
     def _component(self, components: Sequence[str]) -> str:
@@ -155,6 +179,11 @@ class MeasurementPlan:
     def steps_per_epoch(self) -> float:
         return self.rule_settings.steps_per_epoch
 
+    @property
+    def average(self) -> float:
+        """The width of the average that is kept; 0: single steps are kept."""
+        return self.stop.average_width
+
     def due(self, step: int) -> bool:
         """Whether `step`, counted in completed optimizer steps, is one to measure at."""
         return step > 0 and step % self.cs_interval == 0
@@ -173,6 +202,7 @@ class MeasurementPlan:
             "window": self.window,
             "steps_per_epoch": self.steps_per_epoch,
             "rule_value": self.stop.rule_value,
+            "average": self.average,
         }
 
 

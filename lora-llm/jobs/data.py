@@ -9,6 +9,7 @@ import torch
 
 from base.layers import Positions, positions_notices
 from es_lora.monitor import MEASURED
+from es_lora.rules import AVERAGED
 from es_lora.settings import MeasurementPlan
 from jobs.config import Job
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
@@ -120,7 +121,8 @@ def prepare_job(
     data = JobData(
         job, train, heldout, splits.source, steps_per_epoch, total_steps, plan, tokenizer, splits.chats, notices
     )
-    missing = [name for name in plan.rule().needs if name not in RECORDED and not (name == "heldout_loss" and heldout)]
+    recorded = RECORDED | ({"heldout_loss", "heldout_loss" + AVERAGED} if heldout else set())
+    missing = [name for name in plan.rule().needs if name not in recorded]
     if missing:
         raise ValueError(
             f"stop_rule {job.stop_rule} needs {', '.join(missing)}, which this job does not record; choose another"

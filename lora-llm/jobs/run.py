@@ -82,8 +82,8 @@ class JobRun:
 
     def _open_monitor(self, state: Optional[Path]) -> EarlyStopMonitor:
         job, data = self.job, self.data
-        rule, columns = data.plan.rule(), {}
-        if data.heldout and "heldout_loss" in rule.needs:
+        needs, columns = data.plan.rule().needs, {}
+        if data.heldout and any(column.startswith("heldout_loss") for column in needs):
             columns["heldout_loss"] = lambda: self.score(job.name, data.heldout)
         return EarlyStopMonitor(
             self.folder,
@@ -145,6 +145,8 @@ class JobRun:
         self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
+        if self.monitor is not None:
+            self.monitor.after_step()
         if self.data.plan.due(self.step):
             answer = self.processes.heard(self._measure(learning_rate) if self.monitor is not None else None)
             if answer == DIVERGED:
@@ -165,9 +167,9 @@ class JobRun:
             return DIVERGED
         return STOP if self.data.plan.stop.early_stop and self.monitor.decision is not None else GO_ON
 
-    def _note_heldout(self, loss: float, step: Optional[int] = None) -> None:
-        if self.monitor is not None and math.isfinite(loss):
-            self.monitor.note("evaluation", self.step if step is None else step, heldout_loss=loss)
+    def _note_heldout(self, loss: float) -> None:
+        if self.monitor is not None:
+            self.monitor.note_heldout(self.step, loss)
 
     # -------------------------------------------------------------------------------------- the end
 
@@ -177,8 +179,8 @@ class JobRun:
         total, plan = self.data.total_steps, self.data.plan
         outcome = Outcome(self.ended_as, self.step, total, plan=plan, decision=decision, diverged=self.diverged)
 
-        def save(what: str, name: str, step: int) -> None:
-            outcome.saved(what, name, step)
+        def save(what: str, name: str, step: int, averaged: Optional[bool] = None) -> None:
+            outcome.saved(what, name, step, averaged)
             if self.processes.writes:
                 facts = {**outcome.facts(what), "base": self.facts}
                 facts["prompt_template"] = CHAT if self.data.chats else None
@@ -188,16 +190,21 @@ class JobRun:
         if outcome.name == "diverged":
             step = self._restore_finite()
             if step is not None:
-                save("kept", "adapter", step)
+                save("kept", "adapter", step, averaged=False if step == self.step else None)
         else:
             self._score_heldout("last", self.step)
             self._keep(outcome, save)
         self.fused.remove(self.job.name)
         return self._report(outcome) if self.processes.writes else {}
 
-    def _keep(self, outcome: Outcome, save: Callable[[str, str, int], None]) -> None:
-        """Save the last weights and those of the turning point; the kept ones are `adapter`."""
+    def _keep(self, outcome: Outcome, save: Callable[..., None]) -> None:
+        """Save the last weights and those of the turning point, or the average at the end; the kept
+        ones are `adapter`."""
         decision, stopped = outcome.decision, outcome.name == "stopped_early"
+        if outcome.keeps_average_of_all:
+            save("last", "adapter-last", self.step)
+            self._put(self.monitor.kept_tensors() if self.monitor is not None else None)
+            self._score_heldout("average", self.step)
         save(*(("last", "adapter-last") if stopped else ("kept", "adapter")), self.step)
         if decision is None:
             return
@@ -211,11 +218,16 @@ class JobRun:
     def _score_heldout(self, name: str, step: int) -> None:
         if self.data.heldout:
             self.heldout[name] = self.score(self.job.name, self.data.heldout)
-            self._note_heldout(self.heldout[name], step)
+            if self.monitor is not None:
+                averaged = self.data.plan.average > 0 and name != "last"
+                self.monitor.note_heldout(step, self.heldout[name], averaged)
 
     def _back_to(self, step: int) -> None:
         """Put the weights of a kept step back, on every process that trains this job."""
-        tensors = self.monitor.load_snapshot(step) if self.monitor is not None else None
+        self._put(self.monitor.load_snapshot(step) if self.monitor is not None else None)
+
+    def _put(self, tensors: Optional[dict[str, torch.Tensor]]) -> None:
+        """Put the first process's tensors into the adapter of every process of this job."""
         self.adapter.load_state_dict(self.processes.heard(tensors))
 
     def _restore_finite(self) -> Optional[int]:
@@ -228,7 +240,8 @@ class JobRun:
         return step
 
     def _report(self, outcome: Outcome) -> dict[str, Any]:
-        outcome.heldout = {name: self.heldout.get(name) for name in ("before", "kept", "last")}
+        averaged = ["average"] if "average" in self.heldout else []
+        outcome.heldout = {name: self.heldout.get(name) for name in ("before", "kept", *averaged, "last")}
         outcome.seconds, outcome.seed = self.seconds, self.job.seed
         outcome.extra = {"name": self.job.name, "group": self.job.group}
         settings = {**asdict(self.job), **self.facts}

@@ -17,7 +17,7 @@ from training.losses import Batch, mean_loss, predicted
 
 MAX_PASSAGE_TOKENS = 128  # of every passage; many short ones tell more than a few long ones
 FORGOTTEN_FROM = 1.10  # ratio of perplexities from which a LoRA is said to have forgotten
-NAMES = {"before": "before training", "kept": "turning point", "last": "last step"}
+NAMES = {"before": "before training", "kept": "turning point", "average": "average at the end", "last": "last step"}
 
 
 def read_general_text(path: str, most: int) -> list[str]:
@@ -76,7 +76,7 @@ class GeneralText:
 
     def summary(self) -> dict[str, Any]:
         """What result.json says of it."""
-        ratios = {name: perplexity_ratio(self.losses, name) for name in ("kept", "last")}
+        ratios = {name: perplexity_ratio(self.losses, name) for name in NAMES if name != "before"}
         return {
             "file": self.path,
             "passages": self.passages,
@@ -97,7 +97,8 @@ def perplexity_ratio(losses: dict[str, float], name: str) -> Optional[float]:
 def forgetting_sentence(losses: dict[str, float]) -> str:
     """Whether the LoRA has forgotten, in plain words; empty without a score after training."""
     clauses = []
-    for name, where in (("kept", "the turning point"), ("last", "the last step")):
+    places = (("kept", "the turning point"), ("average", "the averaged weights"), ("last", "the last step"))
+    for name, where in places:
         ratio = perplexity_ratio(losses, name)
         same = name == "last" and losses.get("kept") == losses.get("last")  # the turning point is the last step
         if ratio is not None and not same:

@@ -37,11 +37,12 @@ class WeightScores:
         self.heldout["last"] = self.heldout_loss("last") if known is None else known
         return self.heldout["last"] if known is None else None
 
-    def score_kept(self, alone: bool = False) -> None:
-        """Score the turning point's weights. alone: on the main process only, beside others."""
+    def score_kept(self, alone: bool = False, name: str = "kept") -> None:
+        """Score the weights that are kept, or others by their name. alone: on the main process
+        only, beside others."""
         if not alone:
-            self.heldout["kept"] = self.heldout_loss("kept")
-        self.score_general_text("kept")
+            self.heldout[name] = self.heldout_loss(name)
+        self.score_general_text(name)
 
     def kept_is_last(self) -> None:
         """The weights of the turning point are the last ones, which have been scored."""
@@ -56,7 +57,8 @@ class WeightScores:
 
     def in_order(self) -> dict[str, Optional[float]]:
         """{name: held-out loss} in the order of time."""
-        return {name: self.heldout.get(name) for name in ("before", "kept", "last")}
+        averaged = ["average"] if "average" in self.heldout else []
+        return {name: self.heldout.get(name) for name in ("before", "kept", *averaged, "last")}
 
     def _evaluated_at(self, step: int) -> Optional[float]:
         logs = [

@@ -285,7 +285,7 @@ def columns_of_rule(
     """{column: function} of the history, of what is recorded beyond the usual measurements."""
     columns: dict[str, Column] = {}
     if shadows is not None:
-        columns["shadow_loss"] = shadows.score
+        columns[shadows.column] = shadows.score
     if "heldout_loss" in _needed_columns(settings):
         size = settings.training.per_device_eval_batch_size
         columns["heldout_loss"] = RowLoss(model, collator, list(splits.evaluation), size)

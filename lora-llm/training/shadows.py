@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from adapters.fused_lora import FusedLora
 from es_lora.files import write_whole
+from es_lora.rules import AVERAGED
 from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
 from settings.flags import Settings
 from text.collator import CausalCollator
@@ -85,6 +86,7 @@ class ShadowAdapters(TrainerCallback):
             max_norm=training.max_grad_norm,
             interval=stop.shadow_interval,
             seed=f"{training.seed}/{training.process_index}",
+            average=stop.average_width,
             sum_over_processes=_sum_over_processes if training.world_size > 1 else None,
         )
         self._rows = len(rows)
@@ -99,6 +101,11 @@ class ShadowAdapters(TrainerCallback):
                 f"{checkpoint} holds no {STATE_NAME}: that run had no shadows; go on without, or start anew"
             )
         self.training.load_state_tensors(load_file(str(checkpoint / STATE_NAME)))
+
+    @property
+    def column(self) -> str:
+        """The history's column of `score`."""
+        return "shadow_loss" + (AVERAGED if self.training.averages else "")
 
     @contextmanager
     def _passing(self, rows_of_each: Sequence[int]) -> Iterator[None]:
@@ -128,14 +135,16 @@ class ShadowAdapters(TrainerCallback):
             self.training.backward(losses.sum(), counts)
 
     def score(self) -> Optional[float]:
-        """The column shadow_loss: mean of the folds' losses a token; None where it is not due."""
+        """The mean of the folds' losses a token, of the shadows' averages where they have some;
+        None where it is not due."""
         if self.training.interval is None:
             fold = sum(shadow == 0 for shadow in self.training.folds.values())
             measured_rows = self._rows_a_step * self.training.steps_a_measurement
             self.training.interval = auto_interval(fold, measured_rows, self._rows)
         if not self.training.score_is_due():
             return None
-        losses = self.fold_losses()
+        with self.training.weights_to_score():
+            losses = self.fold_losses()
         return sum(losses) / len(losses)
 
     @torch.no_grad()
@@ -158,6 +167,7 @@ class ShadowAdapters(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.training.step(kwargs["optimizer"])
+        self.training.average()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
