@@ -1,6 +1,7 @@
 """The suite on the quality of stopping: its design, its scores, and that the committed traces are
 those of its runs."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,23 @@ def test_there_are_as_many_runs_as_the_design_says():
     assert sum(spec.model == "image" for spec in recording) >= 32
     for model, least in (("text", 24), ("image", 8)):
         shadowed = [spec for spec in recording if spec.model == model and spec.purpose == "shadow"]
-        assert len(shadowed) >= least and sum(spec.half == "test" for spec in shadowed) == len(shadowed) / 2
+        assert len(shadowed) >= least
+        assert len({sum(spec.half == half for spec in shadowed) for half in ("tuning", "test")}) == 1
         assert all(f"{spec.name}-validation" in RUNS for spec in shadowed)
+
+
+def test_the_new_half_has_its_runs_on_every_base():
+    def count(half, model, base):
+        return sum(
+            (spec.half, spec.model, spec.base) == (half, model, base) and spec.purpose != "validation"
+            for spec in RUNS.values()
+        )
+
+    assert count("new", "text", "embedded") >= 60 and count("new", "image", "embedded") >= 24
+    assert count("new", "text", "smollm2") >= 12 and count("tuning", "text", "smollm2") >= 8
+    kinds = [kind for kind, half, _ in TEXT_SETS.values() if half == "new"]
+    assert len(set(kinds)) == 4 and len(kinds) == 2 * 4
+    assert sum(half == "new" for _, half, _ in IMAGE_SETS.values()) == 4
 
 
 def test_halves_are_of_data_sets_and_balanced():
@@ -50,6 +66,33 @@ def test_a_data_set_has_the_size_that_is_written_and_keeps_its_held_out_part_apa
         heldout = [path.read_bytes() for path in (folder / "heldout").glob("*.png")]
     assert len(training) == {**TEXT_SETS, **IMAGE_SETS}[name][2]
     assert len(heldout) >= 10 and not set(training) & set(heldout)
+
+
+def plain(text):
+    """A text without case, blanks and signs: near duplicates become equal."""
+    return "".join(letter for letter in text.casefold() if letter.isalnum())
+
+
+@pytest.mark.parametrize("name", TEXT_SETS)
+def test_no_question_and_no_answer_of_a_text_set_is_in_both_parts(name):
+    folder = data_folder(next(spec for spec in RUNS.values() if spec.dataset == name))
+    parts = [
+        [json.loads(line) for line in (folder / f"{part}.jsonl").read_text("utf8").splitlines()]
+        for part in ("train", "heldout")
+    ]
+    for side in ("input", "output"):
+        training, heldout = ({plain(row[side]) for row in rows} for rows in parts)
+        assert training and heldout and not training & heldout
+
+
+@pytest.mark.parametrize("name", IMAGE_SETS)
+def test_no_caption_of_an_image_set_is_in_both_parts(name):
+    folder = data_folder(next(spec for spec in RUNS.values() if spec.dataset == name))
+    training, heldout = (
+        {plain(path.read_text("utf8")) for path in folder.glob(pattern)}
+        for pattern in ("train/*/*.txt", "heldout/*.txt")
+    )
+    assert training and heldout and not training & heldout
 
 
 @pytest.mark.parametrize("spec", RECORDED, ids=lambda spec: spec.name)

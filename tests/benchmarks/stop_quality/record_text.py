@@ -29,7 +29,11 @@ from training.losses import RowLoss
 
 HELDOUT_ROWS, HELDOUT_POINTS = 32, 24  # examples scored; about so many times a run
 PROBE_ROWS, EVALUATION_BATCH = 8, 20
-BASES = {"embedded": ROOT / "lora-llm" / "tiny_base", "larger": CACHE / "larger_base"}
+BASES = {
+    "embedded": ROOT / "lora-llm" / "tiny_base",
+    "larger": CACHE / "larger_base",
+    "smollm2": "smollm2",  # the trainer fetches it
+}
 
 
 def arguments_of(spec, output):

@@ -219,16 +219,16 @@ def run(command, folder):
         raise ValueError(f"'{' '.join(command)}' failed: {error.stderr.strip()[-300:]}") from error
 
 
-def unpack(package, packages, folder):
+def unpack(package, packages, folder, versions=VERSIONS):
     """The unpacked contents of a package: from `packages` if given, else fetched."""
     root = folder / package
     if not root.is_dir():
         if packages is None:
-            run(["apt-get", "download", f"{package}={VERSIONS[package]}"], folder)
+            run(["apt-get", "download", f"{package}={versions[package]}"], folder)
         archives = sorted((packages or folder).glob(f"{package}_*.deb"))
         if not archives:
             raise FileNotFoundError(
-                f"no file {package}_*.deb in {packages or folder}; it holds version {VERSIONS[package]}"
+                f"no file {package}_*.deb in {packages or folder}; it holds version {versions[package]}"
             )
         run(["dpkg-deb", "--extract", str(archives[-1].resolve()), str(root.resolve())], folder)
     return root
@@ -242,28 +242,27 @@ def write_rows(path, rows):
     os.replace(aside, path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--packages", type=Path, help="a folder with the package files; without it apt-get fetches them"
-    )
+def build(sets, unpack, description):
+    """The command line of a builder of sets; its exit code."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages", type=Path, help="a folder with the package files; without it they are fetched")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).resolve().parent, help="where the folders of the sets go"
     )
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for name, (kind, package, make, train_count, heldout_count) in SETS.items():
+            for name, (kind, package, make, train_count, heldout_count) in sets.items():
                 root = unpack(package, arguments.packages, Path(folder)) if package else None
                 train, heldout = split_rows(name, make(root), train_count, heldout_count)
                 write_rows(arguments.out / name / "train.jsonl", train)
                 write_rows(arguments.out / name / "heldout.jsonl", heldout)
                 print(f"{name}: {kind}, {len(train)} training and {len(heldout)} held-out rows")
     except (ValueError, FileNotFoundError) as error:
-        print(f"make_text_sets.py: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(build(SETS, unpack, __doc__))
