@@ -205,6 +205,7 @@ QLORA_FIELDS = (
     ("rule_value", "float"),
     ("cs_reduction", "str"),
     ("cs_component", "str"),
+    ("average", "str"),
     ("snapshot_disk_gb", "float"),
 )
 

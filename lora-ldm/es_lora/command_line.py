@@ -20,7 +20,7 @@ def fault_of_input(error: BaseException) -> Optional[str]:
     text = plain_text(str(error))
     if is_out_of_memory(error):
         return f"memory is used up ({text.splitlines()[0] if text else 'no more to be had'}); lower the batch size"
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError)) or (isinstance(error, ImportError) and "pip install" in text):
         return text
     library = type(error).__module__.split(".")[0]
     if library in READERS or type(error) is Exception:  # tokenizers raise Exception itself

@@ -72,6 +72,9 @@ def collect_problems(settings: Settings) -> list[str]:
             f"--full_finetune cannot train a base of {training.bits} bits: use --bits 16 or 32",
         )
     check(stop.cs_component in (None, "lm", "all"), f"--cs_component {stop.cs_component}: choose lm or all")
+    optimizer = str(getattr(training.optim, "value", training.optim))
+    if "schedule_free" in optimizer and stop.average:
+        problems.append(f"--average {stop.average:g}: --optim {optimizer} averages its weights itself; give --average 0")
     problems += _shadow_problems(settings) + _data_problems(settings)
     problems += _logging_problems(training.report_to) + _output_problems(settings)
     return problems

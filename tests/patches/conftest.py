@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "patches"), str(ROOT / "lora-llm"), str(ROOT / "tests" / "patches")]
+sys.path[:0] = [str(ROOT / "patches"), str(ROOT / "lora-llm"), str(ROOT / "tests" / "patches"), str(ROOT / "tests")]
 
 
 @pytest.fixture(autouse=True)

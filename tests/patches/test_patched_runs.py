@@ -13,6 +13,7 @@ import apply_patches
 import pytest
 import torch
 from checkouts import commit, make_checkout
+from literal_average import is_average
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -126,6 +127,21 @@ def test_measuring_alone_trains_to_the_end_and_saves_the_turning_point_beside_it
     assert same(load_file(tmp_path / "lora-turning-point.safetensors"), step_file(plain_folder, kept))
 
 
+@pytest.mark.parametrize("stops", [True, False])
+def test_an_average_is_that_of_the_steps_own_files(checkouts, full, tmp_path, stops):
+    plain_folder, _ = full
+    flags = STOP if stops else ["--early_stop", "--max_train_steps", 6]
+    done = train(checkouts["sd-scripts", "patched"], "--output_dir", tmp_path, "--average", "0.25", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "lora-es-lora" / "result.json").read_text())
+    last, kept = result["last_step"], result["keep_step"] if stops else 6
+    steps = [step_file(plain_folder, step) for step in range(1, last + 1)]
+    assert is_average(load_file(tmp_path / "lora.safetensors"), steps[:kept], 0.25)
+    assert same(load_file(tmp_path / "lora-last.safetensors"), steps[-1])
+    with safe_open(tmp_path / "lora.safetensors", "pt") as handle:
+        assert handle.metadata()["es_lora_averaged"] == "True"
+
+
 def test_accumulated_micro_steps_are_one_measurement(checkouts, tmp_path):
     done = train(
         checkouts["sd-scripts", "patched"], "--output_dir", tmp_path, "--gradient_accumulation_steps", 2, *STOP,
@@ -191,6 +207,21 @@ def test_qlora_stops_and_leaves_the_turning_point_as_it_saves_adapters(checkouts
     total = sum(float(tensor.double().sum()) for tensor in adapter(tmp_path / "stopped" / "turning-point").values())
     after = next(line for line in done.stdout.split("\n") if line.startswith("after training"))
     assert float.fromhex(after.split()[-1]) == pytest.approx(total, abs=1e-9)  # the model holds the turning point again
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_qlora_keeps_the_average_of_the_steps_own_files(checkouts, tmp_path, stops):
+    flags = STOP if stops else ["--early_stop", "--max_steps", 6]
+    done = train(checkouts["qlora", "patched"], "--output_dir", tmp_path, *TRAINER, "--average", "0.25", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    steps = [adapter(tmp_path / f"checkpoint-{step}") for step in range(1, result["last_step"] + 1)]
+    kept = tmp_path / result["files"]["kept"]["path"]
+    assert kept.name == ("turning-point" if stops else "average")
+    assert is_average(adapter(kept), steps[: result["keep_step"] if stops else 6], 0.25)
+    total = sum(float(tensor.double().sum()) for tensor in adapter(kept).values())
+    after = next(line for line in done.stdout.split("\n") if line.startswith("after training"))
+    assert float.fromhex(after.split()[-1]) == pytest.approx(total, abs=1e-9)  # the model holds the average
 
 
 def test_qlora_off_says_so_and_full_finetuning_is_a_message(checkouts, tmp_path):

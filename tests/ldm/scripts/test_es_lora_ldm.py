@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ldm_runs import history_of, make_pictures, reset_accelerate, run, train, words
+from literal_average import is_average
 
 from network.lora_file import load_lora
 
@@ -94,6 +95,35 @@ def test_the_file_is_kohyas(stopped):
     assert last["es_lora_keep_step"] == metadata["ss_steps"]
 
 
+STEPS = dict(save_every_n_steps=1, save_precision="float")
+
+
+def step_files(folder, last):
+    return [tensors(folder / f"lora-step{step:08d}.safetensors") for step in range(1, last + 1)]
+
+
+def test_an_average_of_the_steps_own_files_is_kept(stopped, base, images, tmp_path):
+    result = train(base, images, tmp_path, **EARLY, **STEPS, average=0.25)
+    assert result["keep_step"] == stopped[1]["keep_step"] and result["outcome"] == "stopped_early"
+    steps = step_files(tmp_path, result["last_step"])
+    assert is_average(tensors(tmp_path / "lora.safetensors"), steps[: result["keep_step"]], 0.25)
+    assert same(tensors(tmp_path / "lora-last.safetensors"), steps[-1])
+    assert same(steps[-1], tensors(stopped[0] / "lora-last.safetensors"))  # averaging changes nothing in the training
+    assert {what: entry["averaged"] for what, entry in result["files"].items()} == {"kept": True, "last": False}
+    assert load_lora(tmp_path / "lora.safetensors")[1]["es_lora_averaged"] == "True"
+
+
+@pytest.mark.parametrize("network", [{}, dict(network_module="lycoris.kohya", network_args=["algo=loha"])])
+def test_at_the_end_of_the_budget_the_average_is_kept(base, images, tmp_path, network):
+    more = {**network, "network_alpha": 4}
+    result = train(base, images, tmp_path, **STEPS, early_stop=True, average=0.4, max_train_steps=6, **more)
+    assert result["outcome"] == "no_turning_point"
+    assert paths(result) == {"kept": "lora.safetensors", "last": "lora-last.safetensors"}
+    steps = step_files(tmp_path, 6)
+    assert is_average(tensors(tmp_path / "lora.safetensors"), steps, 0.4)
+    assert same(tensors(tmp_path / "lora-last.safetensors"), steps[-1])
+
+
 def test_without_early_stop_the_full_run_is_the_result(stopped, base, images, tmp_path):
     out, early = stopped
     result = train(
@@ -145,7 +175,7 @@ RANDOM = dict(
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(),
+        dict(average=0.25),
         dict(cache_latents=False, color_aug=True, max_data_loader_n_workers=0),
         dict(gradient_accumulation_steps=2),
     ],

@@ -157,6 +157,8 @@ def finished(random_base, text_files, tmp_path_factory):
         {"name": "missing", "dataset": str(folder / "none.jsonl")},
         {"name": "stops", "rank": 1},
         {"name": "nowhere", "target_modules": ["c_attn"]},
+        {"name": "averaged", "average": 0.25, **heldout},
+        {"name": "average", "average": 0.25, "max_steps": 5, **heldout},
     ]
     defaults = {
         "dataset": str(text_files["train"]),
@@ -200,6 +202,17 @@ def test_each_job_leaves_what_a_single_run_leaves(finished):
     kept = adapter_of(output / "stops" / "adapter")
     assert same(kept, adapter_of(output / "full" / "adapter-turning-point"))  # the same data, seed and settings
     assert not same(kept, adapter_of(output / "stops" / "adapter-last"))
+
+
+def test_a_job_keeps_its_average(finished):
+    output = finished[0]
+    stops, averaged, short = (result_of(output / name) for name in ("stops", "averaged", "average"))
+    assert averaged["outcome"] == "stopped_early" and averaged["keep_step"] == stops["keep_step"]
+    assert averaged["files"]["kept"]["averaged"] and not averaged["files"]["last"]["averaged"]
+    assert same(adapter_of(output / "averaged" / "adapter-last"), adapter_of(output / "stops" / "adapter-last"))
+    assert averaged["heldout"]["kept"] != stops["heldout"]["kept"]
+    assert short["outcome"] == "no_turning_point" and short["files"]["last"]["path"] == "adapter-last"
+    assert short["heldout"]["average"] not in (None, short["heldout"]["last"])
 
 
 def test_the_kept_adapter_has_the_held_out_loss_that_is_reported(finished, random_base, text_files):
@@ -250,10 +263,10 @@ def test_the_overview_has_a_row_for_every_job(finished):
     output, _, said = finished
     page, overview = (output / "overview.html").read_text(), json.loads((output / "overview.json").read_text())
     assert [entry["name"] for entry in overview["jobs"]][:4] == ["stops", "full", "short", "diverges"]
-    assert page.count("<tr>") == 9 and page.count("<polyline") >= 2 and page.count("not trained: ") == 4
+    assert page.count("<tr>") == 11 and page.count("<polyline") >= 2 and page.count("not trained: ") == 4
     for name in ("stops", "full", "short"):
         assert f'href="{name}/report.html"' in page and (output / name / "report.html").is_file()
-    saved = 24 - result_of(output / "stops")["last_step"]
+    saved = sum(24 - result_of(output / name)["last_step"] for name in ("stops", "averaged"))
     assert f"{saved} steps, about" in page and f"The early stops saved {saved} of" in said
     assert "try it:" in said and "overview.html" in said
 
@@ -265,7 +278,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(random_base, text
     """Two slots, three jobs, dropout, a step of accumulation under way; stopped at three
     moments."""
     jobs = [
-        job("first", text_files, dropout=0.1, max_steps=6, eval_dataset=str(text_files["heldout"]), seed=5),
+        job(
+            "first", text_files, dropout=0.1, average=0.25, max_steps=6, eval_dataset=str(text_files["heldout"]), seed=5
+        ),
         job(
             "second",
             text_files,

@@ -12,6 +12,7 @@ import pytest
 import quiet_libraries  # noqa: F401
 import torch
 from early_stop_callback import EarlyStopCallback
+from literal_average import is_average
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -216,6 +217,36 @@ def test_an_adapter_that_transformers_itself_has_added(random_base, tmp_path):
     assert same(output / "adapter-last", output / f"checkpoint-{result['last_step']}")
 
 
+def test_an_average_is_what_the_model_holds_and_is_saved(random_base, tmp_path):
+    output = tmp_path / "run"
+    callback = EarlyStopCallback(stop_rule="second-valley", cs_interval=1, window_size=2, average=0.25)
+    trained(lora(random_base), output, callback)
+    result = result_of(output)
+    steps = [tensors_of(output / f"checkpoint-{step}") for step in range(1, result["last_step"] + 1)]
+    assert result["outcome"] == "stopped_early"
+    assert is_average(tensors_of(output / "final"), steps[: result["keep_step"]], 0.25)
+    assert same(output / "adapter-last", output / f"checkpoint-{result['last_step']}")
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_at_the_end_of_the_budget_the_model_holds_its_average_unless_the_best_was_loaded(
+    random_base, tmp_path, load_best
+):
+    output, more = tmp_path / "run", {"max_steps": 5, **(BEST if load_best else {})}
+    callback = EarlyStopCallback(cs_interval=1, window_size=2, stop_rule="second-valley", average=0.25)
+    trainer = trained(lora(random_base), output, callback, **more)
+    if load_best:
+        assert same(output / "final", trainer.state.best_model_checkpoint) and not (output / "adapter-last").exists()
+        return
+    steps = [tensors_of(output / f"checkpoint-{step}") for step in range(1, 6)]
+    assert is_average(tensors_of(output / "final"), steps, 0.25) and same(
+        output / "adapter-last", output / "checkpoint-5"
+    )
+    assert "The model holds their average; the weights of the last step, 5, are in adapter-last." in verdict_in_log(
+        trainer
+    )
+
+
 def test_without_early_stop_the_turning_point_lies_beside_the_last_weights(random_base, tmp_path):
     output = tmp_path / "run"
     callback = EarlyStopCallback(early_stop=False, stop_rule="second-valley", cs_interval=1, window_size=2)
@@ -355,7 +386,7 @@ def test_two_processes_stop_together_and_hold_the_same_weights(random_base, tmp_
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    paths = os.pathsep.join([str(TREE), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(TREE), str(Path(__file__).parent), str(TREE.parent / "tests")])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
         [*command, __file__, str(random_base), str(tmp_path / "run")],
@@ -365,7 +396,9 @@ def test_two_processes_stop_together_and_hold_the_same_weights(random_base, tmp_
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result = check_stopped(tmp_path / "run")
+    result = result_of(tmp_path / "run")
+    steps = [tensors_of(tmp_path / "run" / f"checkpoint-{step}") for step in range(1, result["last_step"] + 1)]
+    assert is_average(tensors_of(tmp_path / "run" / "final"), steps[: result["keep_step"]], 0.25)
     ranks = [load_file(str(tmp_path / f"rank-{rank}.safetensors")) for rank in (0, 1)]
     assert ranks[0].keys() == ranks[1].keys() and all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
     assert done.stdout.count(result["verdict"]) == 1
@@ -374,7 +407,8 @@ def test_two_processes_stop_together_and_hold_the_same_weights(random_base, tmp_
 def one_of_two_processes(base, output):
     from safetensors.torch import save_file
 
-    trainer = trained(lora(base), output, ddp_backend="gloo", per_device_train_batch_size=2)
+    callback = EarlyStopCallback(stop_rule="second-valley", cs_interval=1, window_size=2, average=0.25)
+    trainer = trained(lora(base), output, callback, ddp_backend="gloo", per_device_train_batch_size=2)
     tensors = {name: tensor.detach().contiguous() for name, tensor in trainable_tensors(trainer.model).items()}
     save_file(tensors, str(output.parent / f"rank-{trainer.args.process_index}.safetensors"))
     torch.distributed.destroy_process_group()

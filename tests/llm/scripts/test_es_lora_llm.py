@@ -15,6 +15,7 @@ import pytest
 import torch
 from cs_replay import main as replay_main
 from es_lora_llm import main
+from literal_average import is_average
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -148,6 +149,89 @@ def test_tensorboard_has_the_published_names(stopped):
     assert events.Scalars("cs_fluctuation/step")
 
 
+AVERAGED = ["--average", "0.25", "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "60"]
+
+
+def step_adapters(output, last):
+    return [adapter_of(output / f"checkpoint-{step}") for step in range(1, last + 1)]
+
+
+@pytest.fixture(scope="module")
+def averaged(random_base, text_files, tmp_path_factory):
+    """An early-stopped run that keeps an average, and saved a checkpoint at every step."""
+    output = tmp_path_factory.mktemp("runs") / "averaged"
+    more = ["--early_stop", *AVERAGED, "--do_eval", "--eval_dataset", str(text_files["heldout"])]
+    assert main(flags(random_base, text_files, output, *more)) == 0
+    return output
+
+
+def test_the_kept_adapter_is_the_average_of_the_steps_own_files(averaged):
+    result = result_of(averaged)
+    assert result["outcome"] == "stopped_early" and result["average"] == 0.25
+    steps = step_adapters(averaged, result["last_step"])
+    assert is_average(adapter_of(averaged / "adapter"), steps[: result["keep_step"]], 0.25)
+    assert same(adapter_of(averaged / "adapter-last"), steps[-1])
+    assert {what: entry["averaged"] for what, entry in result["files"].items()} == {"kept": True, "last": False}
+    assert "The averaged weights of the turning point" in result["verdict"]
+    with safe_open(str(averaged / "adapter" / "adapter_model.safetensors"), framework="pt") as handle:
+        assert json.loads(handle.metadata()["es_lora"])["averaged"] is True
+
+
+def test_averaging_changes_nothing_in_the_training(averaged, random_base, text_files, tmp_path):
+    more = ["--early_stop", "--average", "0", "--do_eval", "--eval_dataset", str(text_files["heldout"])]
+    assert main(flags(random_base, text_files, tmp_path / "single", *more)) == 0
+    single, result = result_of(tmp_path / "single"), result_of(averaged)
+    assert single["keep_step"] == result["keep_step"] and single["average"] == 0
+    assert read_history(tmp_path / "single").records == read_history(averaged).records
+    assert same(adapter_of(tmp_path / "single" / "adapter"), adapter_of(averaged / f"checkpoint-{single['keep_step']}"))
+    assert single["heldout"]["last"] == result["heldout"]["last"]
+    assert single["heldout"]["kept"] != result["heldout"]["kept"]
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_at_the_end_of_the_budget_the_average_is_kept_and_the_last_step_lies_beside_it(
+    random_base, text_files, tmp_path, early_stop
+):
+    output = tmp_path / "run"
+    more = ["--early_stop", "--max_steps", "5"] if early_stop else []
+    more += ["--do_eval", "--eval_dataset", str(text_files["heldout"])]
+    assert main(flags(random_base, text_files, output, *AVERAGED, *more)) == 0
+    result = result_of(output)
+    steps = step_adapters(output, result["last_step"])
+    assert result["outcome"] == ("no_turning_point" if early_stop else "budget_reached")
+    assert is_average(adapter_of(output / "adapter"), steps, 0.25)
+    assert same(adapter_of(output / "adapter-last"), steps[-1])
+    assert result["heldout"]["average"] not in (None, result["heldout"]["last"])
+    if early_stop:
+        assert f"{result['heldout']['average']:.4f} there" in result["verdict"]
+    else:
+        assert is_average(adapter_of(output / "adapter-turning-point"), steps[: result["keep_step"]], 0.25)
+        assert result["heldout"]["kept"] is not None
+
+
+def test_a_held_out_loss_decides_by_the_average(random_base, text_files, tmp_path):
+    more = ["--early_stop", "--average", "0.4", "--stop_rule", "validation-patience", "--rule_value", "2"]
+    more += ["--eval_dataset", str(text_files["heldout"]), "--do_eval", "--learning_rate", "3e-2"]
+    assert main(flags(random_base, text_files, tmp_path / "run", *more)) == 0
+    records, result = read_history(tmp_path / "run").records, result_of(tmp_path / "run")
+    losses = {record["step"]: record["heldout_loss_average"] for record in records}
+    assert result["keep_step"] == min(losses, key=losses.get)
+    assert result["heldout"]["kept"] == pytest.approx(losses[result["keep_step"]], abs=1e-4)
+    assert all(record["heldout_loss"] is not None for record in records)
+
+
+def test_an_optimizer_that_averages_itself_is_told(random_base, text_files, tmp_path, capsys):
+    more = ["--early_stop", "--average", "0.25", "--optim", "schedule_free_adamw"]
+    assert main(flags(random_base, text_files, tmp_path / "run", *more)) == 2
+    assert "schedule_free_adamw averages its weights itself; give --average 0" in capsys.readouterr().err
+
+
+def test_an_optimizer_whose_package_is_missing_is_one_message(random_base, text_files, tmp_path, capsys):
+    assert main(flags(random_base, text_files, tmp_path / "run", "--optim", "schedule_free_adamw")) == 2
+    told = capsys.readouterr().err
+    assert "pip install schedulefree" in told and "Traceback" not in told
+
+
 def test_without_early_stop_the_full_run_is_kept_and_the_turning_point_lies_beside_it(
     stopped, random_base, text_files, tmp_path
 ):
@@ -225,7 +309,7 @@ LONG = [
     "--lora_dropout",
     "0.1",
 ]
-LONG += ["--save_strategy", "steps", "--save_steps", "3"]
+LONG += ["--save_strategy", "steps", "--save_steps", "3", "--average", "0.25"]
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +346,7 @@ def test_two_processes_stop_together(random_base, text_files, tmp_path):
         port = probe.getsockname()[1]
     output = tmp_path / "two"
     more = ["--early_stop", "--per_device_train_batch_size", "2", "--ddp_backend", "gloo", "--shadows", "1"]
-    more += ["--do_eval", "--eval_dataset", str(text_files["heldout"])]
+    more += ["--do_eval", "--eval_dataset", str(text_files["heldout"]), "--average", "0.25"]
     command = [
         sys.executable,
         "-m",
@@ -285,7 +369,7 @@ def test_two_processes_stop_together(random_base, text_files, tmp_path):
     assert result["outcome"] == "stopped_early" and result["last_step"] == result["detected_step"] < 24
     records = read_history(output).records
     assert [r["step"] for r in records] == list(range(1, result["last_step"] + 1))
-    assert records[0]["shadow_loss"] > records[-1]["shadow_loss"] > 0
+    assert records[0]["shadow_loss_average"] > records[-1]["shadow_loss_average"] > 0
     assert done.stdout.count("Stopped early at step") == 1
     assert result["heldout"]["kept"] != result["heldout"]["last"]
 
