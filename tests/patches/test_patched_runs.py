@@ -130,7 +130,7 @@ def test_measuring_alone_trains_to_the_end_and_saves_the_turning_point_beside_it
 @pytest.mark.parametrize("stops", [True, False])
 def test_an_average_is_that_of_the_steps_own_files(checkouts, full, tmp_path, stops):
     plain_folder, _ = full
-    flags = STOP if stops else ["--early_stop", "--max_train_steps", 6]
+    flags = STOP if stops else [*STOP, "--max_train_steps", 6]  # too short for the rule
     done = train(checkouts["sd-scripts", "patched"], "--output_dir", tmp_path, "--average", "0.25", *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "lora-es-lora" / "result.json").read_text())
@@ -211,7 +211,7 @@ def test_qlora_stops_and_leaves_the_turning_point_as_it_saves_adapters(checkouts
 
 @pytest.mark.parametrize("stops", [True, False])
 def test_qlora_keeps_the_average_of_the_steps_own_files(checkouts, tmp_path, stops):
-    flags = STOP if stops else ["--early_stop", "--max_steps", 6]
+    flags = STOP if stops else [*STOP, "--max_steps", 6]  # too short for the rule
     done = train(checkouts["qlora", "patched"], "--output_dir", tmp_path, *TRAINER, "--average", "0.25", *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())

@@ -209,7 +209,6 @@ def test_a_job_keeps_its_average(finished):
     stops, averaged, short = (result_of(output / name) for name in ("stops", "averaged", "average"))
     assert averaged["outcome"] == "stopped_early" and averaged["keep_step"] == stops["keep_step"]
     assert averaged["files"]["kept"]["averaged"] and not averaged["files"]["last"]["averaged"]
-    assert same(adapter_of(output / "averaged" / "adapter-last"), adapter_of(output / "stops" / "adapter-last"))
     assert averaged["heldout"]["kept"] != stops["heldout"]["kept"]
     assert short["outcome"] == "no_turning_point" and short["files"]["last"]["path"] == "adapter-last"
     assert short["heldout"]["average"] not in (None, short["heldout"]["last"])
@@ -266,8 +265,8 @@ def test_the_overview_has_a_row_for_every_job(finished):
     assert page.count("<tr>") == 11 and page.count("<polyline") >= 2 and page.count("not trained: ") == 4
     for name in ("stops", "full", "short"):
         assert f'href="{name}/report.html"' in page and (output / name / "report.html").is_file()
-    saved = sum(24 - result_of(output / name)["last_step"] for name in ("stops", "averaged"))
-    assert f"{saved} steps, about" in page and f"The early stops saved {saved} of" in said
+    saved = [24 - result_of(output / name)["last_step"] for name in ("stops", "averaged")]
+    assert f"{saved[0]} steps, about" in page and f"The early stops saved {sum(saved)} of" in said
     assert "try it:" in said and "overview.html" in said
 
 
