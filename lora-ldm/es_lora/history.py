@@ -127,4 +127,4 @@ def replay(rule: StopRule, records: Sequence[Dict[str, Any]]) -> Optional[Decisi
         decision = rule.update(record)
         if decision is not None:
             return decision
-    return None
+    return rule.at_end(records[-1]) if records else None

@@ -97,7 +97,7 @@ class ShadowNetworks:
         """Add each shadow's gradients of a micro-batch, noised as for the main network."""
         rows = self.training.trained_rows([picture_name(key) for key in batch["image_keys"]])
         every = [row for own in rows for row in own]
-        if not every:
+        if not every or not self.training.trains_now():
             return
         counts = [len(own) for own in rows]
         with self.training.apart(), self._rows_through(counts):

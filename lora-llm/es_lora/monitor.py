@@ -152,12 +152,15 @@ class EarlyStopMonitor:
         self.last_record = record
         self._write(record)
         decision = self.rule.update(record) if self.decision is None else None
+        at_end = decision is None and self.decision is None and self.plan.is_last(step)
+        if at_end:
+            decision = self.rule.at_end(record)
         if decision is not None:
-            self._decide(decision)
+            self._decide(decision, at_end)
             return self.decision
         return None
 
-    def _decide(self, decision: Decision) -> None:
+    def _decide(self, decision: Decision, at_end: bool) -> None:
         if self.snapshots is not None:
             kept = self.snapshots.nearest_before(decision.keep_step)
             if kept is None:  # thinned out and just resumed
@@ -170,7 +173,7 @@ class EarlyStopMonitor:
             self.snapshots.pin(kept)
         self.decision = decision
         facts = {"detected_at": decision.detected_step, "usable": list(decision.usable), "reason": decision.reason}
-        self.note("turning_point", decision.keep_step, **facts)
+        self.note("turning_point", decision.keep_step, **facts, **({"at_end": True} if at_end else {}))
 
     def note(self, event: str, step: int, **facts: Any) -> None:
         """Write an event into the history, such as an evaluation with its heldout_loss."""
@@ -197,7 +200,7 @@ class EarlyStopMonitor:
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Go on from a saved state: series and rule see the records again; history is rewritten."""
-        self._lines = list(state["lines"])
+        self._lines = [line for line in state["lines"] if not line.get("at_end")]  # a longer budget decides anew
         for line in self._lines:
             if line.get("event") == "turning_point":
                 self.decision = Decision(line["step"], line["detected_at"], tuple(line["usable"]), line["reason"])

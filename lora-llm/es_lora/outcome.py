@@ -120,6 +120,8 @@ class Outcome:
 
     def _stopped_early(self) -> str:
         stopped = f"Stopped early at step {self.last_step} of {self.total_steps}."
+        if self.last_step == self.total_steps:
+            stopped = f"Trained to its budget of {self.total_steps} steps."
         if self.keeps_last:
             return (
                 f"{stopped} The last weights are those of the turning point, {self._turning_point()}.{self._compared()}"

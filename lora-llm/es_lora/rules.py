@@ -78,6 +78,10 @@ class StopRule:
         """Take the next history line; the Decision at the measurement that brings it."""
         raise NotImplementedError
 
+    def at_end(self, record: Dict[str, Any]) -> Optional[Decision]:
+        """The Decision where the last measurement of the budget, `record`, has brought none."""
+        return None
+
     def measurements(self, epochs: float) -> int:
         """So many epochs in measurements, at least 1."""
         return max(1, round(epochs * self.settings.steps_per_epoch / self.settings.cs_interval))
@@ -193,8 +197,8 @@ class FixedEpochs(StopRule):
 
 class LowestLoss(StopRule):
     """Keeps the measurement with the lowest loss of a column, once enough later ones were not
-    lower. A null is a measurement at which the loss was not taken, and counts for nothing. Where
-    averaged weights are kept, it is their loss."""
+    lower, or the training ends. A null is a measurement at which the loss was not taken, and counts
+    for nothing. Where averaged weights are kept, it is their loss."""
 
     column = ""
 
@@ -218,12 +222,18 @@ class LowestLoss(StopRule):
             self._lowest, self._since = (loss, step), 0
             return None
         self._since += 1
-        lowest, keep = self._lowest
-        if self.is_patient(step - keep, self._since):
+        if self.is_patient(step - self._lowest[1], self._since):
             return None
+        return self._decision(step, "overfitting began there")
+
+    def at_end(self, record: Dict[str, Any]) -> Optional[Decision]:
+        return self._decision(record["step"], "the training ends here") if self._since else None
+
+    def _decision(self, step: int, conclusion: str) -> Decision:
+        lowest, keep = self._lowest or (math.nan, step)
         reason = (
             f"{self.column} was lowest, {lowest:.4g}, at step {keep} and has not been lower in the {self._since} "
-            f"measurements of it up to step {step}: overfitting began there."
+            f"measurements of it up to step {step}: {conclusion}."
         )
         return Decision(keep, step, (keep, step), reason)
 

@@ -44,7 +44,7 @@ class StopSettings:
     cs_reduction: str = _flag("row", "row (mean cosine of the rows) or matrix (flattened)", choices=("row", "matrix"))
     cs_component: Optional[str] = _flag(None, "whose CS decides: a trained part, or all (default: unet, where trained)")
     shadows: Optional[int] = _flag(
-        None, "adapters beside, each scored on a fold it is not trained on; 2 with --stop_rule shadow, else 0", int
+        None, "adapters beside, each scored on a fold it is not trained on; 1 with --stop_rule shadow, else 0", int
     )
     shadow_rank: int = _flag(8, "LoRA rank of a shadow", int)
     shadow_interval: Optional[int] = _flag(
@@ -145,7 +145,7 @@ class StopSettings:
         window = self.window_size or auto_window(steps_per_epoch, interval)
         component, averaged = self._component(components), self.average_width > 0
         rule = RuleSettings(window, component, steps_per_epoch, interval, self.rule_value, averaged)
-        return MeasurementPlan(self, rule, tuple(_notices(make_rule(self.stop_rule, rule), total_steps)))
+        return MeasurementPlan(self, rule, tuple(_notices(make_rule(self.stop_rule, rule), total_steps)), total_steps)
 
     def _component(self, components: Sequence[str]) -> str:
         if self.cs_component is None:
@@ -157,11 +157,13 @@ class StopSettings:
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """By which rule a run is decided, when CS is measured, and what to know before it starts."""
+    """By which rule a run is decided, when CS is measured, and what to know before it starts.
+    total_steps: the budget, in optimizer steps."""
 
     stop: StopSettings
     rule_settings: RuleSettings
     notices: Tuple[str, ...]
+    total_steps: int
 
     @property
     def cs_interval(self) -> int:
@@ -187,6 +189,10 @@ class MeasurementPlan:
     def due(self, step: int) -> bool:
         """Whether `step`, counted in completed optimizer steps, is one to measure at."""
         return step > 0 and step % self.cs_interval == 0
+
+    def is_last(self, step: int) -> bool:
+        """Whether no measurement of the budget comes after that of `step`."""
+        return step + self.cs_interval > self.total_steps
 
     def rule(self) -> StopRule:
         """A fresh rule."""

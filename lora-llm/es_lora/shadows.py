@@ -25,7 +25,7 @@ import torch
 
 from es_lora.average import WeightAverage
 
-DEFAULT_SHADOWS = 2  # where a rule needs them and the person has not said how many
+DEFAULT_SHADOWS = 1  # where a rule needs them and the person has not said how many
 FOLD_SHARE = 0.2  # of the examples, for up to five shadows
 FEWEST_EXAMPLES = 3
 SCORE_SHARE = 0.1  # of the time of the main adapter's training, for each shadow
@@ -86,7 +86,8 @@ class ShadowTraining:
     ...], in the order of the main optimizer's groups. max_norm: clips each shadow's gradient; 0 or
     None: no clipping. interval: a score at every so many measurements; None: the trainer sets it
     before the first one. seed: of the shadows' dropouts, of any kind. average: width of the average
-    that is scored in place of the shadows' weights; 0: none.
+    that is scored in place of the shadows' weights; 0: none. stride: shadows are trained on every
+    stride-th step, at stride times the rate.
     sum_over_processes: a tensor to its sum over all processes; None: there is one."""
 
     def __init__(
@@ -98,9 +99,11 @@ class ShadowTraining:
         interval: Optional[int],
         seed: Any,
         average: float = 0.0,
+        stride: int = 1,
         sum_over_processes: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
     ):
         self.folds, self.max_norm, self.interval, self.seed = folds, max_norm, interval, seed
+        self.stride = stride
         self._sum_over_processes = sum_over_processes
         self.optimizers = [torch.optim.AdamW(groups, foreach=True) for groups in parameter_groups]
         self.parameters = [[p for group in groups for p in group["params"]] for groups in parameter_groups]
@@ -119,6 +122,10 @@ class ShadowTraining:
         """For each shadow, the positions of a micro-batch it trains on: not those of its fold."""
         fold_of = [self.folds.get(example) for example in examples]
         return [[row for row, fold in enumerate(fold_of) if fold != shadow] for shadow in range(self.count)]
+
+    def trains_now(self) -> bool:
+        """Whether the micro-batches of the present step are the shadows' as well."""
+        return self._steps % self.stride == 0
 
     def pass_seed(self) -> int:
         """What the next pass's dropouts depend on: no other pass, resume or score changes it."""
@@ -144,7 +151,8 @@ class ShadowTraining:
         """A step of every shadow that has seen something since the last one, at the main
         optimizer's present rates, betas, eps and weight decay. All processes call it."""
         started = time.perf_counter()
-        self._share()
+        if self.trains_now():
+            self._share()
         for optimizer, parameters, count in zip(self.optimizers, self.parameters, self._counts):
             if not count:
                 continue
@@ -154,6 +162,7 @@ class ShadowTraining:
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm or float("inf"))
             for own, main in zip(optimizer.param_groups, main_optimizer.param_groups):
                 own.update({name: main[name] for name in SETTINGS if name in main})
+                own["lr"] = self.stride * main["lr"]
             if torch.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -162,8 +171,9 @@ class ShadowTraining:
 
     def average(self) -> None:
         """Take every shadow's weights into its average; call it when a step is complete."""
-        for average in self.averages:
-            average.update()
+        if (self._steps - 1) % self.stride == 0:
+            for average in self.averages:
+                average.update()
 
     @contextlib.contextmanager
     def weights_to_score(self) -> Iterator[None]:

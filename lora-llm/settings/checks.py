@@ -74,7 +74,9 @@ def collect_problems(settings: Settings) -> list[str]:
     check(stop.cs_component in (None, "lm", "all"), f"--cs_component {stop.cs_component}: choose lm or all")
     optimizer = str(getattr(training.optim, "value", training.optim))
     if "schedule_free" in optimizer and stop.average:
-        problems.append(f"--average {stop.average:g}: --optim {optimizer} averages its weights itself; give --average 0")
+        problems.append(
+            f"--average {stop.average:g}: --optim {optimizer} averages its weights itself; give --average 0"
+        )
     problems += _shadow_problems(settings) + _data_problems(settings)
     problems += _logging_problems(training.report_to) + _output_problems(settings)
     return problems

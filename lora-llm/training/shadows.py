@@ -126,7 +126,7 @@ class ShadowAdapters(TrainerCallback):
         `labels`; (N,) examples."""
         rows = self.training.trained_rows(examples.tolist())
         every = [row for own in rows for row in own]
-        if not every:
+        if not every or not self.training.trains_now():
             return
         chosen = {name: batch[name][every] for name in ("input_ids", "attention_mask", "labels")}
         with self._passing([len(own) for own in rows]):

@@ -195,6 +195,34 @@ def test_rules_of_a_loss_read_that_of_the_weights_that_are_kept(name, column):
     assert make_rule(name, RuleSettings(5, "lm", 10, 1, averaged=True)).needs == (f"{column}_average",)
 
 
+def ending(folder, losses, resume_from=None, training=None, first=1):
+    """A training whose budget is as many steps as there are losses; (monitor, training)."""
+    training, stop = training or ToyTraining(), StopSettings(stop_rule="shadow", cs_interval=1, window_size=3)
+    plan = stop.plan(["lm"], 100, len(losses))
+    monitor = EarlyStopMonitor(
+        folder,
+        plan,
+        training.layers(),
+        lambda: training.tensors,
+        columns={"shadow_loss": lambda: losses[monitor.measurements]},
+        resume_from=resume_from,
+    )
+    for step in range(first, len(losses) + 1):
+        training.step(step)
+        monitor.measure(step, step / 100)
+    return monitor, training
+
+
+def test_a_run_that_ends_at_its_budget_keeps_the_lowest_loss_and_a_longer_one_decides_anew(tmp_path):
+    monitor, training = ending(tmp_path / "run", [3.0, 2.0, 2.5, 2.4])
+    assert (monitor.decision.keep_step, monitor.decision.detected_step) == (2, 4)
+    assert monitor.load_snapshot(2).keys() == training.tensors.keys()
+    monitor.save_state(tmp_path / "state")
+    longer, _ = ending(tmp_path / "run", [3.0, 2.0, 2.5, 2.4, 1.9, 2.1], tmp_path / "state", training, 5)
+    assert (longer.decision.keep_step, longer.decision.detected_step) == (5, 6)
+    assert [event["step"] for event in read_history(tmp_path / "run").events] == [5]
+
+
 PLAN = StopSettings(early_stop=True, average=0.25).plan(["lm"], 16, 204)
 
 

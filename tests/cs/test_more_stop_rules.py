@@ -39,6 +39,17 @@ def valley(epoch):
     return 2 + (epoch - 3) ** 2
 
 
+@pytest.mark.parametrize("name, column", [("shadow", "shadow_loss"), ("validation-patience", "heldout_loss")])
+def test_at_the_end_of_the_training_the_lowest_loss_is_kept(name, column):
+    def decided(losses):
+        records = [{"step": 10 * (i + 1), "cs": {"lm": 0.1}, column: loss} for i, loss in enumerate(losses)]
+        return replay(make_rule(name, RuleSettings(10, "lm", 1000, 10)), records)
+
+    ended = decided([3.0, 2.0, None, 2.5])
+    assert (ended.keep_step, ended.detected_step) == (20, 40) and "the training ends here" in ended.reason
+    assert decided([3.0, 2.5, 2.0]) is None and decided([3.0, 2.5, None]) is None  # the last one is the lowest
+
+
 def test_fixed_epochs_is_a_clock():
     decision = decide("fixed-epochs", history(60), value=2.5)
     assert (decision.keep_step, decision.detected_step) == (50, 50)

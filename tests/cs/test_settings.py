@@ -64,7 +64,7 @@ def test_valley_is_the_number_of_nth_valley():
 
 def test_shadows_come_with_the_rule_that_needs_them_and_cannot_be_left_out():
     assert StopSettings().shadow_count == 0 and StopSettings(shadows=3).shadow_count == 3
-    assert StopSettings(stop_rule="shadow").shadow_count == 2
+    assert StopSettings(stop_rule="shadow").shadow_count == 1
     assert StopSettings(stop_rule="shadow", calculate_cs=False).shadow_count == 0
     with pytest.raises(ValueError, match="--stop_rule shadow decides on shadows: leave out --shadows 0"):
         read_stop_settings({"stop_rule": "shadow", "shadows": 0}, StopSettings())

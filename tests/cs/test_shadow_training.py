@@ -76,6 +76,42 @@ def test_steps_are_those_of_adamw_on_the_mean_loss_at_the_main_rate():
     assert torch.allclose(own, plain, rtol=1e-5) and torch.equal(idle, untouched)
 
 
+def test_a_stride_steps_seldom_at_as_much_more_of_the_rate():
+    training, (own, _) = shadows(stride=2, average=0.25)
+    plain, main = torch.nn.Parameter(own.detach().clone()), main_optimizer(lr=0.1)
+    twin, data = torch.optim.AdamW([plain], lr=0.2), torch.randn(4, 3)
+    for step in range(4):
+        assert training.trains_now() == (step % 2 == 0)
+        if training.trains_now():
+            training.backward((data @ own).square().sum(), [len(data), 0])
+            (data @ plain).square().mean().backward()
+            twin.step()
+            twin.zero_grad()
+        training.step(main)
+        training.average()
+    assert torch.allclose(own, plain, rtol=1e-5) and training.averages[0].steps == 2
+
+
+def test_a_score_is_that_of_the_averages_and_a_resumed_run_has_the_same():
+    training, (own, _) = shadows(folds={"a": 0, "b": 1}, average=0.5)
+    seen, main = [], main_optimizer(lr=0.1)
+    for _ in range(3):
+        training.backward(own.square().sum(), [1, 0])
+        training.step(main)
+        training.average()
+        seen.append(own.detach().clone())
+    with training.weights_to_score():
+        assert torch.allclose(own, torch.stack(seen).mean(0), atol=1e-6)
+    assert torch.equal(own, seen[-1])
+    again, (other, _) = shadows(folds={"a": 0, "b": 1}, average=0.5)
+    again.load_state_tensors(training.state_tensors())
+    with training.weights_to_score(), again.weights_to_score():
+        assert torch.equal(own, other)
+    single, _ = shadows(folds={"a": 0, "b": 1})
+    with pytest.raises(ValueError, match="hold no averages: go on with --average 0, or start anew"):
+        again.load_state_tensors(single.state_tensors())
+
+
 def test_a_gradient_that_is_not_finite_is_no_step():
     training, (own, _) = shadows()
     before = own.detach().clone()

@@ -164,7 +164,7 @@ def test_a_rule_on_the_shadows_switches_them_on_and_stops(random_base, text_file
     result, scores = json.loads((tmp_path / "result.json").read_text()), records_of(tmp_path, "shadow_loss")
     assert result["outcome"] == "stopped_early" and result["reason"] == "The shadows' loss rises."
     assert result["files"]["kept"]["step"] == result["last_step"] < result["total_steps"] and scores[-1] > min(scores)
-    assert result["settings"]["shadows"] == 2 and result["shadows"]["cost_factor"] > 1
+    assert result["settings"]["shadows"] == 1 and result["shadows"]["cost_factor"] > 1
     assert result["shadows"]["sentence"] in capsys.readouterr().out
 
 
