@@ -31,6 +31,17 @@ class Trace:
         self.losses = np.array([self.header["heldout_at_start"], *(record["heldout_loss"] for record in scored)])
 
     @property
+    def widths(self):
+        """The widths of the averages whose held-out loss is recorded, as text; none in older traces."""
+        known = (record["heldout_loss_average"] for record in self.records if record.get("heldout_loss_average"))
+        return [width for width in next(known, {}) if "measured" not in width]
+
+    def average_losses(self, width):
+        """The held-out losses of an average at `steps`; at step 0 there are only the weights."""
+        scored = [record for record in self.records if record.get("heldout_loss") is not None]
+        return np.array([self.losses[0], *(record["heldout_loss_average"][width] for record in scored)])
+
+    @property
     def last_step(self):
         return self.records[-1]["step"]
 
@@ -48,11 +59,13 @@ class Trace:
         """Held-out loss at a step, linear between the scored ones."""
         return float(np.interp(step, self.steps, self.losses))
 
-    def regret(self, step):
+    def regret(self, step, width="0"):
         """(loss of the kept step - lowest) / (loss at step 0 - lowest): 0 is perfect, 1 as bad as
-        not training."""
+        not training. width: of the average that is kept, below 0 where it is better than the best
+        single step; "0": the step itself."""
         lowest = self.losses.min()
-        return (self.loss_at(step) - lowest) / (self.losses[0] - lowest)
+        losses = self.losses if width == "0" else self.average_losses(width)
+        return (float(np.interp(step, self.steps, losses)) - lowest) / (self.losses[0] - lowest)
 
 
 def read_trace(spec):
