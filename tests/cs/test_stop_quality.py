@@ -17,6 +17,7 @@ from scores import Kept, correlation, decide, outcomes, summary  # noqa: E402
 from traces import Trace, read_trace  # noqa: E402
 
 RECORDED = [spec for spec in RUNS.values() if trace_path(spec).exists()]
+ANEW = [spec for spec in RUNS.values() if trace_path(spec, anew=True).exists()]
 
 
 def test_there_are_as_many_runs_as_the_design_says():
@@ -104,6 +105,19 @@ def test_a_committed_trace_is_that_of_its_run(spec):
     assert not any(
         "/" in str(value) for name, value in trace.header.items() if name != "format"
     )  # no path of a machine
+
+
+@pytest.mark.parametrize("spec", ANEW, ids=lambda spec: spec.name)
+def test_a_trace_that_was_recorded_anew_holds_the_losses_of_averages(spec):
+    trace = read_trace(spec, anew=True)
+    assert trace.header["run"] == spec.settings() and trace.records[-1]["epoch"] > spec.epochs - 0.3
+    assert trace.widths == ["0.1", "0.25", "0.4"] and len(trace.steps) >= 10
+    for width in trace.widths:
+        assert np.isfinite(trace.average_losses(width)).all()
+        assert trace.average_losses(width)[1] == pytest.approx(trace.losses[1], rel=1e-4) or trace.steps[1] > 1
+    if spec.purpose == "shadow":
+        scored = [record["shadow_losses"] for record in trace.records if record["shadow_losses"] is not None]
+        assert scored and all(set(each) == {"0", *trace.widths} for each in scored)
 
 
 def toy(losses, dataset="a", per_epoch=10):

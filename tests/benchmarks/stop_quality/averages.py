@@ -3,8 +3,8 @@ stop, some time later, and at the end of the budget.
 
     PYTHONPATH=../../../lora-llm ../../../.venv-llm/bin/python averages.py [--half tuning]
 
-Prints the tables of the runs whose traces hold `heldout_loss_average`. Constant and decaying rates
-are apart: an average need not reach back over steps at a much higher rate."""
+Prints the tables of the runs in traces_anew/. Constant and decaying rates are apart: an average
+need not reach back over steps at a much higher rate."""
 
 import argparse
 
@@ -47,11 +47,11 @@ def table(traces, rule):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--half", choices=("tuning", "test"), help="one half; without it all that are recorded")
+    parser.add_argument("--half", choices=("tuning", "test"), help="one of them; without it both")
     parser.add_argument("--rule", default=DEFAULT_RULE)
     arguments = parser.parse_args()
     for model in ("text", "image"):
-        recorded = [trace for trace in read_traces(model, arguments.half) if trace.improves and trace.widths]
+        recorded = [trace for trace in read_traces(model, arguments.half, anew=True) if trace.improves]
         for schedule in ("constant", "cosine"):
             traces = [trace for trace in recorded if trace.spec.schedule == schedule]
             print(f"\n{model}, {schedule}: {len(traces)} runs; mean regret (95th percentile)\n")

@@ -117,7 +117,7 @@ def record(spec, scratch):
     if ending.name == "interrupted":
         raise KeyboardInterrupt
     run.monitor.close()
-    write_trace(output, trace_path(spec), spec, heldout_at_start=at_start, outcome=ending.name)
+    write_trace(output, trace_path(spec, anew=True), spec, heldout_at_start=at_start, outcome=ending.name)
     shutil.rmtree(output, ignore_errors=True)
 
 

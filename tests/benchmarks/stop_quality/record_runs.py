@@ -1,12 +1,12 @@
-"""Record the runs of the suite that have no trace yet; what has one is left alone.
+"""Record the runs of the suite that have no trace in traces_anew/ yet; what has one is left alone.
 
     python record_runs.py                                   # all of them: hours on two CPU cores
     python record_runs.py text-kitchen_notes-embedded-3     # these, anew
     python record_runs.py --model image --half tuning --purpose record --workers 1
 
 Needs the environments .venv-llm and .venv-ldm of the project (bash tests/run.sh makes both). Traces
-go to traces/ as they finish, what the trainers say to cache/logs/. Runs on the larger base are left
-out until larger_base.py has built it.
+go to traces_anew/ as they finish, what the trainers say to cache/logs/. Runs on the larger base are
+left out until larger_base.py has built it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from runs import CACHE, HERE, ROOT, RUNS, TRACES, trace_path
+from runs import CACHE, HERE, ROOT, RUNS, TRACES_ANEW, trace_path
 from tqdm import tqdm
 
 RUNS_A_PROCESS = 6  # loading the libraries takes as long as a short run
@@ -36,7 +36,7 @@ def record(specs):
     command = [str(ROOT / f".venv-{tree}" / "bin" / "python"), str(HERE / script), *(spec.name for spec in specs)]
     with open(log, "w", encoding="utf-8") as handle:
         subprocess.run(command, env=environment, stdout=handle, stderr=subprocess.STDOUT)
-    return [f"{spec.name} left no trace; see {log}" for spec in specs if not trace_path(spec).exists()]
+    return [f"{spec.name} left no trace; see {log}" for spec in specs if not trace_path(spec, anew=True).exists()]
 
 
 def chosen_runs(arguments):
@@ -48,7 +48,7 @@ def chosen_runs(arguments):
         for spec in RUNS.values()
         if all(not value or getattr(spec, name) in value for name, value in wanted.items())
     ]
-    return [spec for spec in fits if not trace_path(spec).exists()]
+    return [spec for spec in fits if not trace_path(spec, anew=True).exists()]
 
 
 def parse_arguments():
@@ -66,7 +66,7 @@ def main():
     if not (CACHE / "larger_base").is_dir():
         runs = [spec for spec in runs if spec.base != "larger"]
     for spec in runs:
-        trace_path(spec).unlink(missing_ok=True)
+        trace_path(spec, anew=True).unlink(missing_ok=True)
     portions = [
         same[start : start + RUNS_A_PROCESS]
         for model in TREES
@@ -78,7 +78,7 @@ def main():
         for portion, failed in zip(portions, pool.map(record, portions)):
             bar.update(len(portion))
             failures += failed
-    print("\n".join([f"Traces are in {TRACES}.", *failures]))
+    print("\n".join([f"Traces are in {TRACES_ANEW}.", *failures]))
     return 1 if failures else 0
 
 

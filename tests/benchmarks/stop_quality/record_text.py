@@ -137,7 +137,7 @@ def record(spec):
     if outcome == "interrupted":
         raise KeyboardInterrupt
     run.early_stop.monitor.close()
-    write_trace(output, trace_path(spec), spec, heldout_at_start=at_start, outcome=outcome)
+    write_trace(output, trace_path(spec, anew=True), spec, heldout_at_start=at_start, outcome=outcome)
     shutil.rmtree(output, ignore_errors=True)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-TRACES = HERE / "traces"
+TRACES = HERE / "traces"  # what results.md is made of
+TRACES_ANEW = HERE / "traces_anew"  # the same runs and the new half, with the losses of averages
 CACHE = HERE / "cache"
 
 # data set: (kind, half, training examples)
@@ -184,5 +185,5 @@ def data_folder(spec):
     return bundled if bundled.is_dir() else HERE / f"{spec.model}_sets" / spec.dataset
 
 
-def trace_path(spec):
-    return TRACES / f"{spec.name}.jsonl.gz"
+def trace_path(spec, anew=False):
+    return (TRACES_ANEW if anew else TRACES) / f"{spec.name}.jsonl.gz"

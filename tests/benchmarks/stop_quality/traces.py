@@ -32,7 +32,7 @@ class Trace:
 
     @property
     def widths(self):
-        """The widths of the averages whose held-out loss is recorded, as text; none in older traces."""
+        """The recorded averages' widths, as text; none in older traces."""
         known = (record["heldout_loss_average"] for record in self.records if record.get("heldout_loss_average"))
         return [width for width in next(known, {}) if "measured" not in width]
 
@@ -68,13 +68,14 @@ class Trace:
         return (float(np.interp(step, self.steps, losses)) - lowest) / (self.losses[0] - lowest)
 
 
-def read_trace(spec):
-    with gzip.open(runs.trace_path(spec), "rt", encoding="utf-8") as handle:
+def read_trace(spec, anew=False):
+    with gzip.open(runs.trace_path(spec, anew), "rt", encoding="utf-8") as handle:
         header, *records = (json.loads(line) for line in handle)
     return Trace(spec, header, records)
 
 
-def read_traces(model=None, half=None, purposes=("record", "shadow")):
-    """The traces there are, by model and half."""
+def read_traces(model=None, half=None, purposes=("record", "shadow"), anew=False):
+    """The traces there are, by model and half. anew: of traces_anew/."""
     chosen = [spec for spec in RUNS.values() if model in (None, spec.model) and half in (None, spec.half)]
-    return [read_trace(spec) for spec in chosen if spec.purpose in purposes and runs.trace_path(spec).exists()]
+    chosen = [spec for spec in chosen if spec.purpose in purposes and runs.trace_path(spec, anew).exists()]
+    return [read_trace(spec, anew) for spec in chosen]
