@@ -34,8 +34,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from literal_average import is_average, literal_average  # noqa: E402
+
 APPLY = HERE.parents[1] / "patches" / "apply_patches.py"
-STEPS = 40
+STEPS, WIDTH = 40, 0.25
 STOP_FLAGS = ["--early_stop", "--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "3"]
 PARTS = {"sd-scripts": ["train_network.py", "sdxl_train_network.py", "library", "networks"], "qlora": ["qlora.py"]}
 
@@ -324,6 +327,28 @@ def scenario(trainer, name, network, with_off_run=True):
     return figures
 
 
+def averaged(trainer, name):
+    """The patched run with --average keeps the average of the unpatched run's own files."""
+    short = name.replace(" ", "-")
+    network = LORA if trainer.upstream == "sd-scripts" else []
+    each_step = ["--save_every_n_steps", "1"] if trainer.upstream == "sd-scripts" else []
+    code, plain, plain_losses, _ = trainer.run("plain", f"{short}-plain", [*network, *each_step])
+    assert code == 0, "the unpatched run failed"
+    flags = [*network, *STOP_FLAGS, "--average", str(WIDTH)]
+    code, stopped, losses, _ = trainer.run("patched", f"{short}-stopped", flags)
+    assert code == 0 and losses == plain_losses[: len(losses)], f"exit code {code}, or the losses differ"
+    result = json.loads((trainer.history_folder(stopped) / "result.json").read_text())
+    kept, last = result["keep_step"], result["last_step"]
+    assert result["outcome"] == "stopped_early" and result["files"]["kept"]["averaged"], result
+    steps = [trainer.saved(plain, step) for step in range(1, last + 1)]
+    assert is_average(trainer.saved(stopped), steps[:kept], WIDTH), "the kept file is not the average of the steps"
+    if trainer.upstream == "sd-scripts":
+        assert same(trainer.saved(stopped, kind="-last"), steps[-1]), "the last weights differ"
+    expected = literal_average(steps[:kept], WIDTH)
+    worst = max((trainer.saved(stopped)[key].double() - value).abs().max().item() for key, value in expected.items())
+    return {"kept": kept, "last": last, "largest difference from the average of the files": worst}
+
+
 def resumed(trainer, name):
     """Eight steps with a saved state, then --resume until it stops; the same unpatched."""
     short, folders = name.replace(" ", "-"), {}
@@ -361,6 +386,8 @@ def scenarios(arguments):
         found[f"{revision} resume"] = lambda n, r=revision: resumed(
             Trainer(arguments, "sd-scripts", r, "train_network.py"), n
         )
+    found["v0.10.1 average"] = lambda n: averaged(Trainer(arguments, "sd-scripts", "v0.10.1", "train_network.py"), n)
+    found["qlora average"] = lambda n: averaged(Trainer(arguments, "qlora", "7f4e95a68dc0", "qlora.py"), n)
     found["qlora"] = lambda n: scenario(Trainer(arguments, "qlora", "7f4e95a68dc0", "qlora.py"), n, [])
     return found
 
