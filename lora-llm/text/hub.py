@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import logging
-import socket
-import urllib.request
-from functools import cache
-from urllib.parse import urlsplit
 
 import datasets.config
 from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import constants
 
-ANSWER_SEC = 5
+from es_lora.inputs.hub import hub_answers
 
 
-@cache
 def offline_if_unreachable() -> None:
-    """Let the hub's libraries look into their caches alone where the hub does not answer.
-
-    They would ask it again and again for most of a minute. A proxy is left to them.
-    """
-    hub = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or hub.scheme in urllib.request.getproxies():
-        return
-    try:
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=ANSWER_SEC).close()
-    except OSError:
+    """Let the hub's libraries look into their caches alone where the hub does not answer."""
+    if not hub_answers():
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
 
 
