@@ -166,6 +166,7 @@ def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
     metadata = read_image_list(listed, subset) if listed.is_file() else {}
     paths = sorted(set(image_files(folder)) | set(metadata))
     report_left_out(folder, set(paths))
+    report_lone_captions(folder, subset.caption_extension)
     if not paths:
         raise ValueError(f"image folder {folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}){deeper_hint(folder)}")
     captions, sources, problems = {}, Counter(), []
@@ -197,6 +198,19 @@ def report_left_out(folder: Path, used: set[Path]) -> None:
         shown = ", ".join(f"{count} in {inner.relative_to(folder)}" for inner, count in sorted(deeper.items())[:5])
         message = "%s: %d images in folders below it are not used (%s): move them up"
         logger.warning(message, folder, sum(deeper.values()), shown)
+
+
+def report_lone_captions(folder: Path, extension: str) -> None:
+    """Counts and names the caption files of a folder that no picture there has the name of."""
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    pictures = [path for path in files if path.suffix.lower() in (*IMAGE_EXTENSIONS, *CONVERT_FIRST)]
+    names = {name for path in pictures for name in (path.stem, path.name)}
+    captions = [path for path in files if path.suffix.lower() in (extension.lower(), *CAPTION_EXTENSIONS)]
+    lone = [path.name for path in captions if path.stem not in names]
+    if lone:
+        shown = ", ".join(lone[:5]) + (", ..." if len(lone) > 5 else "")
+        message = "%s: %d caption files have no picture of their name and are not used: %s"
+        logger.warning(message, folder, len(lone), shown)
 
 
 def deeper_images(folder: Path) -> Iterator[Path]:

@@ -6,11 +6,12 @@ from typing import Any, Optional
 import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import cached_file
 
 from base.layers import check_dequantisation
 from base.spec import BaseSpec
 from es_lora.command_line import plain_text
-from es_lora.weights import keep_as_loaded, refuse_nonfinite, stored_tensors
+from es_lora.weights import keep_as_loaded, quantisation_scales, refuse_nonfinite, stored_tensors
 from text.hub import offline_if_unreachable
 
 
@@ -33,12 +34,12 @@ def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
 
 def _from_hub_or_folder(load: Any, name: str, what: str, **options: Any) -> Any:
     """`load(name)`, with one message in place of the hub's many where it cannot be had."""
-    if not Path(name).exists():
-        offline_if_unreachable()
+    offline = not Path(name).exists() and offline_if_unreachable()
     try:
         return load(name, **options)
     except OSError as error:
         first_line = plain_text(str(error)).strip().splitlines()[0]
+        first_line = "the hub does not answer" if offline else first_line
         raise FileNotFoundError(
             f"--model_name_or_path {name}: no {what} there ({first_line}); give a folder with a "
             "model in Hugging Face format, "
@@ -115,12 +116,16 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
 def _check_finite(base: torch.nn.Module, spec: BaseSpec) -> None:
     """Raises ValueError by the name of the first tensor of the base that holds NaN or infinity.
 
-    Quantised weights may hide it, so that their files are looked at, where they are in a folder.
+    Quantised weights may hide it, so that their files are looked at too, of a folder or of the
+    hub's cache.
     """
     where = f"--model_name_or_path {spec.name}"
     refuse_nonfinite(base.named_parameters(), where)
-    for file in sorted(Path(spec.name).glob("*.safetensors")) if spec.bits in (4, 8) else ():
-        refuse_nonfinite(stored_tensors(file), where)
+    if spec.bits in (4, 8):
+        refuse_nonfinite(quantisation_scales(base), where)
+        folder = Path(cached_file(spec.name, "config.json", **spec.hub_options)).parent
+        for file in sorted(folder.glob("*.safetensors")):
+            refuse_nonfinite(stored_tensors(file), where)
 
 
 def small_parts_in_float32(base: torch.nn.Module) -> None:

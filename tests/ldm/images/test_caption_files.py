@@ -110,6 +110,21 @@ def test_pictures_in_a_folder_below_are_counted_and_named(tmp_path, caplog):
     assert "1 .jp2 files are not read" in caplog.text
 
 
+def test_captions_without_a_picture_are_counted_and_named(tmp_path, caplog):
+    folder = make_images(tmp_path / "1_cat", ["a.png", "b.png"], {"a.png": "a cat"})
+    (folder / "d.heic").write_bytes(b"x")
+    for name in ("b.png.txt", "d.txt", "dog.txt", "old.TXT", "mouse.caption", "notes.md", ".hidden.txt"):
+        (folder / name).write_text("a dog")
+    with caplog.at_level(logging.WARNING):
+        assert captions_of(tmp_path) == {"a.png": "a cat", "b.png": "a dog"}
+    told = "3 caption files have no picture of their name and are not used: dog.txt, mouse.caption, old.TXT"
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        captions_of(make_images(tmp_path / "good" / "1_cat", ["a.png"], {"a.png": "a cat"}).parent)
+    assert "no picture" not in caplog.text
+
+
 def test_later_lines_of_captions_are_said_with_the_flag_that_keeps_them(tmp_path, caplog):
     texts = {"a.png": "a cat\n\nThe light is soft.\r\nIt sleeps.", "b.png": "\n a dog \n"}
     folder = make_images(tmp_path / "1_cat", list(texts), texts)
