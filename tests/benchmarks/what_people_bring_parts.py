@@ -1,4 +1,4 @@
-"""What the inputs of what_people_bring.py are made of: adapters, bases and pictures, whole and broken.
+"""What the inputs of what_people_bring.py are made of: adapters, bases, pictures, some broken.
 
 python tests/benchmarks/what_people_bring_parts.py llm FOLDER     (in the environment of lora-llm)
 python tests/benchmarks/what_people_bring_parts.py ldm FOLDER     (in that of lora-ldm)
@@ -73,7 +73,7 @@ def pickled(source, target):
 
 
 def runs(folder):
-    """Folders of saved adapters: as PEFT's trainers leave them, with a NaN, as qlora leaves them."""
+    """Folders of saved adapters: as PEFT's trainers leave them, with a NaN, and qlora's."""
     kinds = {"run": "adapter", "nan_run": "nan_adapter", "dora_run": "dora", "pickled_run": "pickled"}
     for step in (10, 20, 30):
         for run, kind in kinds.items():
@@ -121,7 +121,7 @@ def pictures(folder):
 
 
 def loras(base, folder):
-    """lora, nan, bundled, short (keys without text_model.), peft (its names), wide (rank 8), torn."""
+    """lora, nan, bundled, short (keys without text_model.), peft's names, wide (rank 8), torn."""
     import torch
     from safetensors.torch import save_file
 
@@ -156,7 +156,7 @@ def loras(base, folder):
 
 
 def single_files(base, folder):
-    """whole.safetensors, no_vae.safetensors and nan.safetensors with their configurations beside."""
+    """whole, no_vae and nan_file, with their configurations beside."""
     from safetensors.torch import save_file
     from tiny_sd import original_layout
 
