@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 
 from base.layers import check_dequantisation
 from base.spec import BaseSpec
-from es_lora.command_line import plain_text
+from es_lora.command_line import is_out_of_memory, plain_text
 from es_lora.weights import keep_as_loaded, quantisation_scales, refuse_nonfinite, stored_tensors
 from text.hub import offline_if_unreachable
 
@@ -33,18 +33,32 @@ def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
 
 
 def _from_hub_or_folder(load: Any, name: str, what: str, **options: Any) -> Any:
-    """`load(name)`, with one message in place of the hub's many where it cannot be had."""
+    """`load(name)`, with one message in place of the hub's many where it cannot be had or read."""
     offline = not Path(name).exists() and offline_if_unreachable()
+    given = f"--model_name_or_path {name}"
     try:
         return load(name, **options)
     except OSError as error:
-        first_line = plain_text(str(error)).strip().splitlines()[0]
-        first_line = "the hub does not answer" if offline else first_line
+        reason = "the hub does not answer" if offline else _first_line(error)
         raise FileNotFoundError(
-            f"--model_name_or_path {name}: no {what} there ({first_line}); give a folder with a "
-            "model in Hugging Face format, "
+            f"{given}: no {what} there ({reason}); give a folder with a model in Hugging Face format, "
             "or a hub name where the hub can be reached"
         ) from error
+    except ImportError as error:
+        install = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(
+            f"{given}: its {what} needs a package that is not here ({_first_line(error)}){install}"
+        ) from error
+    except Exception as error:
+        if is_out_of_memory(error) or type(error) is ValueError:  # this one is a setting that does not fit
+            raise
+        raise ValueError(
+            f"{given}: its {what} cannot be read ({_first_line(error)}); copy or download it again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (plain_text(str(error)).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_tokenizer(base: BaseSpec) -> Any:

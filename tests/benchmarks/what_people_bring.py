@@ -80,8 +80,9 @@ def asked(given: Input, pythons: dict[str, str], parts: Path) -> Answer:
         done = subprocess.run(words, cwd=folder, env=environment, stdin=subprocess.DEVNULL, **options)
     seconds = time.monotonic() - started
     text = done.stderr + done.stdout
-    for place in (f"{folder}/", f"{parts}/", f"{ROOT}/"):
-        text = text.replace(place, "")
+    for place in (parts, ROOT):
+        text = text.replace(f"{place}/", "").replace(f"{os.path.relpath(place, folder)}/", "")
+    text = text.replace(f"{folder}/", "")
     return judged(given, done.returncode, text, seconds)
 
 

@@ -174,18 +174,18 @@ A2 = [
     Input(
         "A2",
         ASK,
-        "a prompt with U+2028 in a file of one",
-        "--base {llm} --prompts p.txt --output answers.jsonl",
-        0,
-        "one",
-        {"p.txt": "one\u2028two\n"},
+        "a prompt with U+2028, whose halves alone fit the positions",
+        "--base {parts}/llm/table --prompts p.txt",
+        2,
+        "the base has 64 positions",
+        {"p.txt": "word " * 40 + "\u2028" + "word " * 40 + "\n"},
     ),
     pictured(
         "A2",
         "a caption with U+2028",
         "--shuffle_caption",
         0,
-        "--prompt 'a cat\u2028on a mat'",
+        "'a cat on a mat'",
         {"data/1_cat/a.txt": "a cat\u2028on a mat"},
     ),
     pictured(
@@ -237,8 +237,8 @@ A3 = [
         "a configuration with a byte order mark",
         "--config_file run.toml",
         0,
-        "seed 7",
-        {"run.toml": MARK + "network_alpha = 2\n", "data/1_cat/a.txt": "x"},
+        "1 batches and 1 steps an epoch",
+        {"run.toml": MARK + "train_batch_size = 2\n"},
     ),
     Input(
         "A3",
@@ -277,7 +277,7 @@ A4 = [
         "pairs with a system text",
         DATA,
         0,
-        "Data: 1 training examples",
+        "(input-output with system)",
         rows_jsonl=[{**ROW, "system": "be kind"}],
     ),
     trained(
@@ -373,7 +373,7 @@ A6 = [
         "a folder of pictures and folders",
         "photos out --size 64",
         0,
-        "c.jpg",
+        "1 pictures in folders below it are left out",
         {"photos/a.png": Part("ldm/a.png"), "photos/more/c.jpg": Part("ldm/c.jpg")},
     ),
     Input(
@@ -583,6 +583,38 @@ B = [
     Input(
         "B", MERGE, "an adapter of another base", "--adapter {parts}/llm/other_adapter --base {llm}", 2, "other_adapter"
     ),
+    Input("B", JUDGE, "a torn base", "{parts}/llm/run --base {parts}/llm/torn --steps_per_epoch 10", 2, "torn"),
+    Input("B", JUDGE, "another base", "{parts}/llm/run --base {parts}/llm/table --steps_per_epoch 10", 2, "table"),
+    Input(
+        "B",
+        MULTI,
+        "a torn base",
+        "jobs.toml --base_model {parts}/llm/torn",
+        2,
+        "torn",
+        {"jobs.toml": job("a", "rows.jsonl"), "rows.jsonl": [ROW]},
+    ),
+    Input(
+        "B",
+        EXTRACT,
+        "a single file without a VAE",
+        "--model_org {sd} --model_tuned {parts}/ldm/no_vae.safetensors",
+        2,
+        "--vae",
+    ),
+    Input("B", SDXL, "a base of SD 1.x", SD + "--train_data_dir data --max_train_steps 1", 2, "SDXL", CAT),
+    Input(
+        "B",
+        REPLAY,
+        "a history torn in its last line",
+        "cs_history.jsonl --rule second-valley",
+        0,
+        "second-valley",
+        {
+            "cs_history.jsonl": '{"format":"cs-history/1","cs_interval":1,"window":2,"steps_per_epoch":4,'
+            '"reduction":"row","decided_on":"lm","rule":"second-valley"}\n{"step":1,"epoch":0.25,"cs":{"lm":0.1}}\n{"st'
+        },
+    ),
     Input("B", JUDGE, "a folder without adapters", ". --base {llm}", 2, "no"),
     Input(
         "B",
@@ -708,8 +740,8 @@ C = [
         "C",
         "half a surrogate pair",
         DATA,
-        0,
-        "Data: 1 training examples",
+        2,
+        "half a surrogate pair",
         rows_jsonl='{"input":"a \\ud83d","output":"b"}\n',
     ),
     trained(
@@ -764,7 +796,7 @@ C = [
         "C", CAPTION, "no model for the local captioner", "data/1_cat --captioner local --model none", 2, "none", CAT
     ),
     Input("C", CAPTION, "no key for a service", "data/1_cat --captioner openai", 2, "OPENAI_API_KEY", CAT),
-    Input("C", DEMO, "a folder of runs that is not there", "--root nowhere", 2, "nowhere"),
+    Input("C", DEMO, "the page started as a program", "", 2, "streamlit run"),
 ]
 D = [
     pictured(

@@ -156,6 +156,30 @@ def test_the_scales_of_a_quantised_weight_are_looked_at(bits, nested):
         refuse_nonfinite(quantisation_scales(model), "base")
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("tool", ["es_lora_llm", "generate_text"])
+def test_a_torn_file_of_a_base_is_one_message_that_names_the_base(
+    random_base, text_files, tmp_path, capsys, tool, file
+):
+    base = shutil.copytree(random_base, tmp_path / "base")
+    (base / file).write_bytes((base / file).read_bytes()[:60])
+    if tool == "es_lora_llm":
+        assert run(base, text_files["train"], tmp_path / "out") == 2
+    else:
+        assert generate(["--base", str(base), "--bits", "32", "--prompt", "x"]) == 2
+    assert str(base) in one_message(capsys, tool)
+
+
+def test_a_base_that_needs_a_package_says_which(random_base, text_files, tmp_path, capsys, monkeypatch):
+    def fail(*_args, **_options):
+        raise ModuleNotFoundError("No module named 'words'", name="words")
+
+    monkeypatch.setattr("base.loading.AutoTokenizer.from_pretrained", fail)
+    assert run(random_base, text_files["train"], tmp_path / "out") == 2
+    assert "its tokenizer needs a package that is not here" in (said := one_message(capsys, "es_lora_llm"))
+    assert said.endswith("pip install words")
+
+
 # ---------------------------------------------------------------------------------------- adapters
 
 
