@@ -32,10 +32,13 @@ def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
-def _from_hub_or_folder(load: Any, name: str, what: str, **options: Any) -> Any:
-    """`load(name)`, with one message in place of the hub's many where it cannot be had or read."""
+def from_hub_or_folder(load: Any, name: str, what: str, flag: str = "--model_name_or_path", **options: Any) -> Any:
+    """`load(name)`, with one message in place of the hub's many where it cannot be had or read.
+
+    flag: the one that named it.
+    """
     offline = not Path(name).exists() and offline_if_unreachable()
-    given = f"--model_name_or_path {name}"
+    given = f"{flag} {name}"
     try:
         return load(name, **options)
     except OSError as error:
@@ -66,7 +69,7 @@ def load_tokenizer(base: BaseSpec) -> Any:
     where it has none)."""
     check_base_path(base.name)
     options = {**base.hub_options, "padding_side": "right"}
-    tokenizer = _from_hub_or_folder(AutoTokenizer.from_pretrained, base.name, "tokenizer", **options)
+    tokenizer = from_hub_or_folder(AutoTokenizer.from_pretrained, base.name, "tokenizer", **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -104,7 +107,7 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
     """
     check_base_path(spec.name)
     options = spec.hub_options
-    config = _from_hub_or_folder(AutoConfig.from_pretrained, spec.name, "config.json", **options)
+    config = from_hub_or_folder(AutoConfig.from_pretrained, spec.name, "config.json", **options)
     if type(config) not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
         raise ValueError(f"--model_name_or_path {spec.name}: a {config.model_type} model is no causal language model")
     if spec.attention is not None:
@@ -113,7 +116,7 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
     if quantisation is not None or not spec.on_cpu:
         options.update(_device_map(spec))
     options.update(dtype=spec.stored_dtype, quantization_config=quantisation)
-    base = _from_hub_or_folder(AutoModelForCausalLM.from_pretrained, spec.name, "weights", **options)
+    base = from_hub_or_folder(AutoModelForCausalLM.from_pretrained, spec.name, "weights", **options)
     base.config.use_cache = False
     _check_finite(base, spec)
     if quantisation is not None:

@@ -790,7 +790,7 @@ C = [
     ),
     jobs("C", "a Windows path in a job", job("a", "C:\\data\\rows.jsonl"), 2, "single quotes"),
     jobs("C", "a path with \\t in a job", job("a", "data\\train.jsonl"), 2, "single quotes"),
-    trained("C", "a Deep Lake set without its package", "--dataset deeplake:lake", 2, "deeplake"),
+    trained("C", "a Deep Lake set that is not there", "--dataset deeplake:lake", 2, "deeplake"),
     Input("C", TAG, "a tagger that is not there", "data/1_cat --model none.onnx", 2, "none.onnx", CAT),
     Input(
         "C", CAPTION, "no model for the local captioner", "data/1_cat --captioner local --model none", 2, "none", CAT

@@ -21,19 +21,14 @@ def parsed_toml(text: str, where: str, parse: Callable[[str], Dict[str, Any]], i
     try:
         content = parse(text)
     except (ValueError, IndexError, TypeError) as error:  # a parser raises the last two on some torn lines
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{where} is not valid TOML: {reason}{_advice(text, if_json)}") from error
+        if is_json(text):
+            raise ValueError(f"{where} is not valid TOML. It is JSON: {if_json}") from error
+        advice = f". {SINGLE_QUOTES}" if "\\" in text else ""
+        raise ValueError(f"{where} is not valid TOML: {' '.join(str(error).split())}{advice}") from error
     for key, value in _texts(content):
         if PATH_KEY.search(key) and CONTROL.search(value):
             raise ValueError(f"{where}: {key} = {value!r} was read with control characters. {SINGLE_QUOTES}")
     return content
-
-
-def _advice(text: str, if_json: str) -> str:
-    """What to do about a text that is no TOML, where that can be seen."""
-    if is_json(text):
-        return f". It is JSON: {if_json}"
-    return f". {SINGLE_QUOTES}" if "\\" in text else ""
 
 
 def is_json(text: str) -> bool:
