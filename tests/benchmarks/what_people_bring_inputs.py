@@ -277,7 +277,7 @@ A4 = [
         "pairs with a system text",
         DATA,
         0,
-        "(input-output with system)",
+        "columns that are not used: system",
         rows_jsonl=[{**ROW, "system": "be kind"}],
     ),
     trained(
