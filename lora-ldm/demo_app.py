@@ -19,13 +19,16 @@ from typing import Any
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 
-from es_lora.command_line import say
+from es_lora.command_line import say, shown_path
 from settings.entry_point import missing_package
 
 try:
     import streamlit as st
 except ModuleNotFoundError as error:
     say("demo_app", missing_package(error.name))
+    sys.exit(2)
+if __name__ == "__main__" and not st.runtime.exists():
+    say("demo_app", f"this is a page, which streamlit shows: streamlit run {shown_path(__file__)}")
     sys.exit(2)
 
 from demo.process import LIMITS, OFFERED_RULES, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _merge(args):
     ratios = _check(args)
-    loras = [(load_lora(path)[0], ratio) for path, ratio in zip(args.models, ratios)]
+    loras = [(load_lora(path)[0], ratio, path) for path, ratio in zip(args.models, ratios)]
     base, target = Path(args.sd_model), Path(args.save_to)
     if base.is_file() and target.suffix:
         _merge_file(base, target, loras, args)
@@ -50,8 +50,8 @@ def _merge_file(base, target, loras, args):
     checkpoint = read_tensors(base)
     config = base.with_suffix(".config") / "unet" / "config.json"
     layers_per_block = read_json(config)["layers_per_block"] if config.is_file() else 2
-    for tensors, ratio in loras:
-        fold_into_tensors(checkpoint, tensors, ratio, layers_per_block)
+    for tensors, ratio, path in loras:
+        fold_into_tensors(checkpoint, tensors, ratio, layers_per_block, path)
     dtype = DTYPES[args.save_precision]
     if dtype is not None:
         checkpoint = {k: value.to(dtype) if value.is_floating_point() else value for k, value in checkpoint.items()}
@@ -76,8 +76,8 @@ def _merge_folder(base, target, loras, args):
         vae=args.vae,
         tokenizer_cache_dir=args.tokenizer_cache_dir,
     )
-    for tensors, ratio in loras:
-        fold_lora(model, tensors, ratio)
+    for tensors, ratio, path in loras:
+        fold_lora(model, tensors, ratio, path)
     for part in (model.unet, model.vae, *model.text_encoders):
         part.to(dtype)
         refuse_not_finite(f"{target} in {args.save_precision or 'float'}", part.state_dict(), TOO_LARGE)

@@ -69,7 +69,7 @@ def sample(args: argparse.Namespace) -> int:
         print(f"sample_images: {line}", file=sys.stderr)
     for text in args.lora:
         path, weight = split_weight(text)
-        fold_lora(model, load_lora(path)[0], weight)
+        fold_lora(model, load_lora(path)[0], weight, path)
     for part in (model.unet, model.vae, *model.text_encoders):
         part.to(args.device)
     sampler = Sampler(

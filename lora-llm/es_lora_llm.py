@@ -171,6 +171,8 @@ def train(run: Run) -> Outcome:
         run.trainer.train(resume_from_checkpoint=run.resume)
     except TrainingDiverged as error:
         diverged = str(error)
+    for line in run.splits.tally.lines() if run.splits.tally is not None else ():
+        run.say(line)
     early_stop, state = run.early_stop, run.trainer.state
     if state.global_step == 0 and diverged is None and not run.interrupt.interrupted:
         raise ValueError(f"nothing was trained: no token of {run.splits.source} is learnt; raise --target_max_len")

@@ -5,8 +5,6 @@ Nothing is fetched unless a hub name is given or a single file's tokenizer is fo
 import contextlib
 import hashlib
 import json
-import threading
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from transformers.utils import logging as transformers_logging
 
 from base.tensor_files import file_hashes, first_line, refuse_not_finite
 from es_lora.files import read_text
+from es_lora.inputs.hub import hub_answers
 
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
 SPECIAL_TOKENS = 3  # begin, end and padding, which a tokenizer without a vocabulary still has
-HUB_TIMEOUT_SEC = 5
 PIPELINE_FILES = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 diffusers_logging.set_verbosity_error()
 transformers_logging.set_verbosity_error()
@@ -133,32 +131,6 @@ def _hub_folder(name):
             f"{name} is neither a file or folder here nor could it be read from the Hugging Face hub "
             f"({reason}); give a local path"
         ) from error
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be reached: else its client would retry for minutes first."""
-    import huggingface_hub
-
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    answers = []
-    asking = threading.Thread(target=lambda: answers.append(_answers()), daemon=True)
-    asking.start()
-    asking.join(HUB_TIMEOUT_SEC)  # the timeout of a request does not count the search for its address
-    return bool(answers and answers[0])
-
-
-def _answers():
-    import huggingface_hub
-
-    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SEC).close()
-    except urllib.error.HTTPError:
-        return True  # it refuses this request, but it is there
-    except OSError:
-        return False
-    return True
 
 
 def weights_key(*networks) -> str:

@@ -34,7 +34,7 @@ def lora_applied(model: SDModel, path: str | Path | None, strength: float = 1.0)
     touched = [layers[name] for name in group_modules(rename_modules(tensors, candidates)) if name in layers]
     before = [layer.weight.detach().clone() for layer in touched]
     try:
-        fold_lora(model, tensors, strength)
+        fold_lora(model, tensors, strength, path)
         yield
     finally:
         with torch.no_grad():

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterable, Iterator, Optional, Sequence
 
 from es_lora.files import read_text, split_lines
 from images.dataset_settings import SubsetSettings
@@ -166,6 +166,7 @@ def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
     metadata = read_image_list(listed, subset) if listed.is_file() else {}
     paths = sorted(set(image_files(folder)) | set(metadata))
     report_left_out(folder, set(paths))
+    report_lone_captions(folder, subset.caption_extension)
     if not paths:
         raise ValueError(f"image folder {folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}){deeper_hint(folder)}")
     captions, sources, problems = {}, Counter(), []
@@ -187,16 +188,35 @@ def read_folder_captions(subset: SubsetSettings) -> dict[Path, str]:
 
 def report_left_out(folder: Path, used: set[Path]) -> None:
     """Counts and names the pictures that a folder holds and training does not read."""
-    convert = Counter(p.suffix.lower() for p in folder.iterdir() if p.suffix.lower() in CONVERT_FIRST)
-    if convert:
-        shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(convert.items()))
-        advice = "convert them to .png first (prepare/resize_images.py does it for .heic)"
-        logger.warning("%s: %s files are not read: %s", folder, shown, advice)
+    report_unread(folder, folder.iterdir())
     deeper = Counter(path.parent for path in deeper_images(folder) if path not in used)
     if deeper and used:
         shown = ", ".join(f"{count} in {inner.relative_to(folder)}" for inner, count in sorted(deeper.items())[:5])
         message = "%s: %d images in folders below it are not used (%s): move them up"
         logger.warning(message, folder, sum(deeper.values()), shown)
+
+
+def report_unread(folder: Path, files: Iterable[Path], further: Sequence[str] = ()) -> None:
+    """Counts the pictures of kinds that are not read. further: extensions that are."""
+    kinds = (path.suffix.lower() for path in files)
+    convert = Counter(kind for kind in kinds if kind in CONVERT_FIRST and kind not in further)
+    if convert:
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(convert.items()))
+        advice = "convert them to .png first (prepare/resize_images.py does it for .heic)"
+        logger.warning("%s: %s files are not read: %s", folder, shown, advice)
+
+
+def report_lone_captions(folder: Path, extension: str) -> None:
+    """Counts and names the caption files of a folder that no picture there has the name of."""
+    files = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    pictures = [path for path in files if path.suffix.lower() in (*IMAGE_EXTENSIONS, *CONVERT_FIRST)]
+    names = {name for path in pictures for name in (path.stem, path.name)}
+    captions = [path for path in files if path.suffix.lower() in (extension.lower(), *CAPTION_EXTENSIONS)]
+    lone = [path.name for path in captions if path.stem not in names]
+    if lone:
+        shown = ", ".join(lone[:5]) + (", ..." if len(lone) > 5 else "")
+        message = "%s: %d caption files have no picture of their name and are not used: %s"
+        logger.warning(message, folder, len(lone), shown)
 
 
 def deeper_images(folder: Path) -> Iterator[Path]:

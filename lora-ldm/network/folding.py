@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 import torch
@@ -23,16 +24,18 @@ OPEN_CLIP_PREFIXES = {
 
 
 @torch.no_grad()
-def fold_lora(model: SDModel, tensors: dict[str, torch.Tensor], weight: float = 1.0) -> None:
+def fold_lora(
+    model: SDModel, tensors: dict[str, torch.Tensor], weight: float = 1.0, name: str | Path = "the LoRA"
+) -> None:
     """Add ``weight`` times a LoRA to a model's weights, in place. Before LoRA layers go in.
 
-    model: SDModel. tensors: {kohya key: tensor}, as load_lora gives them.
+    model: SDModel. tensors: {kohya key: tensor}, as load_lora gives them. name: for messages.
     Raises ValueError, before any change: the modules that the model lacks or that do not fit."""
     from network.lora import find_modules, rename_modules
 
     candidates = find_modules(model, everywhere=True)
     weights = {name: layer.weight.data for _, _, name, layer in candidates}
-    _fold(rename_modules(tensors, candidates), weight, weights)
+    _fold(rename_modules(tensors, candidates), weight, weights, name)
 
 
 @torch.no_grad()
@@ -41,9 +44,10 @@ def fold_into_tensors(
     tensors: dict[str, torch.Tensor],
     weight: float = 1.0,
     layers_per_block: int = 2,
+    name: str | Path = "the LoRA",
 ) -> None:
     """The same for the tensors of a single file in the original layout, in place."""
-    _fold(tensors, weight, original_weights(checkpoint, layers_per_block))
+    _fold(tensors, weight, original_weights(checkpoint, layers_per_block), name)
 
 
 def original_weights(checkpoint: dict[str, torch.Tensor], layers_per_block: int = 2) -> dict[str, torch.Tensor]:
@@ -96,9 +100,9 @@ def update_of(parts: dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
     return None
 
 
-def _fold(tensors, weight, weights):
+def _fold(tensors, weight, weights, lora):
     if not math.isfinite(weight):
-        raise ValueError(f"a LoRA cannot be laid on with strength {weight}: give a finite number")
+        raise ValueError(f"{lora} cannot be laid on with strength {weight}: give a finite number")
     modules = group_modules(rename_text_encoder(tensors, weights))
     updates, problems = {}, []
     for name, parts in modules.items():
@@ -115,7 +119,7 @@ def _fold(tensors, weight, weights):
             updates[name] = update
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(f"the LoRA does not fit the model: {'; '.join(problems[:3])}{more}")
+        raise ValueError(f"{lora} does not fit the model: {'; '.join(problems[:3])}{more}")
     for name, update in updates.items():
         target = weights[name]
         target.copy_(target.float() + weight * update.to(target.device).reshape(target.shape))
@@ -150,4 +154,4 @@ def fold_base_weights(args: Namespace, model: SDModel) -> None:
     """Fold the LoRA files of --base_weights into the model, each by its multiplier."""
     paths = args.base_weights or []
     for path, multiplier in zip(paths, args.base_weights_multiplier or [1.0] * len(paths)):
-        fold_lora(model, load_lora(path)[0], multiplier)
+        fold_lora(model, load_lora(path)[0], multiplier, path)

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, Iterator, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from es_lora.files import read_text, split_lines  # noqa: E402
-from images.folders import IMAGE_EXTENSIONS, deeper_hint, spelled  # noqa: E402
+from images.folders import IMAGE_EXTENSIONS, deeper_hint, deeper_images, report_unread, spelled  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 
-def find_pictures(folder: Path, recursive: bool) -> list[Path]:
-    """Sorted. Raises FileNotFoundError for no such folder, ValueError for one without pictures."""
+def find_pictures(
+    folder: Path, recursive: bool, further: tuple[str, ...] = (), output: Optional[Path] = None
+) -> list[Path]:
+    """Sorted; what is left out is said. further: extensions read beside the usual ones. output: a
+    folder that is left out. Raises FileNotFoundError for no such folder, ValueError for no picture.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {folder} does not exist")
     found = sorted(folder.rglob("*") if recursive else folder.iterdir())
-    pictures = [p for p in found if p.suffix.lower() in IMAGE_EXTENSIONS and p.is_file() and not p.name.startswith(".")]
+    wanted = (*IMAGE_EXTENSIONS, *further)
+    pictures = [p for p in _outside(found, output) if p.suffix.lower() in wanted and p.is_file() and p.name[0] != "."]
     if not pictures:
         hint = "" if recursive else f" (--recursive takes subfolders, too){deeper_hint(folder)}"
         raise ValueError(f"no pictures in {folder}{hint}")
+    report_unread(folder, found, further)
+    deeper = [] if recursive else list(_outside(deeper_images(folder), output))
+    if deeper:
+        message = "%s: %d pictures in folders below it are left out; --recursive takes them, too"
+        logger.warning(message, folder, len(deeper))
     return pictures
+
+
+def _outside(paths: Iterable[Path], folder: Optional[Path]) -> Iterator[Path]:
+    """The paths that do not lie in a folder."""
+    return (path for path in paths if folder is None or folder.resolve() not in path.resolve().parents)
 
 
 def caption_path(picture: Path, extension: str) -> Path:

@@ -25,8 +25,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images.buckets import BucketSelector, Size  # noqa: E402
 from images.dataset_settings import INTERPOLATIONS, checked_resolution  # noqa: E402
-from images.folders import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, REPEAT_FOLDER, deeper_hint, spelled  # noqa: E402
+from images.folders import CAPTION_EXTENSIONS, REPEAT_FOLDER, spelled  # noqa: E402
 from images.loading import UnreadableImageError, open_image, resize, resize_mask, to_rgb_and_alpha  # noqa: E402
+from prepare.caption_files import find_pictures  # noqa: E402
 from prepare.smart_crop import METHODS, Box, crop_box, face_finder  # noqa: E402
 from settings.entry_point import ended  # noqa: E402
 
@@ -112,22 +113,10 @@ def validated(args: argparse.Namespace) -> BucketSelector:
     return selector
 
 
-def find_pictures(folder: Path, recursive: bool, output: Path) -> list[Path]:
-    """Pictures of a folder, the output folder left out. Raises ValueError if there are none."""
-    wanted = IMAGE_EXTENSIONS + HEIF_EXTENSIONS
-    found = sorted(folder.rglob("*") if recursive else folder.iterdir())
-    output = output.resolve()
-    pictures = [
-        path
-        for path in found
-        if path.suffix.lower() in wanted
-        and path.is_file()
-        and not path.name.startswith(".")
-        and output not in path.resolve().parents
-    ]
-    if not pictures:
-        hint = "" if recursive else f" (--recursive takes subfolders, too){deeper_hint(folder)}"
-        raise ValueError(f"no pictures in {folder}{hint}")
+def pictures_to_resize(args: argparse.Namespace) -> list[Path]:
+    """Pictures of the input folder, the output folder left out. Raises ValueError if there are
+    none."""
+    pictures = find_pictures(args.input, args.recursive, HEIF_EXTENSIONS, args.output)
     if any(path.suffix.lower() in HEIF_EXTENSIONS for path in pictures):
         register_heif()
     return pictures
@@ -273,7 +262,7 @@ def print_list(title: str, items: list, file: TextIO = None) -> None:
 def resize_folder(args: argparse.Namespace) -> Report:
     """Converts all pictures. Raises ValueError or FileNotFoundError before anything is written."""
     selector = validated(args)
-    targets = output_paths(find_pictures(args.input, args.recursive, args.output), args)
+    targets = output_paths(pictures_to_resize(args), args)
     find_faces: Optional[Callable] = face_finder(args.face_model) if args.crop in ("faces", "smart") else None
     report = Report()
     for path, target in tqdm(targets.items(), desc="resizing", unit="picture"):

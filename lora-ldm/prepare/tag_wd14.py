@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from es_lora.files import read_text, split_lines  # noqa: E402
+from es_lora.inputs.hub import hub_answers  # noqa: E402
 from images.loading import UnreadableImageError, load_rgb  # noqa: E402
 from prepare.caption_files import caption_path, existing_caption, find_pictures, write_caption  # noqa: E402
 from settings.entry_point import ended  # noqa: E402
@@ -157,7 +158,6 @@ def model_files(args: argparse.Namespace) -> tuple[Path, Path]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from base.files import hub_answers
     from base.tensor_files import first_line
 
     offline = not hub_answers()

@@ -3,7 +3,10 @@
 Source: the keys that its LoRA tab writes into the TOML file of each run, as of 2025."""
 
 import logging
+from importlib.util import find_spec
 from typing import Any
+
+import torch
 
 logger = logging.getLogger(__name__)
 # Flags that must be above 0 on the command line; the GUI writes 0 where they are not wanted.
@@ -31,12 +34,17 @@ OTHER_FAMILIES = """
     show_timesteps_resolution sigmoid_scale single_blocks_to_swap split_attn split_mode system_prompt t5_dropout_rate
     t5_max_token_length t5_tokenizer_path t5xxl t5xxl_device t5xxl_dtype t5xxl_max_token_length
     text_encoder text_encoder_batch_size text_encoder_cpu timestep_sampling unsloth_offload_checkpointing
+    train_blocks sd3_text_encoder_batch_size sd3_t5_dropout_rate sd3_fused_backward_pass flux_fused_backward_pass
     use_flash_attn use_sage_attn vae_chunk_size vae_disable_cache weighting_scheme
 """.split()
 REFUSED = {
     **dict.fromkeys(OTHER_FAMILIES, "it belongs to another kind of base; here are SD 1.x, 2.x and SDXL"),
     "train_inpainting": "inpainting bases have further channels, which are not trained here",
 }
+SDXL_ONLY = dict.fromkeys(
+    ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), "it is a setting of es_lora_sdxl.py"
+)
+ATTENTION = ("xformers", "sdpa", "mem_eff_attn")  # the GUI writes true, and in its own files the name
 
 
 def own_words(
@@ -47,15 +55,16 @@ def own_words(
     known: the flags. has_length: the command line says how long to train.
     problems: gets a line for each key of another kind of base."""
     lengths = {key: values[key] for key in LENGTHS if values.get(key)}
+    refused = REFUSED if sdxl else {**REFUSED, **SDXL_ONLY}
     result = {}
-    for key, value in values.items():
-        if key in REFUSED and value:
-            problems.append(f"{key} is not supported: {REFUSED[key]}")
+    for key, value in with_attention(values).items():
+        if key in refused and value:
+            problems.append(f"{key} is not supported: {refused[key]}")
         elif WITHOUT_FLAG.get(key) and value:
             logger.warning("%s is not used: %s", key, WITHOUT_FLAG[key])
         elif key in known and not _is_off(key, value, bool(lengths) or has_length):
             result[key] = value
-        elif key not in known and key not in (*REFUSED, *WITHOUT_FLAG, "epoch"):
+        elif key not in known and key not in (*refused, *WITHOUT_FLAG, "epoch"):
             result[key] = value  # unknown, which the caller says
     if "epoch" in lengths and len(lengths) == 1 and not has_length:
         result["max_train_epochs"] = lengths["epoch"]
@@ -65,6 +74,22 @@ def own_words(
     if sdxl and result.get("clip_skip") == 1:  # the GUI's default, which SDXL has no use for
         del result["clip_skip"]
     return result
+
+
+def with_attention(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the attention that they name; sdpa for xformers where that cannot be used."""
+    named = {key: value for key, value in values.items() if key in ATTENTION and value in (*ATTENTION, "none")}
+    values = {key: value for key, value in values.items() if key not in named}
+    values |= {name: True for name in named.values() if name != "none"}
+    if values.get("xformers") is True and not xformers_works():
+        logger.warning("xformers cannot be used here; sdpa computes the same attention and is used instead")
+        values = {**values, "xformers": False, "sdpa": True}
+    return values
+
+
+def xformers_works() -> bool:
+    """Whether the package xformers is there, and a GPU, which its attention needs."""
+    return find_spec("xformers") is not None and torch.cuda.is_available()
 
 
 def _is_off(key, value, has_length):

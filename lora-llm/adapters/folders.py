@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
-from base.loading import fit_embeddings, load_base
+from base.loading import fit_embeddings, from_hub_or_folder, load_base
 from base.origin import local_base
 from base.spec import BaseSpec
 from es_lora.command_line import nearest, plain_text
@@ -168,7 +168,8 @@ def load_frozen_base(base: str, bits: Optional[int], adapters: Sequence[AdapterF
 def load_tokenizer_of(base: str, adapters: Sequence[AdapterFolder]) -> Any:
     """The tokenizer that the run saved beside its adapter, else the base's."""
     beside = [adapter.path for adapter in adapters if (adapter.path / "tokenizer_config.json").is_file()]
-    tokenizer = AutoTokenizer.from_pretrained(str(beside[0]) if beside else base)
+    flag, place = ("--adapter", str(beside[0])) if beside else ("--base", base)
+    tokenizer = from_hub_or_folder(AutoTokenizer.from_pretrained, place, "tokenizer", flag)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer

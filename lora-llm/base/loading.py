@@ -6,11 +6,12 @@ from typing import Any, Optional
 import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import cached_file
 
 from base.layers import check_dequantisation
 from base.spec import BaseSpec
-from es_lora.command_line import plain_text
-from es_lora.weights import keep_as_loaded, refuse_nonfinite, stored_tensors
+from es_lora.command_line import is_out_of_memory, plain_text
+from es_lora.weights import keep_as_loaded, quantisation_scales, refuse_nonfinite, stored_tensors
 from text.hub import offline_if_unreachable
 
 
@@ -31,19 +32,36 @@ def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
-def _from_hub_or_folder(load: Any, name: str, what: str, **options: Any) -> Any:
-    """`load(name)`, with one message in place of the hub's many where it cannot be had."""
-    if not Path(name).exists():
-        offline_if_unreachable()
+def from_hub_or_folder(load: Any, name: str, what: str, flag: str = "--model_name_or_path", **options: Any) -> Any:
+    """`load(name)`, with one message in place of the hub's many where it cannot be had or read.
+
+    flag: the one that named it.
+    """
+    offline = not Path(name).exists() and offline_if_unreachable()
+    given = f"{flag} {name}"
     try:
         return load(name, **options)
     except OSError as error:
-        first_line = plain_text(str(error)).strip().splitlines()[0]
+        reason = "the hub does not answer" if offline else _first_line(error)
         raise FileNotFoundError(
-            f"--model_name_or_path {name}: no {what} there ({first_line}); give a folder with a "
-            "model in Hugging Face format, "
+            f"{given}: no {what} there ({reason}); give a folder with a model in Hugging Face format, "
             "or a hub name where the hub can be reached"
         ) from error
+    except ImportError as error:
+        install = f": pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(
+            f"{given}: its {what} needs a package that is not here ({_first_line(error)}){install}"
+        ) from error
+    except Exception as error:
+        if is_out_of_memory(error) or type(error) is ValueError:  # this one is a setting that does not fit
+            raise
+        raise ValueError(
+            f"{given}: its {what} cannot be read ({_first_line(error)}); copy or download it again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (plain_text(str(error)).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_tokenizer(base: BaseSpec) -> Any:
@@ -51,7 +69,7 @@ def load_tokenizer(base: BaseSpec) -> Any:
     where it has none)."""
     check_base_path(base.name)
     options = {**base.hub_options, "padding_side": "right"}
-    tokenizer = _from_hub_or_folder(AutoTokenizer.from_pretrained, base.name, "tokenizer", **options)
+    tokenizer = from_hub_or_folder(AutoTokenizer.from_pretrained, base.name, "tokenizer", **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -89,7 +107,7 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
     """
     check_base_path(spec.name)
     options = spec.hub_options
-    config = _from_hub_or_folder(AutoConfig.from_pretrained, spec.name, "config.json", **options)
+    config = from_hub_or_folder(AutoConfig.from_pretrained, spec.name, "config.json", **options)
     if type(config) not in AutoModelForCausalLM._model_mapping and not spec.trust_remote_code:
         raise ValueError(f"--model_name_or_path {spec.name}: a {config.model_type} model is no causal language model")
     if spec.attention is not None:
@@ -98,7 +116,7 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
     if quantisation is not None or not spec.on_cpu:
         options.update(_device_map(spec))
     options.update(dtype=spec.stored_dtype, quantization_config=quantisation)
-    base = _from_hub_or_folder(AutoModelForCausalLM.from_pretrained, spec.name, "weights", **options)
+    base = from_hub_or_folder(AutoModelForCausalLM.from_pretrained, spec.name, "weights", **options)
     base.config.use_cache = False
     _check_finite(base, spec)
     if quantisation is not None:
@@ -115,12 +133,16 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
 def _check_finite(base: torch.nn.Module, spec: BaseSpec) -> None:
     """Raises ValueError by the name of the first tensor of the base that holds NaN or infinity.
 
-    Quantised weights may hide it, so that their files are looked at, where they are in a folder.
+    Quantised weights may hide it, so that their files are looked at too, of a folder or of the
+    hub's cache.
     """
     where = f"--model_name_or_path {spec.name}"
     refuse_nonfinite(base.named_parameters(), where)
-    for file in sorted(Path(spec.name).glob("*.safetensors")) if spec.bits in (4, 8) else ():
-        refuse_nonfinite(stored_tensors(file), where)
+    if spec.bits in (4, 8):
+        refuse_nonfinite(quantisation_scales(base), where)
+        folder = Path(cached_file(spec.name, "config.json", **spec.hub_options)).parent
+        for file in sorted(folder.glob("*.safetensors")):
+            refuse_nonfinite(stored_tensors(file), where)
 
 
 def small_parts_in_float32(base: torch.nn.Module) -> None:

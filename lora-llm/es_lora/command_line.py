@@ -50,11 +50,20 @@ def reported(
     except KeyboardInterrupt:
         if interrupted is None:
             raise
+        end_progress_bars()
         say(program, interrupted)
         return 130
     except Exception as error:
+        end_progress_bars()
         say(program, told(error, of_input))
         return 1 if of_input(error) is None else 2
+
+
+def end_progress_bars() -> None:
+    """Let what is said next begin a line of its own: bars of tqdm that are open are closed."""
+    kinds = [getattr(sys.modules.get(name), "tqdm", None) for name in ("tqdm.std", "tqdm.auto")]
+    for bar in [bar for kind in kinds for bar in getattr(kind, "_instances", ())]:
+        bar.close()
 
 
 def say(program: str, message: str) -> None:

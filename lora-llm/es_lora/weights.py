@@ -145,11 +145,23 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(values).all())
 
 
-def refuse_nonfinite(tensors: Iterable[Tuple[str, torch.Tensor]], where: Union[str, Path]) -> None:
+def refuse_nonfinite(
+    tensors: Iterable[Tuple[str, torch.Tensor]], where: Union[str, Path], fix: str = "take another checkpoint"
+) -> None:
     """Raises ValueError by the name of the first tensor that holds NaN or infinity."""
     for name, tensor in tensors:
         if not is_finite(tensor):
-            raise ValueError(f"{where}: the tensor {name} holds NaN or infinity; take another checkpoint")
+            raise ValueError(f"{where}: the tensor {name} holds NaN or infinity; {fix}")
+
+
+def quantisation_scales(model: torch.nn.Module) -> Iterator[Tuple[str, torch.Tensor]]:
+    """(name of the weight, its scales) of every layer in 4 or 8 bits."""
+    for name, weight in model.named_parameters():
+        state = getattr(weight, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        scales = [getattr(state, "absmax", None), getattr(weight, "SCB", None)]
+        scales += [getattr(nested, "absmax", None), getattr(state, "offset", None)]
+        yield from ((name, tensor) for tensor in scales if isinstance(tensor, torch.Tensor))
 
 
 def stored_tensors(file: Union[str, Path]) -> Iterator[Tuple[str, torch.Tensor]]:

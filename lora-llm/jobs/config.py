@@ -29,6 +29,7 @@ from transformers import SchedulerType
 
 from es_lora.command_line import nearest
 from es_lora.files import read_text
+from es_lora.inputs.toml_text import parsed_toml
 from es_lora.settings import StopSettings
 from text.conversations import LEARN_TURNS
 from text.formats import Format
@@ -218,7 +219,7 @@ _YamlLoader.add_implicit_resolver(
 
 def _read(path: Path) -> dict[str, Any]:
     readers = {
-        ".toml": tomllib.loads,
+        ".toml": lambda text: parsed_toml(text, f"--config {path}", tomllib.loads, "name the file .json"),
         ".yaml": lambda text: yaml.load(text, _YamlLoader),
         ".yml": lambda text: yaml.load(text, _YamlLoader),
         ".json": json.loads,
@@ -230,23 +231,11 @@ def _read(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         content = readers[path.suffix.lower()](text)
-    except (ValueError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"--config {path} cannot be read: {why}{_advice(path, text)}") from error
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: give a list of [[jobs]], and, if you like, tables [defaults] and [grid]")
     return content
-
-
-def _advice(path: Path, text: str) -> str:
-    """What is often the matter with a toml file."""
-    if path.suffix.lower() != ".toml":
-        return ""
-    if text.lstrip().startswith("{"):
-        return "; this is JSON: name the file .json"
-    if re.search(r'"[^"\n]*\\[^"\n]*"', text):
-        return "; a backslash in double quotes starts an escape: write such paths in single quotes, 'C:\\data\\a.jsonl'"
-    return ""
 
 
 def _unknown(table: dict[str, Any], known: Any, where: str) -> list[str]:

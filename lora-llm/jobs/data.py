@@ -13,9 +13,9 @@ from es_lora.rules import AVERAGED
 from es_lora.settings import MeasurementPlan
 from jobs.config import Job
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
-from text.conversations import Limit, conversation_format, with_chat_template
+from text.conversations import conversation_format, with_chat_template
 from text.sources import load_splits
-from text.usable import Cuts, usable_rows
+from text.usable import Cuts, Limit, usable_rows
 from training.epoch_order import epoch_order
 
 COMPONENT = "lm"
@@ -104,8 +104,8 @@ def prepare_job(
     if problems:
         raise ValueError("; ".join(problems))
     limit = Limit(job.source_max_len + job.target_max_len, "source_max_len or target_max_len")
-    conversations = conversation_format(tokenizer, None if job.train_on_source else limit)
-    splits = load_splits(job.data_spec(cache_dir, conversations if job.learn_turns == "all" else None))
+    conversations = conversation_format(tokenizer) if job.learn_turns == "all" else None
+    splits = load_splits(job.data_spec(cache_dir, conversations))
     if splits.chats:
         tokenizer = with_chat_template(tokenizer)
     collator = CausalCollator(tokenizer, job.source_max_len, job.target_max_len, job.train_on_source)

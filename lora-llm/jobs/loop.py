@@ -19,7 +19,7 @@ from es_lora.files import read_text, write_text_whole
 from es_lora.outcome import RESULT_FORMAT, RESULT_NAME
 from jobs.config import Job
 from jobs.data import Example, JobData, collate
-from jobs.processes import Processes
+from jobs.processes import KnownToAll, Processes
 from jobs.run import STATE_NAME, JobRun
 from jobs.scheduler import LORA_BYTES, JobQueue, Limits, MemoryNeed, split_round, waiting_order
 from training.losses import row_losses
@@ -37,8 +37,8 @@ def memory_need(base: torch.nn.Module, data: JobData) -> MemoryNeed:
     return MemoryNeed(LORA_BYTES * parameters, rows * data.longest)
 
 
-class ForwardFailed(RuntimeError):
-    """A pass that failed before it left a gradient; its cause says why."""
+class ForwardFailed(KnownToAll):
+    """A pass that failed before any process was left a gradient; its cause says why."""
 
 
 class FusedTraining:
@@ -132,16 +132,10 @@ class FusedTraining:
             self.ended(result)
 
     def _try(self, job: Job, act: Callable[[], Any]) -> None:
-        """Do something for a job; where it fails, it ends alone, and the others go on.
-
-        Where all processes train together, one that went on alone would wait for the others.
-        """
-        try:
-            act()
-        except Exception as error:
-            if self.processes.together:
-                raise
-            self._end_failed(job, error)
+        """Do something for a job; where it fails, it ends alone, and the others go on."""
+        failure = self.processes.failure(act)
+        if failure is not None:
+            self._end_failed(job, failure)
 
     def _end_failed(self, job: Job, error: BaseException) -> None:
         """Take a job out, with the reason in its folder and on the screen."""
@@ -151,8 +145,9 @@ class FusedTraining:
             if entry[0].monitor is not None:
                 entry[0].monitor.close()
         self.fused.adapters.pop(job.name, None)
-        result = json.dumps(refused_result(job, reason), ensure_ascii=False)
-        write_text_whole(self.output_dir / job.name / FAILED_NAME, result)
+        if self.processes.writes:
+            result = json.dumps(refused_result(job, reason), ensure_ascii=False)
+            write_text_whole(self.output_dir / job.name / FAILED_NAME, result)
         self.say(f"{job.name}: not trained: {reason}")
 
     # -------------------------------------------------------------------------------------- a round
@@ -170,18 +165,17 @@ class FusedTraining:
         """One pass for all; where it fails before a gradient is left, one for each: only the job at
         fault ends."""
         passes = [run.adapter.passes for run in runs]
-        try:
-            self._pass(runs, batches)
-        except Exception as error:
-            if self.processes.together:
-                raise
-            if not isinstance(error, ForwardFailed) or len(runs) == 1:
-                for run in runs:
-                    self._end_failed(run.job, error.__cause__ if isinstance(error, ForwardFailed) else error)
-                return
-            for run, batch, count in zip(runs, batches, passes):
-                run.adapter.passes = count
-                self._pass_or_each([run], [batch])
+        failure = self.processes.failure(lambda: self._pass(runs, batches))
+        if failure is None:
+            return
+        cause = failure.__cause__ if isinstance(failure, ForwardFailed) else None
+        if cause is None or len(runs) == 1:
+            for run in runs:
+                self._end_failed(run.job, cause or failure)
+            return
+        for run, batch, count in zip(runs, batches, passes):
+            run.adapter.passes = count
+            self._pass_or_each([run], [batch])
 
     def _pass(self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]]) -> None:
         """One pass, forward and backward, for several jobs; each takes its loss and step if due."""
@@ -198,24 +192,36 @@ class FusedTraining:
         self, runs: Sequence[JobRun], batches: Sequence[Sequence[Example]], weights: Sequence[float]
     ) -> torch.Tensor:
         """The weighted loss of each job (jobs,), detached; gradients are left in the adapters."""
-        examples = [example for batch in batches for example in batch]
         losses = torch.zeros(len(runs), device=self.processes.device)
-        if not examples:  # this process's share of a micro-batch smaller than the number of processes
-            return losses
-        batch = {name: tensor.to(self.processes.device) for name, tensor in collate(examples, self.pad_id).items()}
-        labels = batch.pop("labels")
-        counts = torch.tensor([len(part) for part in batches], device=losses.device)
         with self.fused.rows([(run.job.name, len(part)) for run, part in zip(runs, batches)]):
-            try:
-                with self._autocast():
-                    logits = self.base(**batch, use_cache=False).logits  # (rows, T, vocabulary)
-            except Exception as error:
-                raise ForwardFailed(str(error)) from error
-            each = row_losses(logits, labels)  # (rows,)
+            each = self._forward([example for batch in batches for example in batch])  # (rows,)
+            if each is None:
+                return losses
+            counts = torch.tensor([len(part) for part in batches], device=losses.device)
             owner = torch.arange(len(runs), device=losses.device).repeat_interleave(counts)
             losses = losses.index_add(0, owner, each) * torch.tensor(weights, device=losses.device)
             losses.sum().backward()
         return losses.detach()
+
+    def _forward(self, examples: Sequence[Example]) -> Optional[torch.Tensor]:
+        """The loss of each example (rows,); None where this process's share has none.
+
+        Raises ForwardFailed, on all processes, before any of them goes backward."""
+        losses = []
+
+        def forward() -> None:
+            if not examples:  # of a micro-batch smaller than the number of processes
+                return
+            batch = {name: tensor.to(self.processes.device) for name, tensor in collate(examples, self.pad_id).items()}
+            labels = batch.pop("labels")
+            with self._autocast():
+                logits = self.base(**batch, use_cache=False).logits  # (rows, T, vocabulary)
+            losses.append(row_losses(logits, labels))
+
+        failure = self.processes.failure(forward)
+        if failure is not None:
+            raise ForwardFailed(str(failure)) from failure
+        return losses[0] if losses else None
 
     def _autocast(self) -> Any:
         return torch.autocast(self.processes.device.type, self.precision) if self.precision else nullcontext()

@@ -2,20 +2,29 @@
 
 Started by `torchrun --nproc_per_node 2 multi_lora.py ...` or `accelerate launch`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
+from es_lora.command_line import told
+
 LONGEST_WAIT = timedelta(days=7)  # processes end their jobs at different times
 
 
+class KnownToAll(ValueError):
+    """A failure of one of the processes that train together; all of them raise it."""
+
+
 class Processes:
-    """The processes of a run. `together`: data-parallel, each has a share of every micro-batch."""
+    """The processes of a run. `together`: data-parallel, each has a share of every micro-batch.
+
+    Where they train together, they agree before every exchange whether one of them has failed:
+    else one that goes on would wait for one that does not."""
 
     def __init__(self, use_cpu: bool, together: bool = False):
         handler = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
@@ -59,9 +68,33 @@ class Processes:
         """This process's part of a micro-batch."""
         return examples[self.index :: self.count] if self.together else examples
 
+    def failure(self, act: Callable[[], Any]) -> Optional[Exception]:
+        """Do something; what it failed with on any of the processes that train together, or
+        None."""
+        try:
+            act()
+        except KnownToAll as error:
+            return error
+        except Exception as error:
+            return self._first_failure(error)
+        return self._first_failure(None)
+
+    def _first_failure(self, own: Optional[Exception]) -> Optional[Exception]:
+        if not self.together or not self.any(own is not None):
+            return own
+        reasons: list[Optional[str]] = [None] * self.count
+        torch.distributed.all_gather_object(reasons, None if own is None else told(own))
+        return KnownToAll(next(reason for reason in reasons if reason is not None))
+
+    def _none_failed(self) -> None:
+        failure = self._first_failure(None)
+        if failure is not None:
+            raise failure
+
     def summed(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the processes that train together."""
         if self.together:
+            self._none_failed()
             torch.distributed.all_reduce(tensor)
         return tensor
 
@@ -78,13 +111,17 @@ class Processes:
         """The first process's value, on all that train together."""
         if not self.together:
             return value
+        self._none_failed()
         box = [value]
         torch.distributed.broadcast_object_list(box, 0)
         return box[0]
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on any of the processes that train together."""
-        return bool(self.summed(torch.tensor([float(flag)], device=self.device)).item())
+        answer = torch.tensor([float(flag)], device=self.device)
+        if self.together:
+            torch.distributed.all_reduce(answer)
+        return bool(answer.item())
 
     def first_one_first(self) -> AbstractContextManager[None]:
         """The first process goes through a block alone, the others after it."""

@@ -24,6 +24,7 @@ from es_lora.gradient_evidence import GradientEvidence
 from es_lora.monitor import EarlyStopMonitor
 from es_lora.outcome import Outcome
 from es_lora.processes import DIVERGED, GO_ON, STOP
+from es_lora.weights import refuse_nonfinite, stored_tensors
 from jobs.data import COMPONENT, Example, JobData
 from jobs.processes import Processes
 from training.results import PACKAGES, write_run_report
@@ -75,6 +76,9 @@ class JobRun:
         self.heldout: dict[str, Optional[float]] = {}
         self._loss, self._measured_step = 0.0, 0
         state = self._newest_state() if resumed else None
+        if state is not None:
+            fix = f"delete the folder {folder} to train this job anew"
+            refuse_nonfinite(stored_tensors(state / TENSORS_NAME), state / TENSORS_NAME, fix)
         self.monitor = self._open_monitor(state) if processes.writes else None
         if state is not None:
             self._load(state)

@@ -49,14 +49,6 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '\\n\\n### Assistant:\\n' }}{%- endif %}"""
 
 
-@dataclass(frozen=True)
-class Limit:
-    """How many tokens of a conversation are kept. flags: what raises it, for messages."""
-
-    tokens: int
-    flags: str
-
-
 # ------------------------------------------------------------------------------------- the messages
 
 
@@ -286,22 +278,19 @@ def end_tokens(tokenizer: Any) -> list[int]:
 # --------------------------------------------------------------------------------------------- rows
 
 
-def conversation_format(tokenizer: Any, limit: Limit | None = None) -> Format:
-    """The format of conversations of which every answer is learnt.
-
-    limit: tokens that are kept; a row with no answer among them is refused.
-    """
+def conversation_format(tokenizer: Any) -> Format:
+    """The format of conversations of which every answer is learnt."""
     written_in = "the base's chat template" if tokenizer.chat_template else "the plain chat template"
     return Format(
         (),
-        lambda row: conversation_row(tokenizer, row, limit),
+        lambda row: conversation_row(tokenizer, row),
         ("messages", "conversations", "tools", "system"),
         f"conversations in {written_in}, every answer learnt",
         chats=True,
     )
 
 
-def conversation_row(tokenizer: Any, row: Row, limit: Limit | None) -> tuple[str, str, Spans]:
+def conversation_row(tokenizer: Any, row: Row) -> tuple[str, str, Spans]:
     """(text up to the last answer, that answer and what follows, what is learnt).
 
     The output is empty where every answer is. Raises ValueError where nothing would be learnt, and
@@ -319,13 +308,6 @@ def conversation_row(tokenizer: Any, row: Row, limit: Limit | None) -> tuple[str
     answers = [messages[at] for at in _answers(messages)]
     if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
         return text, "", spans
-    if limit is not None:
-        ids, learnt = encode_learnt(tokenizer, text, spans)
-        if not any(learnt[1 : limit.tokens]):
-            raise ValueError(
-                f"all labels are masked: the first answer begins at token {learnt.index(True) + 1} of {len(ids)}, and "
-                f"{limit.tokens} are kept; raise {limit.flags}, or leave it out"
-            )
     start = spans[-1][0]
     return text[:start], text[start:], spans
 

@@ -3,46 +3,37 @@
 from __future__ import annotations
 
 import logging
-import socket
-import urllib.request
-from functools import cache
-from urllib.parse import urlsplit
 
 import datasets.config
 from datasets import DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import constants
 
-ANSWER_SEC = 5
+from es_lora.inputs.hub import hub_answers
 
 
-@cache
-def offline_if_unreachable() -> None:
-    """Let the hub's libraries look into their caches alone where the hub does not answer.
-
-    They would ask it again and again for most of a minute. A proxy is left to them.
-    """
-    hub = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or hub.scheme in urllib.request.getproxies():
-        return
-    try:
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=ANSWER_SEC).close()
-    except OSError:
+def offline_if_unreachable() -> bool:
+    """Let the hub's libraries look into their caches alone where the hub does not answer; whether
+    that is so."""
+    answers = hub_answers()
+    if not answers:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+    return not answers
 
 
 def hub_dataset(request: dict[str, str], cache_dir: str | None = None) -> DatasetDict:
     """All splits of a hub data set; FileNotFoundError that says what to do offline where the hub
     does not answer."""
-    offline_if_unreachable()
+    offline = offline_if_unreachable()
     hub_logger = logging.getLogger("huggingface_hub")
     level = hub_logger.level
     hub_logger.setLevel(logging.ERROR)  # five retry warnings would bury the one message below
     try:
         return _load_tables(request, cache_dir)
     except (OSError, ValueError, DatasetsError) as error:  # no network, no such repository, no table in it
+        reason = "it does not answer" if offline else f"{type(error).__name__}: {error}"
         raise FileNotFoundError(
-            f"cannot load '{request['path']}' from the Hugging Face hub ({type(error).__name__}: {error}). Offline: "
+            f"cannot load '{request['path']}' from the Hugging Face hub ({reason}). Offline: "
             "download it on a machine with a network, as json, jsonl, csv or tsv, and give the file: "
             "--dataset my_data.jsonl --dataset_format NAME"
         ) from error

@@ -35,6 +35,7 @@ from text.hub import hub_dataset
 from text.mmlu import train_split_for_subject
 from text.spec import DataSpec
 from text.tables import TABLE_SUFFIXES, read_table
+from text.usable import StreamTally
 
 logger = logging.getLogger(__name__)
 # Name as qlora spells it -> arguments of datasets.load_dataset.
@@ -57,7 +58,7 @@ class Splits:
     """Three data sets of columns "input" and "output" (text), and "learn" of conversations; one
     that was not asked for is None.
 
-    chats: rows are written by a chat template.
+    chats: rows are written by a chat template. tally: counts the rows of a stream, None of a table.
     """
 
     train: Dataset | IterableDataset | None
@@ -66,6 +67,7 @@ class Splits:
     format: str
     source: str
     chats: bool = False
+    tally: StreamTally | None = None
 
 
 def load_splits(spec: DataSpec) -> Splits:

@@ -19,6 +19,7 @@ from text.hub import hub_dataset
 from text.sources import HUB_DATASETS, Splits, data_sources, is_path, read_pairs, say_unused
 from text.spec import DataSpec
 from text.tables import csv_rows, json_line, text_lines
+from text.usable import StreamTally
 
 SHUFFLE_ROWS = 1000
 
@@ -48,7 +49,8 @@ def load_streamed_splits(spec: DataSpec) -> Splits:
         total = sum(source.weight for source in sources)
         shares = [source.weight / total for source in sources]
         stream = interleave_datasets(streams, probabilities=shares, seed=seed, stopping_strategy="first_exhausted")
-    evaluation = test = None
+    tally, evaluation, test = StreamTally(), None, None
+    stream = stream.filter(tally.has_answer)
     if spec.eval_dataset:
         evaluation, _ = read_pairs(spec.eval_dataset, spec)
     elif spec.evaluate:
@@ -63,6 +65,7 @@ def load_streamed_splits(spec: DataSpec) -> Splits:
         stream = stream.take(spec.max_train_samples)
     if evaluation is not None and spec.max_eval_samples:
         evaluation = evaluation.select(range(min(spec.max_eval_samples, len(evaluation))))
+    tally.counts.zero_()  # of the rows that were held out
     return Splits(
         train=stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS) if spec.train else None,
         evaluation=evaluation,
@@ -70,6 +73,7 @@ def load_streamed_splits(spec: DataSpec) -> Splits:
         format=", ".join(formats),
         source=f"the stream of {' and '.join(source.name for source in sources)}",
         chats=chats,
+        tally=tally,
     )
 
 
@@ -101,15 +105,13 @@ def _open(name: str, spec: DataSpec) -> tuple[IterableDataset, str | Format]:
     say_unused(name, [first], format_name)
     columns = list(first)
     pairs = loaded["train"].map(lambda row: _pair(row, format_name, f"a row of {name}"), remove_columns=columns)
-    return pairs.filter(lambda row: bool(row["output"].strip())), format_name
+    return pairs, format_name
 
 
 def _pairs(name: str, format_name: str | Format) -> Iterator[dict[str, Any]]:
     try:
         for number, row in _raw_rows(name):
-            pair = _pair(row, format_name, _where(name, number))
-            if pair["output"].strip():
-                yield pair
+            yield _pair(row, format_name, _where(name, number))
     except ValueError as error:  # a broken line, or one that is no text
         raise StreamedRowError(str(error)) from None
 

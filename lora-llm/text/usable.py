@@ -6,12 +6,21 @@ its answer lies behind the cut, nothing of it is learnt: its loss would be that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from text.collator import CausalCollator, RowSize
-from text.conversations import Limit
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How many tokens of a conversation are kept. flags: what raises it, for messages."""
+
+    tokens: int
+    flags: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,51 @@ class Cuts:
     def learns(self, size: RowSize) -> bool:
         """Whether a token of what is left is learnt."""
         return size.first_learnt is not None and size.first_learnt < self.kept(size)
+
+    def shortens(self, size: RowSize) -> bool:
+        """Whether something of a row is cut off."""
+        return self.kept(size) < size.source + size.target
+
+
+@dataclass(frozen=True)
+class StreamTally:
+    """The rows of a stream, counted as they are read: empty, read, unlearnt, cut, tokens of the
+    longest.
+
+    The counts lie in memory that the processes which read the stream share. cuts: those of the
+    training rows, once they are known.
+    """
+
+    cuts: Cuts | None = None
+    counts: torch.Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.long).share_memory_())
+
+    def has_answer(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has an answer to learn from."""
+        empty = not row["output"].strip()
+        self.counts[0] += empty
+        return not empty
+
+    def learns(self, row: Mapping[str, Any]) -> bool:
+        """Whether a token of a row is learnt after the cuts."""
+        assert self.cuts is not None
+        size = self.cuts.collator.size(row)
+        learns = self.cuts.learns(size)
+        self.counts[1:4] += torch.tensor([True, not learns, self.cuts.shortens(size)])
+        self.counts[4] = max(int(self.counts[4]), size.source + size.target)
+        return learns
+
+    def lines(self) -> list[str]:
+        """What was left out and cut, in words; nothing where nothing was."""
+        empty, read, unlearnt, cut, longest = self.counts.tolist()
+        flags = self.cuts.flags if self.cuts is not None else ""
+        lines = {
+            f"Left out: {empty} rows of the stream, whose answer is empty.": empty,
+            f"Left out: {unlearnt} of {read} examples read of the stream, whose answer lies behind the cut; "
+            f"raise {flags} to learn them.": unlearnt,
+            f"Cut off: {cut} of {read} examples read of the stream. The longest has {longest} tokens; "
+            f"raise {flags} to keep them whole.": cut,
+        }
+        return [line for line, count in lines.items() if count]
 
 
 def usable_rows(rows: Any, cuts: Cuts, what: str) -> tuple[Any, list[RowSize], list[str]]:

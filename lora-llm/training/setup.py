@@ -16,7 +16,7 @@ from base.spec import BaseSpec
 from es_lora.rules import RULES
 from settings.flags import Settings
 from text.collator import CausalCollator
-from text.conversations import Limit, conversation_format
+from text.conversations import conversation_format
 from text.formats import Format
 from text.mmlu import Row, load_mmlu
 from text.packing import PackedCollator, check_base_keeps_samples_apart, pack, packing_notice, uses_varlen_kernel
@@ -24,7 +24,7 @@ from text.sources import Splits, load_splits
 from text.spec import DataSpec
 from text.streams import StreamedRowError, load_streamed_splits
 from text.templates import template_format
-from text.usable import Cuts, usable_rows
+from text.usable import Cuts, Limit, usable_rows
 from training.forgetting import GeneralText
 from training.losses import RowLoss
 from training.shadows import ExampleCollator, ShadowAdapters, with_examples
@@ -91,7 +91,7 @@ def _conversations(settings: Settings, tokenizer: Any) -> Optional[Format]:
     """What reads conversations, None where only their last answer is learnt."""
     if settings.data.learn_turns == "last" or tokenizer is None:
         return None
-    return conversation_format(tokenizer, None if settings.training.train_on_source else conversation_limit(settings))
+    return conversation_format(tokenizer)
 
 
 def conversation_limit(settings: Settings) -> Limit:
@@ -136,12 +136,13 @@ def ready_splits(settings: Settings, splits: Splits, collator: CausalCollator) -
     data, training, longest = settings.data, settings.training, [0]
     sequence = data.seq_length if data.packing == "samples" else None
     cuts = Cuts(collator, sequence_tokens=sequence, conversations=conversation_limit(settings))
+    tally = None if splits.tally is None else replace(splits.tally, cuts=cuts)
 
     def usable(rows: Any, cuts: Cuts, what: str) -> Any:
         if rows is None:
             return None
-        if not hasattr(rows, "__len__"):  # a stream
-            return rows.filter(lambda row: cuts.learns(collator.size(row)))
+        if tally is not None and not hasattr(rows, "__len__"):  # a stream
+            return rows.filter(tally.learns)
         rows, sizes, notices = usable_rows(rows, cuts, what)
         settings.notices.extend(notices)
         longest.extend(cuts.kept(size) for size in sizes)
@@ -159,7 +160,7 @@ def ready_splits(settings: Settings, splits: Splits, collator: CausalCollator) -
     check_trains(settings, train)
     held_out = usable(splits.evaluation, Cuts(collator), "held-out")
     test = usable(splits.test, Cuts(collator), "test")
-    return Ready(replace(splits, train=train, evaluation=held_out, test=test), max(longest))
+    return Ready(replace(splits, train=train, evaluation=held_out, test=test, tally=tally), max(longest))
 
 
 def _packed(settings: Settings, rows: Any, collator: CausalCollator) -> Any:

@@ -176,6 +176,14 @@ def test_agreement_never_stops_within_the_first_epoch():
     assert decision.keep_step == PER_EPOCH
 
 
+@pytest.mark.parametrize(("per_epoch", "words"), [(1, "memorising would make them"), (2, "of different examples")])
+def test_one_step_an_epoch_is_not_said_to_be_of_different_examples(per_epoch, words):
+    """Its one batch may hold one example only, which has none to disagree with."""
+    rule = make_rule("gradient-agreement", RuleSettings(10, "lm", per_epoch, 1))
+    decision = replay(rule, agreement_records(20, lambda epoch: 0.1, "lm"))
+    assert words in decision.reason and ("different examples" in decision.reason) == (per_epoch > 1)
+
+
 def literal_memorising_evidence(gradients, per_epoch):
     """Decaying weights of every gradient, summed by example and squared, over the sum of their
     squares."""

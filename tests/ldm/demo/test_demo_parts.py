@@ -312,3 +312,11 @@ def test_curves_follow_the_history(tmp_path):
     with open(history, "a") as file:
         file.write(json.dumps({"step": 3, "epoch": 1, "cs": {"unet": 0.9}, "loss": 0.2}) + "\n")
     assert first.startswith(b"\x89PNG") and curves(run.folder, history.stat().st_size) != first
+
+
+def test_the_page_started_as_a_program_names_the_command_that_shows_it():
+    pytest.importorskip("streamlit", reason="streamlit is not installed (requirements-extras.txt)")
+    words = [sys.executable, str(TREE / "demo_app.py"), "--root", "runs"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("demo_app: this is a page, which streamlit shows: streamlit run ")

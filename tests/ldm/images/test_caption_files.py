@@ -110,6 +110,35 @@ def test_pictures_in_a_folder_below_are_counted_and_named(tmp_path, caplog):
     assert "1 .jp2 files are not read" in caplog.text
 
 
+def test_the_tools_that_prepare_say_what_they_leave_out(tmp_path, caplog):
+    folder = make_images(tmp_path / "1_cat", ["a.png"])
+    make_images(folder / "closeups", ["b.png"])
+    make_images(folder / "out", ["c.png"])
+    (folder / "d.heic").write_bytes(b"x")
+    (folder / "e.psd").write_bytes(b"x")
+    assert find_pictures(folder, False, (".heic",), folder / "out") == [folder / "a.png", folder / "d.heic"]
+    assert "1 pictures in folders below it are left out; --recursive takes them, too" in caplog.text
+    assert "1 .psd files are not read" in caplog.text and ".heic files" not in caplog.text
+    caplog.clear()
+    assert find_pictures(folder, True, output=folder / "out") == [folder / "a.png", folder / "closeups" / "b.png"]
+    assert "left out" not in caplog.text and "1 .heic, 1 .psd files are not read" in caplog.text
+
+
+def test_captions_without_a_picture_are_counted_and_named(tmp_path, caplog):
+    folder = make_images(tmp_path / "1_cat", ["a.png", "b.png"], {"a.png": "a cat"})
+    (folder / "d.heic").write_bytes(b"x")
+    for name in ("b.png.txt", "d.txt", "dog.txt", "old.TXT", "mouse.caption", "notes.md", ".hidden.txt"):
+        (folder / name).write_text("a dog")
+    with caplog.at_level(logging.WARNING):
+        assert captions_of(tmp_path) == {"a.png": "a cat", "b.png": "a dog"}
+    told = "3 caption files have no picture of their name and are not used: dog.txt, mouse.caption, old.TXT"
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        captions_of(make_images(tmp_path / "good" / "1_cat", ["a.png"], {"a.png": "a cat"}).parent)
+    assert "no picture" not in caplog.text
+
+
 def test_later_lines_of_captions_are_said_with_the_flag_that_keeps_them(tmp_path, caplog):
     texts = {"a.png": "a cat\n\nThe light is soft.\r\nIt sleeps.", "b.png": "\n a dog \n"}
     folder = make_images(tmp_path / "1_cat", list(texts), texts)

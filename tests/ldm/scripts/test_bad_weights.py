@@ -220,6 +220,15 @@ def test_what_is_no_file_of_weights_is_one_message_everywhere(base, images, tmp_
         )
 
 
+def test_a_lora_that_fits_no_layer_is_named_everywhere(base, images, lora, tmp_path, capsys):
+    path = str(tmp_path / "stranger.safetensors")
+    save_lora(path, {key.replace("lora_unet_", "lora_unet_strange_"): value for key, value in lora.items()})
+    words = "stranger.safetensors", "lora_unet_strange_"
+    refused(tools(base, base, path, tmp_path)["merge_lora"], capsys, *words, "does not fit the model")
+    refused(tools(base, base, path, tmp_path)["sample_images"], capsys, *words, "does not fit the model")
+    refused(lambda: run(base, images, tmp_path / "out", base_weights=path), capsys, *words, "does not fit the model")
+
+
 def test_a_state_that_is_damaged_is_one_message(base, images, tmp_path, capsys):
     assert run(base, images, tmp_path / "out", max_train_steps=2, save_state_on_train_end=True) == 0
     (state,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir() and path.name.endswith("-state"))

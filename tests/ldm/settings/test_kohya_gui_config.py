@@ -7,7 +7,7 @@ import toml
 
 from settings.checks import REJECTED
 from settings.flags import build_parser
-from settings.kohya_gui import OFF_AT_ZERO, OTHER_FAMILIES, WITHOUT_FLAG
+from settings.kohya_gui import OFF_AT_ZERO, OTHER_FAMILIES, SDXL_ONLY, WITHOUT_FLAG
 from settings.parsing import parse_arguments
 
 # Every key that the GUI writes for SD 1.x.
@@ -126,7 +126,6 @@ SEPARATE = {
     "v2": (True, []),
     "v_parameterization": (True, []),
     "v_pred_like_loss": (0.1, []),
-    "xformers": (True, []),
 }
 PATHS = "dataset_config log_tracker_config network_weights reg_data_dir resume vae".split()
 
@@ -161,7 +160,9 @@ def test_keys_that_exclude_others_are_taken_alone(parsed, key):
     assert getattr(parsed({key: value}, *words, sdxl=key.startswith("cache_text")), key) == value
 
 
-@pytest.mark.parametrize("key", [*PATHS, *REJECTED, *OTHER_FAMILIES, *WITHOUT_FLAG, "train_inpainting", "log_with"])
+@pytest.mark.parametrize(
+    "key", [*PATHS, *REJECTED, *OTHER_FAMILIES, *SDXL_ONLY, *WITHOUT_FLAG, "train_inpainting", "log_with"]
+)
 def test_an_empty_text_means_off(parsed, key):
     assert parsed({key: ""}) == parsed({})
 
@@ -193,9 +194,25 @@ def test_the_clip_skip_that_the_gui_writes_for_sdxl_is_no_clip_skip(parsed):
         parsed({"clip_skip": 2}, sdxl=True)
 
 
+@pytest.mark.parametrize("written", [{"xformers": True}, {"xformers": "xformers"}])
+def test_sdpa_stands_in_for_the_guis_xformers_where_that_cannot_be_used(parsed, caplog, monkeypatch, written):
+    monkeypatch.setattr("settings.kohya_gui.xformers_works", lambda: False)
+    args = parsed(written)
+    assert (args.sdpa, args.xformers) == (True, False) and "sdpa computes the same attention" in caplog.text
+    monkeypatch.setattr("settings.kohya_gui.xformers_works", lambda: True)
+    assert parsed(written).xformers is True and parsed({}, "--xformers").xformers is True
+
+
+@pytest.mark.parametrize("name", ["sdpa", "mem_eff_attn", "none"])
+def test_the_guis_own_files_name_the_attention(parsed, name):
+    args = parsed({"xformers": name})
+    assert args.xformers is False and (args.sdpa, args.mem_eff_attn) == (name == "sdpa", name == "mem_eff_attn")
+
+
 def test_what_is_not_supported_is_refused_with_the_reason(parsed):
     with pytest.raises(ValueError) as caught:
-        parsed({"t5xxl": "t5.safetensors", "train_inpainting": True})
+        parsed({"t5xxl": "t5.safetensors", "train_inpainting": True, "cache_text_encoder_outputs": True})
+    assert "cache_text_encoder_outputs is not supported: it is a setting of es_lora_sdxl.py" in str(caught.value)
     assert "t5xxl is not supported: it belongs to another kind of base" in str(caught.value)
     assert "train_inpainting is not supported: inpainting" in str(caught.value)
     with pytest.raises(ValueError) as caught:

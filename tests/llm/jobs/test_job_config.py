@@ -110,7 +110,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "jobs.toml").write_text("[[jobs]\n")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="is not valid TOML"):
         read_jobs(tmp_path / "jobs.toml")
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         read_jobs(tmp_path / "none.toml")

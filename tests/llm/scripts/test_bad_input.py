@@ -104,6 +104,82 @@ def test_a_quantised_base_does_not_hide_a_nan(broken, text_files, tmp_path, caps
     assert "holds NaN or infinity" in one_message(capsys, "es_lora_llm")
 
 
+@pytest.mark.parametrize("given", ["the run", "its checkpoint"])
+def test_a_checkpoint_with_nan_is_not_gone_on_with(random_base, text_files, tmp_path, capsys, given):
+    out = tmp_path / "out"
+    saves = ["--save_strategy", "steps", "--save_steps", "1"]
+    assert run(random_base, text_files["train"], out, *saves) == 0
+    file = out / "checkpoint-2" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    capsys.readouterr()
+    checkpoint = out if given == "the run" else file.parent
+    more = [*saves, "--max_steps", "4", "--resume_from_checkpoint", checkpoint]
+    assert run(random_base, text_files["train"], out, *more) == 2
+    said = one_message(capsys, "es_lora_llm")
+    assert f"--resume_from_checkpoint {file.parent}" in said and f"the tensor {name} holds NaN" in said
+    assert (out / "result.json").is_file() and file.is_file() and not (out / "checkpoint-4").exists()
+
+
+def test_a_base_of_the_hubs_cache_in_4_bits_does_not_hide_a_nan(broken, text_files, tmp_path, capsys, monkeypatch):
+    """Its name is no folder: the files are found as transformers finds them."""
+    import base.loading
+
+    usual = base.loading.cached_file
+    monkeypatch.setattr(base.loading, "cached_file", lambda name, file, **more: usual(broken["base"], file, **more))
+    for loader in (base.loading.AutoConfig, base.loading.AutoTokenizer, base.loading.AutoModelForCausalLM):
+        load = loader.from_pretrained
+        given = staticmethod(lambda _name, load=load, **options: load(broken["base"], **options))
+        monkeypatch.setattr(loader, "from_pretrained", given)
+    assert run("owner/name", text_files["train"], tmp_path / "out", "--bits", "4") == 2
+    assert "--model_name_or_path owner/name: the tensor " in one_message(capsys, "es_lora_llm")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_scales_of_a_quantised_weight_are_looked_at(bits, nested):
+    from types import SimpleNamespace
+
+    from es_lora.weights import quantisation_scales, refuse_nonfinite
+
+    model = torch.nn.Linear(2, 2)
+    bad = torch.tensor([1.0, float("inf")])
+    whole = torch.ones(2)
+    if bits == 8:
+        model.weight.SCB = bad
+    else:
+        state = SimpleNamespace(absmax=whole if nested else bad, offset=whole, state2=SimpleNamespace(absmax=bad))
+        model.weight.quant_state = state
+    with pytest.raises(ValueError, match="base: the tensor weight holds NaN or infinity"):
+        refuse_nonfinite(quantisation_scales(model), "base")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("tool", ["es_lora_llm", "generate_text"])
+def test_a_torn_file_of_a_base_is_one_message_that_names_the_base(
+    random_base, text_files, tmp_path, capsys, tool, file
+):
+    base = shutil.copytree(random_base, tmp_path / "base")
+    (base / file).write_bytes((base / file).read_bytes()[:60])
+    if tool == "es_lora_llm":
+        assert run(base, text_files["train"], tmp_path / "out") == 2
+    else:
+        assert generate(["--base", str(base), "--bits", "32", "--prompt", "x"]) == 2
+    assert str(base) in one_message(capsys, tool)
+
+
+def test_a_base_that_needs_a_package_says_which(random_base, text_files, tmp_path, capsys, monkeypatch):
+    def fail(*_args, **_options):
+        raise ModuleNotFoundError("No module named 'words'", name="words")
+
+    monkeypatch.setattr("base.loading.AutoTokenizer.from_pretrained", fail)
+    assert run(random_base, text_files["train"], tmp_path / "out") == 2
+    assert "its tokenizer needs a package that is not here" in (said := one_message(capsys, "es_lora_llm"))
+    assert said.endswith("pip install words")
+
+
 # ---------------------------------------------------------------------------------------- adapters
 
 
@@ -167,7 +243,8 @@ def test_a_stream_beyond_a_table_of_positions_is_refused_at_the_row(base_with_a_
     data = rows_file(tmp_path / "long.jsonl", [LONG] * 8)
     flags = ["--streaming", "--calculate_cs", "False"]
     assert run(base_with_a_table, data, tmp_path / "out", *flags) == 2
-    assert "the base has 64 positions" in capsys.readouterr().err
+    said = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert any(line.startswith("es_lora_llm: ") and "the base has 64 positions" in line for line in said)
 
 
 def test_an_answer_ends_where_the_positions_end_and_a_longer_prompt_is_refused(base_with_a_table, capsys):
@@ -185,6 +262,14 @@ def test_evaluation_predictions_and_general_text_stay_within_the_positions(base_
     general.write_text("word " * 200)
     flags += ["--forgetting_data", general]
     assert run(base_with_a_table, text_files["train"], tmp_path / "out", *flags) == 0
+
+
+def test_mmlu_prompts_are_cut_to_the_positions(base_with_a_table, text_files, tmp_path, capsys):
+    row = {"subject": "physics", "input": "word " * 100 + "\nAnswer:", "output": "A"}
+    questions = rows_file(tmp_path / "mmlu.jsonl", [row] * 3)
+    flags = ["--source_max_len", 40, "--target_max_len", 24, "--do_mmlu_eval", "--mmlu_dir", questions]
+    assert run(base_with_a_table, text_files["train"], tmp_path / "out", *flags) == 0
+    assert len(json.loads((tmp_path / "out" / "result.json").read_text())["mmlu"]) >= 1
 
 
 def test_rotary_positions_that_are_exceeded_are_told(random_base, tmp_path, capsys):

@@ -145,12 +145,12 @@ def test_a_row_without_an_answer_ends_the_run_by_its_line_before_the_base_is_loa
         ("--packing --seq_length 8 --group_by_length False", "--seq_length"),
     ],
 )
-def test_a_row_whose_answers_are_all_cut_off_ends_the_run_by_its_line(
+def test_conversations_of_which_every_answer_is_cut_off_end_the_run_before_the_first_step(
     random_base, conversation_files, tmp_path, capsys, flags, fix
 ):
     assert run(random_base, conversation_files["train"], tmp_path / "run", *flags.split()) == 2
     said = capsys.readouterr().err
-    assert "line 1: all labels are masked: the first answer begins at token" in said and f"raise {fix}" in said
+    assert "no token of the 8 training examples is learnt" in said and f"raise {fix}" in said
 
 
 def test_a_streamed_row_that_cannot_be_learnt_ends_the_run_by_its_line(
@@ -208,7 +208,7 @@ def test_jobs_on_conversations_and_pairs_save_their_own_tokenizer(
         "8 of 8 are longer than 40 tokens" in line and "source_max_len or target_max_len" in line for line in said
     )
     (refused,) = [result for result in results["jobs"] if result["outcome"] == "refused"]
-    assert refused["name"] == "bad" and "line 1: all labels are masked" in refused["reason"]
+    assert refused["name"] == "bad" and "no token of the 8 training examples is learnt" in refused["reason"]
 
 
 def test_a_job_with_an_unknown_way_to_learn_turns_is_refused():

@@ -2,6 +2,7 @@
 is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from tokenizers import processors
 from text.collator import IGNORE_INDEX, CausalCollator
 from text.conversations import (
     PLAIN_TEMPLATE,
-    Limit,
     conversation_format,
     end_tokens,
     with_chat_template,
@@ -22,7 +22,7 @@ from text.packing import encode_sample
 from text.sources import load_splits
 from text.spec import DataSpec
 from text.templates import template_format
-from text.usable import Cuts, usable_rows
+from text.usable import Cuts, Limit, usable_rows
 
 
 def said(*turns):
@@ -66,8 +66,8 @@ def row_of(name):
     return {"messages": CONVERSATIONS[name], **({"tools": [TOOL]} if name == "a tool call" else {})}
 
 
-def converted(tokenizer, row, limit=None):
-    return convert_row(row, conversation_format(tokenizer, limit), "x.jsonl, line 3")
+def converted(tokenizer, row):
+    return convert_row(row, conversation_format(tokenizer), "x.jsonl, line 3")
 
 
 def labels_of(tokenizer, row):
@@ -320,14 +320,18 @@ def test_blocks_that_mark_no_turn_are_refused():
         converted(family_tokenizer("qwen", template), row_of("two answers"))
 
 
-def test_a_conversation_whose_answers_are_all_cut_off_is_refused_by_its_row():
+def test_a_conversation_whose_answers_are_all_cut_off_is_left_out_and_counted():
     tokenizer = family_tokenizer("qwen", TEMPLATES["qwen"])
-    first = next(at for at, label in enumerate(labels_of(tokenizer, row_of("two answers"))[1]) if label != IGNORE_INDEX)
-    with pytest.raises(
-        ValueError, match=f"line 3: all labels are masked: .* at token {first + 1} of .*; raise --seq_length"
-    ):
-        converted(tokenizer, row_of("two answers"), Limit(first, "--seq_length"))
-    assert converted(tokenizer, row_of("two answers"), Limit(first + 1, "--seq_length"))["learn"]
+    late = {"messages": [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": "yes"}]}
+    rows = [converted(tokenizer, row) for row in (row_of("two answers"), late)]
+    labels = labels_of(tokenizer, row_of("two answers"))[1]
+    first = next(at for at, label in enumerate(labels) if label != IGNORE_INDEX)
+    cuts = Cuts(CausalCollator(tokenizer, 1024, 1024), sequence_tokens=first + 1)
+    kept, _, notices = usable_rows(Dataset.from_list(rows), cuts, "training")
+    assert kept["input"] == [rows[0]["input"]]
+    assert any(line.startswith("Left out: 1 of 2 training examples") and "--seq_length" in line for line in notices)
+    with pytest.raises(ValueError, match="no token of the 2 training examples is learnt: .* raise --seq_length"):
+        usable_rows(Dataset.from_list(rows), replace(cuts, sequence_tokens=first), "training")
 
 
 def test_what_is_cut_is_counted_with_the_flag_that_keeps_it():

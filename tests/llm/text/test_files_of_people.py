@@ -117,8 +117,13 @@ def test_unknown_columns_name_the_one_that_is_lacking_first():
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
-        ('{"jobs": [{"name": "a", "dataset": "a.jsonl"}]}', "this is JSON: name the file .json"),
-        ('[[jobs]]\nname = "a"\ndataset = "C:\\Users\\me\\a.jsonl"\n', "write such paths in single quotes"),
+        ('{"jobs": [{"name": "a", "dataset": "a.jsonl"}]}', "It is JSON: name the file .json"),
+        ('[[jobs]]\nname = "a"\ndataset = "C:\\Users\\me\\a.jsonl"\n', "between single quotes"),
+        ('[[jobs]]\nname = "a"\ndataset = "data\\train.jsonl"\n', "control characters.*between single quotes"),
+        (
+            '[[jobs]]\nname = "a"\n[grid]\ndataset = ["data\\notes.jsonl"]\n',
+            "control characters.*between single quotes",
+        ),
     ],
 )
 def test_a_jobs_file_in_another_form_is_told_what_to_change(tmp_path, text, advice):

@@ -1,12 +1,12 @@
 """A hub that does not answer: asked once, then its caches alone; the message comes at once."""
 
-import socket
 import time
 
 import datasets.config
 import pytest
 from huggingface_hub import constants
 
+import es_lora.inputs.hub
 from base.loading import load_tokenizer
 from base.spec import BaseSpec
 from text import hub
@@ -17,17 +17,17 @@ def no_network(monkeypatch):
     for place, name in ((constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")):
         monkeypatch.setattr(place, name, False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
-    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
     asked = []
 
-    def refuse(address, timeout):
-        asked.append(address)
-        raise OSError("no network")
+    def hang(endpoint):  # a search for the address that finds no end
+        asked.append(endpoint)
+        time.sleep(30)
 
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    hub.offline_if_unreachable.cache_clear()
+    monkeypatch.setattr(es_lora.inputs.hub, "_asked", hang)
+    monkeypatch.setattr(es_lora.inputs.hub, "ANSWER_SEC", 0.2)
+    es_lora.inputs.hub.answers.cache_clear()
     yield asked
-    hub.offline_if_unreachable.cache_clear()
+    es_lora.inputs.hub.answers.cache_clear()
 
 
 def test_a_base_and_a_data_set_by_name_fail_at_once(no_network):
@@ -37,9 +37,3 @@ def test_a_base_and_a_data_set_by_name_fail_at_once(no_network):
     with pytest.raises(FileNotFoundError, match="cannot load 'nobody/nothing' from the Hugging Face hub"):
         hub.hub_dataset({"path": "nobody/nothing"})
     assert time.monotonic() - started < 10 and len(no_network) == 1
-
-
-def test_a_proxy_is_left_to_the_hubs_libraries(no_network, monkeypatch):
-    monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: {"https": "proxy:1"})
-    hub.offline_if_unreachable()
-    assert no_network == [] and not constants.HF_HUB_OFFLINE

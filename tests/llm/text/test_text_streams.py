@@ -171,3 +171,22 @@ def test_a_broken_row_in_the_stream_is_named_with_code_2(random_base, table, tmp
     assert (
         "data.jsonl, line 41: column 'output' holds 3 (int) where text is needed" in error and "Traceback" not in error
     )
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_what_a_stream_leaves_out_and_cuts_is_counted_at_the_end(random_base, tmp_path, capsys, workers):
+    short, late = {"input": "q", "output": "a"}, {"input": "word " * 60, "output": "a"}
+    rows = [short] * 6 + [late] * 3 + [{"input": "q", "output": "a " * 60}] * 2 + [{"input": "q", "output": " "}]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    more = ["--packing", "--seq_length", "32", "--dataloader_num_workers", workers]
+    assert main(flags(random_base, data, tmp_path / "run", *more)) == 0
+    told = capsys.readouterr().out
+    assert "Left out: 1 rows of the stream, whose answer is empty." in told
+    assert "Left out: 3 of 11 examples read of the stream, whose answer lies behind the cut; raise --seq_length" in told
+    assert "Cut off: 5 of 11 examples read of the stream. The longest has " in told
+
+
+def test_a_stream_of_which_all_fits_says_nothing_of_it(random_base, table, tmp_path, capsys):
+    assert main(flags(random_base, table, tmp_path / "run")) == 0
+    told = capsys.readouterr().out
+    assert "Left out" not in told and "Cut off" not in told

@@ -132,6 +132,20 @@ def test_a_shadow_never_learns_from_its_fold_and_is_scored_on_it(random_base, te
     assert records_of(tmp_path / "a", "shadow_loss") != records_of(tmp_path / "b", "shadow_loss")
 
 
+def test_conversations_that_are_left_out_belong_to_no_fold(random_base, conversation_files, tmp_path, capsys):
+    """With some of which nothing is learnt between the others, the run is the same."""
+    turns = [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "yes"}]
+    late, mixed = json.dumps({"messages": turns}) + "\n", tmp_path / "mixed.jsonl"
+    lines = conversation_files["train"].read_text().splitlines(keepends=True)
+    mixed.write_text(late + "".join(line + late for line in lines))
+    more = [*BESIDE, "--source_max_len", "60", "--target_max_len", "60", "--group_by_length", "False"]
+    assert main(flags(random_base, conversation_files, tmp_path / "a", *more)) == 0
+    assert main(flags(random_base, {"train": mixed}, tmp_path / "b", *more)) == 0
+    assert f"Left out: {len(lines) + 1} of {2 * len(lines) + 1} training examples" in capsys.readouterr().out
+    assert records_of(tmp_path / "a", "shadow_loss") == records_of(tmp_path / "b", "shadow_loss")
+    assert same(adapter_of(tmp_path / "a" / "adapter"), adapter_of(tmp_path / "b" / "adapter"))
+
+
 def test_the_score_is_the_token_weighted_loss_of_the_folds(random_base, text_files, tmp_path):
     """Recomputed from the saved shadow by another route: PEFT's own layers and the model's own
     loss."""

@@ -1,0 +1,1 @@
+"""What people bring, read as they write it: TOML, and names of a hub."""
