@@ -26,9 +26,7 @@ from cs_fluctuation import NonFiniteWeightsError
 from es_lora.command_line import nearest
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.history import HISTORY_NAME
-from es_lora.monitor import EarlyStopMonitor, scalars
-from es_lora.outcome import REPORT_NAME, Outcome
-from es_lora.peft_models import (
+from es_lora.hugging_face.peft_models import (
     load_tensors,
     peft_lora_layers,
     restore_finite,
@@ -36,7 +34,9 @@ from es_lora.peft_models import (
     trainable_tensors,
     weights_swapped_in,
 )
-from es_lora.processes import DIVERGED, FAILED, GO_ON, STOP, decision_on_all, heard_by_all, same_on_all
+from es_lora.hugging_face.processes import DIVERGED, FAILED, GO_ON, STOP, decision_on_all, heard_by_all, same_on_all
+from es_lora.monitor import EarlyStopMonitor, scalars
+from es_lora.outcome import REPORT_NAME, Outcome
 from es_lora.report import write_report
 from es_lora.rules import Decision
 from es_lora.settings import MeasurementPlan, StopSettings, read_stop_settings

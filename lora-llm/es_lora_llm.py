@@ -25,8 +25,8 @@ from adapters.weights import trainable_parameters
 from base.layers import positions_of
 from base.loading import load_tokenizer
 from es_lora.command_line import reported
+from es_lora.hugging_face.peft_models import restore_finite, save_adapter
 from es_lora.outcome import Outcome
-from es_lora.peft_models import restore_finite, save_adapter
 from settings.flags import Settings
 from settings.parsing import parse_arguments
 from text.collator import CausalCollator

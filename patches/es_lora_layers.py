@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from cs_fluctuation import LoraLayer
-from es_lora.peft_models import peft_lora_layers
+from es_lora.hugging_face.peft_models import peft_lora_layers
 from es_lora.weights import DenseUpdateLayer, dense_weight, keep_as_loaded, without_dropout
 
 # -------------------------------------------------------------------------------- kohya and LyCORIS

@@ -42,7 +42,7 @@ from transformers.pytorch_utils import Conv1D
 
 from base.layers import linear_layers, linear_shape, lora_target_names
 from cs_fluctuation import LoraLayer
-from es_lora.peft_models import save_adapter
+from es_lora.hugging_face.peft_models import save_adapter
 from es_lora.weights import frozen_weight
 
 

@@ -21,9 +21,9 @@ from adapters.fused_lora import FusedLora
 from cs_fluctuation import NonFiniteWeightsError
 from es_lora.files import write_text_whole, write_whole
 from es_lora.gradient_evidence import GradientEvidence
+from es_lora.hugging_face.processes import DIVERGED, GO_ON, STOP
 from es_lora.monitor import EarlyStopMonitor
 from es_lora.outcome import Outcome
-from es_lora.processes import DIVERGED, GO_ON, STOP
 from es_lora.weights import refuse_nonfinite, stored_tensors
 from jobs.data import COMPONENT, Example, JobData
 from jobs.processes import Processes

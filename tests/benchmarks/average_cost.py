@@ -27,7 +27,7 @@ def smollm2(rank):
     from real_model import COMMON
 
     from base.loading import load_base, load_tokenizer
-    from es_lora.peft_models import trainable_tensors
+    from es_lora.hugging_face.peft_models import trainable_tensors
     from settings.parsing import parse_arguments
     from text.collator import CausalCollator
     from training.setup import base_spec, fetch_base, read_splits, with_lora

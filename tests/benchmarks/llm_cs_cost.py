@@ -186,7 +186,7 @@ def time_at_rank(base_model: Any, settings: Any, rank: int) -> tuple[list[float]
     """(literal seconds / factorised seconds of every repeat, first measurement / later one,
     difference of the values)."""
     from cs_fluctuation import measure_layers
-    from es_lora.peft_models import peft_lora_layers
+    from es_lora.hugging_face.peft_models import peft_lora_layers
     from training.setup import with_lora
 
     settings.training.lora_r = rank

@@ -80,7 +80,7 @@ def speed(bits: int) -> dict[str, float]:
 
     from base.loading import load_base, load_tokenizer
     from cs_fluctuation import measure_layers
-    from es_lora.peft_models import peft_lora_layers
+    from es_lora.hugging_face.peft_models import peft_lora_layers
     from settings.parsing import parse_arguments
     from text.collator import CausalCollator
     from training.setup import base_spec, fetch_base, read_splits, with_lora

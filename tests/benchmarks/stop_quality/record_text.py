@@ -22,7 +22,7 @@ from recorded_columns import (
 from runs import CACHE, ROOT, data_folder, trace_path
 from transformers import TrainerCallback
 
-from es_lora.peft_models import peft_lora_layers, trainable_tensors
+from es_lora.hugging_face.peft_models import peft_lora_layers, trainable_tensors
 from settings.parsing import parse_arguments
 from text.sources import read_table_as_pairs
 from training.losses import RowLoss

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from adapters.fused_lora import FusedLora
 from base.loading import load_base
 from cs_fluctuation import measure_layers
-from es_lora.peft_models import peft_lora_layers
+from es_lora.hugging_face.peft_models import peft_lora_layers
 from settings.parsing import parse_arguments
 from training.setup import base_spec
 

@@ -22,7 +22,7 @@ from base.loading import fit_embeddings, load_base, load_tokenizer
 from base.spec import BaseSpec
 from cs_fluctuation import measure_layers
 from es_lora import weights
-from es_lora.peft_models import peft_lora_layers, trainable_tensors
+from es_lora.hugging_face.peft_models import peft_lora_layers, trainable_tensors
 from settings.parsing import parse_arguments
 from training.setup import base_spec, with_lora
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from base.layers import check_dequantisation
 from base.loading import load_base
-from es_lora.peft_models import trainable_tensors
+from es_lora.hugging_face.peft_models import trainable_tensors
 from es_lora.weights import dequantised, keep_as_loaded
 from settings.parsing import parse_arguments
 from training.setup import base_spec

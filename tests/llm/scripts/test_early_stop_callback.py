@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from es_lora.history import read_history
-from es_lora.peft_models import peft_lora_layers, trainable_tensors
+from es_lora.hugging_face.peft_models import peft_lora_layers, trainable_tensors
 from es_lora.settings import StopSettings
 
 TREE = Path(__file__).resolve().parents[3] / "lora-llm"

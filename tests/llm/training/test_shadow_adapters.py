@@ -152,7 +152,7 @@ def test_the_score_is_the_token_weighted_loss_of_the_folds(random_base, text_fil
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from es_lora.peft_models import load_tensors
+    from es_lora.hugging_face.peft_models import load_tensors
     from text.collator import CausalCollator
 
     more = ["--shadows", "1", "--shadow_rank", "2", "--save_strategy", "steps", "--save_steps", "12"]

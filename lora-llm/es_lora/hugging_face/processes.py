@@ -4,7 +4,7 @@ from typing import Any, Optional
 
 import torch
 
-from es_lora.peft_models import trainable_tensors
+from es_lora.hugging_face.peft_models import trainable_tensors
 from es_lora.rules import Decision
 
 # What rank 0 tells the others after a measurement.
