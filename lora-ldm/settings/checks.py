@@ -208,8 +208,6 @@ def _shadows(args):
         lines.append("--shadows have no loss scaling for --mixed_precision fp16: use bf16")
     if args.network_module not in (None, "networks.lora"):
         lines.append(f"--shadows need --network_module networks.lora, not {args.network_module}")
-    if args.network_weights:
-        lines.append("--shadows start from the bare base: fold the LoRA of --network_weights into it by --base_weights")
     return lines
 
 

@@ -100,6 +100,8 @@ def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> 
     plan = args.stop.plan(network.components, len(loader), length.total_steps) if args.stop.calculate_cs else None
     shadows = None
     if args.stop.shadow_count:
+        if args.network_weights:
+            processes.say("shadows start from --network_weights; what that LoRA was trained on is not new to them")
         shadows = ShadowNetworks(objective, network, batches, len(loader) / plan.cs_interval)
     validation = None
     if held_out is not None:

@@ -5,6 +5,8 @@ on them, each row through its own shadow's layers: one pass for all shadows. The
 timesteps of a picture are those that the main network has just trained on."""
 
 import contextlib
+import copy
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -14,7 +16,7 @@ from es_lora.rules import AVERAGED
 from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
 from images.batches import ImageBatches
 from images.folders import picture_name
-from network.lora import LoraNetwork, create_network_beside
+from network.lora import ADAPTER, LoraNetwork, create_network_beside
 from training.objective import TIMESTEPS, Noised, Objective
 
 
@@ -22,7 +24,9 @@ class ShadowNetworks:
     """The shadows of a run, made after its network and caches, put into the network's layers.
 
     args.stop says how many, and of which rank. A fold is a set of pictures: all repeats, sizes and
-    flips of a picture are in the same fold, regularisation pictures are in none.
+    flips of a picture are in the same fold, regularisation pictures are in none. With
+    --network_weights every shadow adds to a frozen copy of the LoRA that the main network starts
+    from.
     measured_per_epoch: how often CS is measured, for --shadow_interval auto.
     Raises ValueError where there are too few pictures."""
 
@@ -34,6 +38,7 @@ class ShadowNetworks:
         pictures = [picture_name(image.record.path) for image in images if not image.record.is_reg]
         folds = make_folds(pictures, count, args.seed)
         self.networks = [self._create(network, number) for number in range(count)]
+        self.starts = _frozen_starts(network) if args.network_weights else {}
         for module in network.modules:
             module.layer.register_forward_pre_hook(self._base_alone, with_kwargs=True)
             module.layer.register_forward_hook(self._add_shadows)
@@ -84,7 +89,9 @@ class ShadowNetworks:
     def _add_shadows(self, layer, args, output):
         if not self._parts:
             return None
-        inputs = args[0]
+        inputs, start = args[0], self.starts.get(layer)
+        if start is not None:
+            output = output + start(inputs).to(output.dtype)
         # A long caption is several rows of the text encoder.
         repeats = len(inputs) // sum(count for _, count in self._parts)
         updates = []
@@ -135,6 +142,17 @@ class ShadowNetworks:
                 losses += self.objective.fixed_losses([batch], 1)
         self.networks[number].train()
         return sum(losses) / len(losses)
+
+
+def _frozen_starts(network: LoraNetwork) -> dict[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    """{layer: its update as the network has it now}, of copies that training does not change."""
+
+    def frozen(layer):
+        down, up = (copy.deepcopy(side[ADAPTER]).requires_grad_(False) for side in (layer.lora_A, layer.lora_B))
+        scaling = layer.scaling[ADAPTER]
+        return lambda inputs: up(down(inputs.to(down.weight.dtype))) * scaling
+
+    return {module.layer: frozen(module.layer) for module in network.modules}
 
 
 def _name(number):

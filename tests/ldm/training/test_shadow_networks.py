@@ -93,6 +93,35 @@ def test_a_shadow_without_a_fold_is_a_second_main_network(base, images, tmp_path
     assert sorted(tensor.double().norm().item() for tensor in trained) == pytest.approx(wanted, rel=1e-4)
 
 
+def test_shadows_start_from_the_lora_that_the_main_network_starts_from(base, images, tmp_path, monkeypatch, capsys):
+    """Nothing is learnt at a rate of next to nothing: what a shadow computes then is what the main
+    network computes, and not what the base alone does."""
+    from training import shadows
+
+    strong = dict(network_dim=4, network_args=["conv_dim=2"])
+    train(base, images, tmp_path / "first", **strong, learning_rate=5e-2, max_train_steps=6)
+    losses = {}
+    fold_loss = shadows.ShadowNetworks._fold_loss
+
+    def compared(self, number):
+        loss = fold_loss(self, number)
+        run_main = self.objective.fixed_losses(self.fold_batches[number], len(self.fold_batches[number]))
+        losses.setdefault(number, (loss, sum(run_main) / len(run_main)))
+        return loss
+
+    monkeypatch.setattr(shadows.ShadowNetworks, "_fold_loss", compared)
+    first = str(tmp_path / "first" / "lora.safetensors")
+    more = dict(BESIDE, learning_rate=1e-12, max_train_steps=1, network_dropout=None)
+    train(base, images, tmp_path / "second", **more, **strong, network_weights=first)
+    assert "what that LoRA was trained on is not new to them" in capsys.readouterr().out
+    started = dict(losses)
+    losses.clear()
+    train(base, images, tmp_path / "bare", **more, **strong)
+    for number in (0, 1):
+        assert started[number][0] == pytest.approx(started[number][1], rel=1e-5)
+        assert abs(started[number][0] - losses[number][0]) > 1e-3
+
+
 def test_every_shadow_is_trained(base, images, tmp_path):
     train(base, images, tmp_path, **{**BESIDE, "shadows": 3}, save_state_on_train_end=True)
     (state,) = tmp_path.glob("*-state")
