@@ -112,8 +112,8 @@ def set_up(settings: Settings) -> Run:
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
         delete_earlier_run(Path(training.output_dir))
     shadows = None
-    if settings.stop.shadows and splits.train is not None:
-        shadows = ShadowAdapters(settings, model, splits.train, collator, resume)
+    if ready.examples is not None:
+        shadows = ShadowAdapters(settings, model, ready.examples, len(splits.train), collator, resume)
     interrupt, loss = InterruptCallback(), TrainingLoss()
     callbacks: list[TrainerCallback] = [interrupt, *([shadows] if shadows is not None else [])]
     if data.streaming and not data.packing_repeat:

@@ -127,6 +127,10 @@ class ShadowTraining:
         """Whether the micro-batches of the present step are the shadows' as well."""
         return self._steps % self.stride == 0
 
+    def stepped(self) -> bool:
+        """Whether the step that is complete was the shadows' as well."""
+        return (self._steps - 1) % self.stride == 0
+
     def pass_seed(self) -> int:
         """What the next pass's dropouts depend on: no other pass, resume or score changes it."""
         return seed_of(self.seed, "shadow pass", self._steps, *self._counts)
@@ -171,7 +175,7 @@ class ShadowTraining:
 
     def average(self) -> None:
         """Take every shadow's weights into its average; call it when a step is complete."""
-        if (self._steps - 1) % self.stride == 0:
+        if self.stepped():
             for average in self.averages:
                 average.update()
 

@@ -112,8 +112,8 @@ def _data_problems(settings: Settings) -> list[str]:
     )
     check(data.streaming or not data.packing_repeat, "--packing_repeat starts a stream again: it needs --streaming")
     check(
-        not stop.shadows or not (data.packing or data.streaming),
-        "--shadows hold single samples out of a known set: leave them out, or --packing and --streaming",
+        not (stop.shadows and data.streaming),
+        "--shadows hold samples out of a known set: leave them out, or --streaming",
     )
     if data.streaming:
         check(training.max_steps > 0, "--streaming: a stream has no known length, so give --max_steps")

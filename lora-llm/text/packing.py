@@ -40,19 +40,28 @@ def encode_sample(collator: CausalCollator, row: Mapping[str, Any]) -> dict[str,
 
 
 def pack(
-    samples: Union[Dataset, IterableDataset], collator: CausalCollator, packing: str, seq_length: int
+    samples: Union[Dataset, IterableDataset],
+    collator: CausalCollator,
+    packing: str,
+    seq_length: int,
+    spread: Sequence[str] = (),
 ) -> Union[Dataset, IterableDataset]:
     """Rows {"input", "output"} as rows of at most seq_length tokens: `input_ids`, `labels` and, for
     `samples`, `seq_lengths`.
 
     A sample longer than seq_length is cut there. Sequences without a learnt token are left out.
-    A stream's rows are packed a thousand at a time.
+    A stream's rows are packed a thousand at a time. spread: columns whose value every token of a
+    sample gets.
     """
     from trl import pack_dataset  # not above: only packing needs it
 
+    def encoded_sample(row: Mapping[str, Any]) -> dict[str, list[int]]:
+        sample = encode_sample(collator, row)
+        return {**sample, **{column: [row[column]] * len(sample["labels"]) for column in spread}}
+
     named = isinstance(samples, Dataset)  # a stream shows no progress
     encoded = samples.map(
-        lambda row: encode_sample(collator, row),
+        encoded_sample,
         remove_columns=samples.column_names or ["input", "output", LEARN],
         **({"desc": "Reading tokens"} if named else {}),
     )

@@ -27,7 +27,7 @@ from text.templates import template_format
 from text.usable import Cuts, Limit, usable_rows
 from training.forgetting import GeneralText
 from training.losses import RowLoss
-from training.shadows import ExampleCollator, ShadowAdapters, with_examples
+from training.shadows import EXAMPLE, ExampleCollator, ShadowAdapters, with_examples
 
 Column = Callable[[], Optional[float]]
 
@@ -121,10 +121,14 @@ def read_splits(settings: Settings, tokenizer: Any) -> Splits:
 
 @dataclass(frozen=True)
 class Ready:
-    """Splits that can be trained on, and the tokens of their longest row after all cuts."""
+    """Splits that can be trained on, and the tokens of their longest row after all cuts.
+
+    examples: the training rows that shadows hold folds out of; they are not packed. None without.
+    """
 
     splits: Splits
     longest: int
+    examples: Optional[Any]
 
 
 def ready_splits(settings: Settings, splits: Splits, collator: CausalCollator) -> Ready:
@@ -153,20 +157,21 @@ def ready_splits(settings: Settings, splits: Splits, collator: CausalCollator) -
     train = usable(splits.train, cuts, "training")
     if data.packing == "wrapped":
         longest = [0]  # a sequence is as long as --seq_length
+    examples = None
     if train is not None and settings.stop.shadows:
-        train = with_examples(train, settings.stop.shadows, training.seed)
+        train = examples = with_examples(train, settings.stop.shadows, training.seed)
     if train is not None and data.packing:
         train = _packed(settings, train, collator)
     check_trains(settings, train)
     held_out = usable(splits.evaluation, Cuts(collator), "held-out")
     test = usable(splits.test, Cuts(collator), "test")
-    return Ready(replace(splits, train=train, evaluation=held_out, test=test, tally=tally), max(longest))
+    return Ready(replace(splits, train=train, evaluation=held_out, test=test, tally=tally), max(longest), examples)
 
 
 def _packed(settings: Settings, rows: Any, collator: CausalCollator) -> Any:
     """The training rows as packed sequences. Raises ValueError where none has a learnt token."""
     data = settings.data
-    packed = pack(rows, collator, data.packing, data.seq_length)
+    packed = pack(rows, collator, data.packing, data.seq_length, [EXAMPLE] if settings.stop.shadows else ())
     if data.streaming:
         return packed
     if not len(packed):
@@ -227,16 +232,18 @@ def read_mmlu(settings: Settings) -> Optional[list[Row]]:
 def packs_for_varlen(settings: Settings) -> bool:
     """Whether packed samples go through flash attention's kernel for several lengths."""
     training = settings.training
-    return settings.data.packing == "samples" and uses_varlen_kernel(training.use_cpu, training.bf16 or training.fp16)
+    varlen = uses_varlen_kernel(training.use_cpu, training.bf16 or training.fp16)
+    return settings.data.packing == "samples" and varlen and not settings.stop.shadows  # these need a row a sequence
 
 
 def training_collator(settings: Settings, collator: CausalCollator, model: torch.nn.Module) -> Callable[..., Any]:
     """What makes the trainer's batches: packed rows, rows with examples, or single samples."""
     data, positions = settings.data, positions_of(model)
+    if data.packing:
+        packed = PackedCollator(collator, data.packing, data.seq_length, packs_for_varlen(settings))
+        return ExampleCollator(packed) if settings.stop.shadows else packed
     if settings.stop.shadows:
         return ExampleCollator(collator)
-    if data.packing:
-        return PackedCollator(collator, data.packing, data.seq_length, packs_for_varlen(settings))
     if data.streaming and positions is not None and positions.hard:
         return _within(positions, collator)
     return collator

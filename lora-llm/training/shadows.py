@@ -3,7 +3,7 @@
 Every micro-batch goes through the frozen base a second time, its rows repeated for the shadows that
 train on them, each row through its own (fused_lora). The main adapter is off."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
@@ -19,10 +19,12 @@ from es_lora.files import write_whole
 from es_lora.rules import AVERAGED
 from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
 from settings.flags import Settings
-from text.collator import CausalCollator
+from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
 from training.losses import Batch, predicted, row_losses
 
 EXAMPLE = "shadow_example"  # the column that names a row's example
+NO_EXAMPLE = -1
+INPUTS = ("input_ids", "attention_mask", "position_ids")
 STATE_NAME = "shadows.safetensors"
 
 
@@ -36,31 +38,37 @@ def with_examples(rows: Dataset, shadows: int, seed: int) -> Dataset:
 
 
 class ExampleCollator:
-    """A collator that passes the column on: the batch's EXAMPLE is (N,) int64 if rows have it."""
+    """A collator that passes the column on, if rows have it: the batch's EXAMPLE is (N, 1) int64;
+    of packed rows (N, T), every token's, NO_EXAMPLE where it is padding."""
 
-    def __init__(self, collator: CausalCollator):
+    def __init__(self, collator: Callable[[Sequence[dict]], Batch]):
         self.collator = collator
 
     def __call__(self, rows: Sequence[dict]) -> Batch:
         batch = self.collator(rows)
         if EXAMPLE in rows[0]:
-            batch[EXAMPLE] = torch.tensor([row[EXAMPLE] for row in rows])
+            of_tokens = isinstance(rows[0][EXAMPLE], list)
+            numbers = [row[EXAMPLE] if of_tokens else [row[EXAMPLE]] for row in rows]
+            width = batch["input_ids"].shape[1] if of_tokens else 1
+            batch[EXAMPLE] = pad_batch(numbers, NO_EXAMPLE, length=width)["input_ids"]
         return batch
 
 
 class ShadowAdapters(TrainerCallback):
     """K shadows of a PeftModel: `backward` after each main micro-batch, `score` for the column.
 
-    settings: the trainer's. rows: the training examples with their column EXAMPLE. resume: a
-    checkpoint's folder to go on from. As a callback it takes the optimizer steps and writes into
-    the checkpoints; let it stand before the callback whose file marks a checkpoint as whole. Raises
-    ValueError where the checkpoint's shadows are others or none."""
+    settings: the trainer's. rows: the training examples with their column EXAMPLE. trained: how
+    many rows an epoch has; fewer where they are packed. resume: a checkpoint's folder to go on
+    from. As a callback it takes the optimizer steps and writes into the checkpoints; let it stand
+    before the callback whose file marks a checkpoint as whole. Raises ValueError where the
+    checkpoint's shadows are others or none."""
 
     def __init__(
         self,
         settings: Settings,
         model: PeftModel,
         rows: Dataset,
+        trained: int,
         collator: CausalCollator,
         resume: Optional[str] = None,
     ):
@@ -89,7 +97,9 @@ class ShadowAdapters(TrainerCallback):
             average=stop.average_width,
             sum_over_processes=_sum_over_processes if training.world_size > 1 else None,
         )
-        self._rows = len(rows)
+        self._rows, self._packed_into = trained, len(rows) / trained
+        self._fold_of = torch.full((len(rows),), NO_EXAMPLE)
+        self._fold_of[list(folds)] = torch.tensor(list(folds.values()))
         self._rows_a_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         self._fold_batches = _fold_batches(folds, rows, collator, training.per_device_eval_batch_size)
         if resume is not None:
@@ -118,17 +128,23 @@ class ShadowAdapters(TrainerCallback):
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss and number of predicted tokens of each row, (N,) both."""
-        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits  # (N, T, V)
+        logits = self.model(**{name: batch[name] for name in INPUTS if name in batch}).logits  # (N, T, V)
         return row_losses(logits, batch["labels"]), predicted(batch["labels"])
 
     def backward(self, batch: Batch, examples: torch.Tensor) -> None:
-        """Add each shadow's gradients of a micro-batch: (N, T) `input_ids`, `attention_mask`,
-        `labels`; (N,) examples."""
-        rows = self.training.trained_rows(examples.tolist())
-        every = [row for own in rows for row in own]
-        if not every or not self.training.trains_now():
+        """Add each shadow's gradients of a micro-batch: (N, T) `input_ids`, `labels`, ...; examples
+        of each row or token. No token of its fold is learnt; others may stand before it in a packed
+        sequence."""
+        if not self.training.trains_now():
             return
-        chosen = {name: batch[name][every] for name in ("input_ids", "attention_mask", "labels")}
+        folds = self._fold_of[examples.cpu()].masked_fill(examples.cpu() == NO_EXAMPLE, NO_EXAMPLE)
+        folds = folds.to(batch["labels"].device)
+        labels = [batch["labels"].masked_fill(folds == shadow, IGNORE_INDEX) for shadow in range(len(self.names))]
+        rows = [predicted(own).nonzero().flatten() for own in labels]
+        if not sum(map(len, rows)):
+            return
+        chosen = {name: batch[name][torch.cat(rows)] for name in INPUTS if name in batch}
+        chosen["labels"] = torch.cat([own[kept] for own, kept in zip(labels, rows)])
         with self._passing([len(own) for own in rows]):
             losses, tokens = self._losses(chosen)
             counts = [int(part.sum()) for part in tokens.split([len(own) for own in rows])]
@@ -140,7 +156,7 @@ class ShadowAdapters(TrainerCallback):
         if self.training.interval is None:
             fold = sum(shadow == 0 for shadow in self.training.folds.values())
             measured_rows = self._rows_a_step * self.training.steps_a_measurement
-            self.training.interval = auto_interval(fold, measured_rows, self._rows)
+            self.training.interval = auto_interval(fold / self._packed_into, measured_rows, self._rows)
         if not self.training.score_is_due():
             return None
         with self.training.weights_to_score():

@@ -18,6 +18,7 @@ from es_lora.history import HISTORY_NAME
 
 DIGITS = 6  # significant digits of a trace's numbers
 WIDTHS = (0.1, 0.25, 0.4)  # of the averages that are scored
+SHADOW_STRIDE = 2  # shadows of traces_anew/ step every second time, at twice the rate; those of traces/ every time
 MEASURED_WIDTH = 0.25  # of one more average, updated at the measurements alone
 
 
@@ -172,13 +173,14 @@ class ShadowScores:
     every so many measurements."""
 
     def __init__(self, training, fold_losses, interval):
-        training.interval = interval
+        training.interval, training.stride = interval, SHADOW_STRIDE
         self.training, self.fold_losses, self.now = training, fold_losses, None
         self.averages = [Averages(lambda own=own: own) for own in map(named, training.parameters)]
 
     def update(self):
-        for averages in self.averages:
-            averages.update()
+        if self.training.stepped():
+            for averages in self.averages:
+                averages.update()
 
     def mean(self):
         """The column shadow_loss."""

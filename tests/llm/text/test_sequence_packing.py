@@ -172,7 +172,10 @@ BAD = {
     "length": ("--packing --seq_length 1", "--seq_length 1: must be at least 2"),
     "grouping": ("--packing --group_by_length True", "--group_by_length needs single samples"),
     "repeat": ("--packing --packing_repeat", "--packing_repeat starts a stream again: it needs --streaming"),
-    "shadows": ("--packing --early_stop --shadows 2", "--shadows hold single samples out of a known set"),
+    "shadows": (
+        "--packing --streaming --max_steps 9 --early_stop --shadows 2 --cs_interval 1 --window_size 2",
+        "--shadows hold samples out of a known set",
+    ),
     "two formats": ("--prompt_template summarise --dataset_format alpaca", "give one of them"),
     "mmlu": ("--dataset mmlu --prompt_template rate", "--dataset mmlu has its own format"),
     "epochs": (

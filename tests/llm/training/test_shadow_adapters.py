@@ -2,11 +2,13 @@
 resume."""
 
 import json
+import random
 
 import pytest
 import torch
 from es_lora_llm import main
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from es_lora.history import read_history
 from es_lora.shadows import auto_interval, make_folds
@@ -61,13 +63,29 @@ def records_of(output, column=None):
     return [record[column] for record in records] if column else records
 
 
+def other_words(text, tokenizer):
+    """The words of a text in another order that has as many tokens."""
+    draw, words = random.Random(0), text.split(" ")
+    for _ in range(500):
+        draw.shuffle(words)
+        other = " ".join(words)
+        if other != text and len(tokenizer(other).input_ids) == len(tokenizer(text).input_ids):
+            return other
+    raise AssertionError(text)
+
+
+PACKED = ["--group_by_length", "False", "--seq_length", "64", "--packing"]
+
+
 @pytest.mark.parametrize(
     "more",
     [
         ["--lora_dropout", "0.1", "--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "2"],
         ["--bits", "4", "--gradient_checkpointing", "True", "--lr_scheduler_type", "cosine", "--max_steps", "6"],
+        [*PACKED, "samples", "--num_train_epochs", "8"],
+        [*PACKED, "wrapped", "--num_train_epochs", "8"],
     ],
-    ids=["accumulated", "4 bits"],
+    ids=["accumulated", "4 bits", "packed", "wrapped"],
 )
 def test_the_main_run_is_bit_for_bit_that_without_shadows(random_base, text_files, tmp_path, more):
     assert main(flags(random_base, text_files, tmp_path / "alone", *more)) == 0
@@ -79,7 +97,10 @@ def test_the_main_run_is_bit_for_bit_that_without_shadows(random_base, text_file
     assert len(set(scores)) == len(scores) > 5 and scores[5] < scores[0]
 
 
-def test_a_shadow_without_a_fold_is_a_second_main_adapter(random_base, text_files, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "packing", [[], [*PACKED, "samples"], [*PACKED, "wrapped"]], ids=["apart", "samples", "wrapped"]
+)
+def test_a_shadow_without_a_fold_is_a_second_main_adapter(random_base, text_files, tmp_path, monkeypatch, packing):
     """Same rank, same first weights, nothing left out: the shadow's passes and steps must end where
     the main ones do."""
     from training import shadows
@@ -87,6 +108,7 @@ def test_a_shadow_without_a_fold_is_a_second_main_adapter(random_base, text_file
     class TheSameStart(shadows.ShadowAdapters):
         def __init__(self, settings, model, *words):
             super().__init__(settings, model, *words)
+            self._fold_of.fill_(shadows.NO_EXAMPLE)
             live = dict(model.named_parameters())
             (adapter,) = self.adapters
             for name, down in adapter.down.items():
@@ -97,28 +119,29 @@ def test_a_shadow_without_a_fold_is_a_second_main_adapter(random_base, text_file
 
     monkeypatch.setattr("es_lora_llm.ShadowAdapters", TheSameStart)
     monkeypatch.setattr(shadows, "make_folds", lambda *words: {0: 0})
-    monkeypatch.setattr(shadows.ShadowTraining, "trained_rows", lambda self, examples: [list(range(len(examples)))])
     more = ["--lr_scheduler_type", "linear", "--weight_decay", "0.1", "--max_grad_norm", "0.05", "--adam_beta2", "0.99"]
     more += ["--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2", "--optim", "adamw_torch"]
-    more += ["--shadows", "1", "--shadow_rank", "4", "--save_strategy", "steps", "--save_steps", "12"]
-    assert main(flags(random_base, text_files, tmp_path, *more)) == 0
+    more += ["--shadows", "1", "--shadow_rank", "4", "--save_strategy", "steps", "--save_steps", "12", *packing]
+    assert main(flags(random_base, text_files, tmp_path, *more, "--max_steps", "12")) == 0
     main_weights, shadow = adapter_of(tmp_path / "adapter"), shadows_of(tmp_path / "checkpoint-12")
     trained = [tensor for name, tensor in shadow.items() if name.endswith(".weight")]
     wanted = sorted(tensor.double().norm().item() for tensor in main_weights.values())
     assert sorted(tensor.double().norm().item() for tensor in trained) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_shadow_never_learns_from_its_fold_and_is_scored_on_it(random_base, text_files, tmp_path):
+@pytest.mark.parametrize("packing", [[], [*PACKED, "samples", "--max_steps", "12"]], ids=["apart", "samples"])
+def test_a_shadow_never_learns_from_its_fold_and_is_scored_on_it(random_base, text_files, tmp_path, packing):
     """With other answers (of the same length) in a fold, its shadow ends with the same weights and
     another score."""
     lines = text_files["train"].read_text().splitlines()
     left_out = {example for example, fold in make_folds(range(len(lines)), 2, 42).items() if fold == 0}
     rows = [json.loads(line) for line in lines]
+    tokenizer = AutoTokenizer.from_pretrained(random_base)
     for number in left_out:
-        rows[number]["output"] = " ".join(reversed(rows[number]["output"].split(" ")))
+        rows[number]["output"] = other_words(rows[number]["output"], tokenizer)
     changed = tmp_path / "changed.jsonl"
     changed.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = [*BESIDE, "--group_by_length", "False", "--save_strategy", "steps", "--save_steps", "12"]
+    more = [*BESIDE, "--group_by_length", "False", "--save_strategy", "steps", "--save_steps", "12", *packing]
     assert main(flags(random_base, text_files, tmp_path / "a", *more)) == 0
     assert main(flags(random_base, {"train": changed}, tmp_path / "b", *more)) == 0
     one, other = shadows_of(tmp_path / "a" / "checkpoint-12"), shadows_of(tmp_path / "b" / "checkpoint-12")
