@@ -41,6 +41,7 @@ from adapters.folders import (
 from base.layers import answer_tokens, positions_of
 from es_lora.command_line import reported
 from es_lora.files import read_text, split_lines, write_text_whole
+from es_lora.outcome import RESULT_NAME
 from settings.checks import ABOVE_ZERO, AT_LEAST
 from settings.flags import GenerationArguments
 from text.collator import encode_source
@@ -99,9 +100,13 @@ def generation_problems(arguments: Any) -> Iterator[str]:
 
 def run_adapters(text: str) -> dict[str, AdapterFolder]:
     """{"turning point", "last"} of the run that an adapter lies in; without a turning point only
-    "last"."""
+    "last", or "average" and "last"."""
     kept = open_adapter(text).path
+    result = kept.parent / RESULT_NAME
+    outcome = json.loads(read_text(result)).get("outcome") if result.is_file() else "stopped_early"
     names = {"turning point": "adapter", "last": "adapter-last"}
+    if outcome != "stopped_early":
+        names = {"turning point": "adapter-turning-point", "average": "adapter", "last": "adapter-last"}
     if not (kept.parent / "adapter-last").is_dir():
         names = {"turning point": "adapter-turning-point", "last": "adapter"}
     return {

@@ -63,6 +63,8 @@ class Run:
         result, found = self.result() or {}, {}
         files = result.get("files", {})
         kept_is = "turning point" if result.get("outcome") == "stopped_early" else "last"
+        if kept_is == "last" and "last" in files:
+            kept_is = "average"
         for key, label in (("kept", kept_is), ("turning_point", "turning point"), ("last", "last")):
             saved = files.get(key) or "none"  # a name before the format es-lora-result/1
             path = self.folder / Path(saved["path"] if isinstance(saved, dict) else saved).name
@@ -124,7 +126,7 @@ def verdict_of(result: dict) -> str:
 
 def decision_of(history: History) -> Optional[Decision]:
     """The Decision of the rule that the run was recorded with, None where it has not decided."""
-    return replay(rule_for(history, "recorded"), history.records)
+    return replay(rule_for(history, "recorded"), history.records, history.decided_at_end())
 
 
 def _moment(match):

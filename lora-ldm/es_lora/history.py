@@ -28,6 +28,10 @@ class History:
         points = [(r["step"], r.get(column)) for r in [*self.records, *self.events]]
         return sorted({step: loss for step, loss in points if loss is not None}.items())
 
+    def decided_at_end(self) -> bool:
+        """Whether the rule decided because the budget ended."""
+        return any(event.get("at_end") for event in self.events)
+
     def last_step(self) -> int:
         return max((line["step"] for line in [*self.records, *self.events]), default=0)
 
@@ -101,11 +105,11 @@ def _recorded_value(header: Dict[str, Any]) -> Optional[float]:
     return header.get("rule_value")
 
 
-def redecide(history: History, rule: str = DEFAULT_RULE, **choices: Any) -> Dict[str, Any]:
+def redecide(history: History, rule: str = DEFAULT_RULE, *, ended: bool = True, **choices: Any) -> Dict[str, Any]:
     """The verdict: rule, window, stopped, stop_step (detection), turning_step (kept), reason.
-    choices: as rule_for takes them."""
+    ended: whether no measurement comes any more. choices: as rule_for takes them."""
     deciding = rule_for(history, rule, **choices)
-    decision = replay(deciding, history.records)
+    decision = replay(deciding, history.records, ended)
     verdict = {"rule": deciding.name, "window": deciding.settings.window, "stopped": decision is not None}
     if decision is None:
         reason = f"No evidence of overfitting in {len(history.records)} measurements up to step {history.last_step()}."
@@ -114,8 +118,9 @@ def redecide(history: History, rule: str = DEFAULT_RULE, **choices: Any) -> Dict
     return {**verdict, **steps, "reason": decision.reason}
 
 
-def replay(rule: StopRule, records: Sequence[Dict[str, Any]]) -> Optional[Decision]:
-    """Re-decide a recorded run. Raises ValueError where a column that the rule needs is missing."""
+def replay(rule: StopRule, records: Sequence[Dict[str, Any]], ended: bool = True) -> Optional[Decision]:
+    """Re-decide a recorded run. ended: whether no measurement comes any more. Raises ValueError
+    where a column that the rule needs is missing."""
     for record in records:
         for column in rule.needs:
             if column not in record:
@@ -127,4 +132,4 @@ def replay(rule: StopRule, records: Sequence[Dict[str, Any]]) -> Optional[Decisi
         decision = rule.update(record)
         if decision is not None:
             return decision
-    return rule.at_end(records[-1]) if records else None
+    return rule.at_end(records[-1]) if records and ended else None

@@ -71,7 +71,8 @@ def verdict_of_each_part(monitor: EarlyStopMonitor) -> dict[str, dict[str, Any]]
         return {}
     history = read_history(monitor.history_path)
     parts = [name for name in history.records[-1]["cs"] if name != "all"]
-    return {part: redecide(history, "recorded", component=part) for part in parts}
+    ended = history.decided_at_end()
+    return {part: redecide(history, "recorded", ended=ended, component=part) for part in parts}
 
 
 def save_results(run: Run, ending: Ending, outcome: Outcome) -> Pictures:

@@ -57,9 +57,10 @@ def _examples_to_turning_point(result: dict[str, Any]) -> int:
 
 
 def kept_loss(result: dict[str, Any]) -> Optional[float]:
-    """Held-out loss of the weights that the run is for: the turning point's, else the last."""
-    loss = result["heldout"].get("kept")
-    return loss if loss is not None else result["heldout"].get("last")
+    """Held-out loss of the weights that the run is for: the turning point's, else the average at
+    the end, else the last."""
+    losses = [result["heldout"].get(name) for name in ("kept", "average", "last")]
+    return next((loss for loss in losses if loss is not None), None)
 
 
 def choices(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -47,6 +47,8 @@ def test_at_the_end_of_the_training_the_lowest_loss_is_kept(name, column):
 
     ended = decided([3.0, 2.0, None, 2.5])
     assert (ended.keep_step, ended.detected_step) == (20, 40) and "the training ends here" in ended.reason
+    going_on = [{"step": 10 * (i + 1), "cs": {"lm": 0.1}, column: loss} for i, loss in enumerate([3.0, 2.0, 2.5])]
+    assert replay(make_rule(name, RuleSettings(10, "lm", 1000, 10)), going_on, ended=False) is None
     assert decided([3.0, 2.5, 2.0]) is None and decided([3.0, 2.5, None]) is None  # the last one is the lowest
 
 

@@ -96,6 +96,16 @@ def test_weights_say_what_they_are(tmp_path):
     }  # fmt: skip
 
 
+def test_the_average_at_the_end_of_a_budget_stands_beside_the_last_weights(places, tmp_path):
+    run = make_run(tmp_path / "root" / "one", result={**RESULT, "outcome": "no_turning_point"})
+    for name in RESULT["files"].values():
+        (run.folder / name).write_bytes(b"x")
+    assert {name: path.name for name, path in run.weights().items()} == {
+        "average": "a.safetensors",
+        "last": "a-last.safetensors",
+    }
+
+
 def test_previews_in_the_order_of_training(tmp_path):
     parts = ["base", "last", "turning-point", "step00000020", "step00000005", "000000"]
     files = [f"sample/my-lora-{part}_0{number}_7.png" for part in parts for number in (1, 0)] + ["sample/other.png"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cs_replay import main as replay_main
 from es_lora_llm import main
+from generate_text import run_adapters
 from literal_average import is_average
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -202,6 +203,8 @@ def test_at_the_end_of_the_budget_the_average_is_kept_and_the_last_step_lies_bes
     assert is_average(adapter_of(output / "adapter"), steps, 0.25)
     assert same(adapter_of(output / "adapter-last"), steps[-1])
     assert result["heldout"]["average"] not in (None, result["heldout"]["last"])
+    found = ["turning point"] * (not early_stop) + ["average", "last"]
+    assert list(run_adapters(str(output / "adapter"))) == found
     if early_stop:
         assert f"{result['heldout']['average']:.4f} there" in result["verdict"]
     else:
