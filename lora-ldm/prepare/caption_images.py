@@ -285,7 +285,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         validate(args)
         return 2 if caption_folder(args) else 0
 
-    return ended("error", work, "interrupted: the same command goes on where this one was")
+    return ended("caption_images", work, "interrupted: the same command goes on where this one was")
 
 
 if __name__ == "__main__":

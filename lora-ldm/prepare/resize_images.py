@@ -277,7 +277,7 @@ def resize_folder(args: argparse.Namespace) -> Report:
 def main(argv: Optional[list[str]] = None) -> int:
     """Exit code 0, or 2 for bad arguments or damaged pictures (all others are converted)."""
     args = parse_arguments(argv)
-    return ended("error", lambda: 2 if resize_folder(args).damaged else 0)
+    return ended("resize_images", lambda: 2 if resize_folder(args).damaged else 0)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from images.buckets import Size  # noqa: E402
 from images.dataset_settings import checked_resolution  # noqa: E402
 from images.folders import CAPTION_EXTENSIONS, image_files  # noqa: E402
 from images.loading import load_rgb, resize  # noqa: E402
+from settings.entry_point import ended  # noqa: E402
 
 Box = tuple[int, int, int, int]  # (left, top, width, height), pixels
 METHODS = ("centre", "faces", "edges", "entropy", "smart")
@@ -187,24 +188,26 @@ def main(argv: Optional[list[str]] = None) -> int:
     copies = "also copy the pictures there, with the face in the file name for --face_crop_aug_range"
     parser.add_argument("--copy_with_faces", type=Path, metavar="FOLDER", help=copies)
     args = parser.parse_args(argv)
-    try:
-        if not args.folder.is_dir():
-            raise FileNotFoundError(f"folder {args.folder} does not exist")
-        shape_px = checked_resolution("--size", args.size)
-        wants_faces = args.method in ("faces", "smart") or args.copy_with_faces
-        find_faces = face_finder(args.face_model) if wants_faces else None
-        print("picture\tleft\ttop\twidth\theight\tfaces")
-        for path in image_files(args.folder):
-            rgb, _ = load_rgb(path)
-            faces = find_faces(rgb) if find_faces else []
-            box = crop_box(rgb, shape_px, args.method, lambda _, faces=faces: faces)
-            print(path.name, *box, faces, sep="\t")
-            if args.copy_with_faces:
-                args.copy_with_faces.mkdir(parents=True, exist_ok=True)
-                copy_with_face(path, faces, args.copy_with_faces)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended("smart_crop", lambda: print_cuts(args))
+
+
+def print_cuts(args: argparse.Namespace) -> int:
+    """A line a picture: name, left, top, width, height, faces; -> exit code 0.
+    Raises FileNotFoundError without the folder, ValueError for a shape that is none."""
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"folder {args.folder} does not exist")
+    shape_px = checked_resolution("--size", args.size)
+    wants_faces = args.method in ("faces", "smart") or args.copy_with_faces
+    find_faces = face_finder(args.face_model) if wants_faces else None
+    print("picture\tleft\ttop\twidth\theight\tfaces")
+    for path in image_files(args.folder):
+        rgb, _ = load_rgb(path)
+        faces = find_faces(rgb) if find_faces else []
+        box = crop_box(rgb, shape_px, args.method, lambda _, faces=faces: faces)
+        print(path.name, *box, faces, sep="\t")
+        if args.copy_with_faces:
+            args.copy_with_faces.mkdir(parents=True, exist_ok=True)
+            copy_with_face(path, faces, args.copy_with_faces)
     return 0
 
 

@@ -287,7 +287,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             print(f"left out: {message}", file=sys.stderr)
         return 2 if damaged else 0
 
-    return ended("error", work)
+    return ended("tag_wd14", work)
 
 
 if __name__ == "__main__":
