@@ -181,12 +181,14 @@ def test_a_repository_that_is_a_script_loads_from_the_hubs_tables(monkeypatch):
     assert requests[1:] == [("yizhongw/self_instruct", options)]
 
 
-def test_no_hub_says_what_to_do_offline(monkeypatch):
+@pytest.mark.parametrize("answers, reason", [(True, "ConnectionError: Couldn't reach"), (False, "it does not answer")])
+def test_no_hub_says_what_to_do_offline(monkeypatch, answers, reason):
     def no_network(**_):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(hub, "load_dataset", no_network)
-    with pytest.raises(FileNotFoundError, match="tatsu-lab/alpaca.*Couldn't reach.*Offline: .*--dataset_format"):
+    monkeypatch.setattr(hub, "offline_if_unreachable", lambda: not answers)
+    with pytest.raises(FileNotFoundError, match=f"tatsu-lab/alpaca.*{reason}.*Offline: .*--dataset_format"):
         load_splits(arguments("alpaca"))
 
 
