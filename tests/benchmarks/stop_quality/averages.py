@@ -45,6 +45,35 @@ def table(traces, rule):
     return lines
 
 
+def chosen(regrets, sets):
+    """(when, width) with the lowest mean of the kinds' means, over the runs of these data sets.
+    regrets: {(kind, data set): {(when, width): [regret of each run]}}."""
+    kinds = dict.fromkeys(kind for kind, name in regrets if name in sets)
+
+    def mean(choice):
+        parts = [
+            [r for (k, n), known in regrets.items() if k == kind and n in sets for r in known[choice]] for kind in kinds
+        ]
+        return float(np.mean([np.mean(part) for part in parts]))
+
+    return min(next(iter(regrets.values())), key=mean)
+
+
+def left_out(traces, rule):
+    """(choice on all sets, mean and 95th percentile when each set is scored by the choice on the
+    others)."""
+    regrets = {}
+    for trace in traces:
+        known = regrets.setdefault((trace.spec.model, trace.spec.dataset), {})
+        for when, step in stops(trace, rule).items():
+            for width in WIDTHS:
+                known.setdefault((when, width), []).append(trace.regret(step, width))
+    sets, found = {name for _, name in regrets}, []
+    for kind, name in regrets:
+        found += regrets[kind, name][chosen(regrets, sets - {name})]
+    return chosen(regrets, sets), float(np.mean(found)), float(np.quantile(found, 0.95))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--half", choices=("tuning", "test"), help="one of them; without it both")
@@ -57,6 +86,11 @@ def main():
             print(f"\n{model}, {schedule}: {len(traces)} runs; mean regret (95th percentile)\n")
             if traces:
                 print("\n".join(table(traces, arguments.rule)))
+    print("\nChosen with each data set left out in turn:\n")
+    everything = [trace for trace in read_traces(half=arguments.half, anew=True) if trace.improves]
+    for schedule in ("constant", "cosine"):
+        (when, width), mean, high = left_out([t for t in everything if t.spec.schedule == schedule], arguments.rule)
+        print(f"{schedule}: {when} times, width {width}; mean regret {mean:.3f}, 95th percentile {high:.2f}")
 
 
 if __name__ == "__main__":
