@@ -177,8 +177,8 @@ def test_a_rule_on_the_shadows_switches_them_on_and_stops(base, images, tmp_path
     result = train(base, images, tmp_path, early_stop=True, cs_interval=1, stop_rule=rising_rule, max_train_steps=60)
     assert result["outcome"] == "stopped_early" and result["reason"] == "The shadows' loss rises."
     scores = history_of(tmp_path, "shadow_loss")
-    assert scores[-1] > min(scores) and result["settings"]["shadows"] == 2
-    assert result["shadows"]["count"] == 2 and result["shadows"]["cost_factor"] > 1
+    assert scores[-1] > min(scores) and result["settings"]["shadows"] == 1
+    assert result["shadows"]["count"] == 1 and result["shadows"]["cost_factor"] > 1
     assert result["shadows"]["sentence"] in capsys.readouterr().out
 
 
