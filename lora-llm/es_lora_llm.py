@@ -26,7 +26,7 @@ from base.layers import positions_of
 from base.loading import load_tokenizer
 from es_lora.command_line import reported
 from es_lora.hugging_face.peft_models import restore_finite, save_adapter
-from es_lora.outcome import Outcome
+from es_lora.outcome import Outcome, in_order
 from settings.flags import Settings
 from settings.parsing import parse_arguments
 from text.collator import CausalCollator
@@ -213,7 +213,7 @@ def finish(run: Run, outcome: Outcome, argv: Sequence[str], seconds: float) -> N
     test_loss = _score_and_answer_test(run) if outcome.exit_code == 0 else None
     if not run.is_main:
         return
-    outcome.heldout, outcome.seconds = scores.in_order(), seconds
+    outcome.heldout, outcome.seconds = in_order(scores.heldout), seconds
     outcome.shadows = run.shadows.training.cost(seconds) if run.shadows is not None else None
     outcome.extra = {
         "test_loss": test_loss,

@@ -20,7 +20,8 @@ from es_lora.files import write_folder_whole, write_text_whole
 from es_lora.hugging_face.peft_models import trainable_tensors
 from es_lora.monitor import scalars
 from es_lora.settings import StopSettings
-from es_lora_layers import all_tensors, copies, network_layers, peft_layers, put_in
+from es_lora.weights import copies, put_in
+from es_lora_layers import all_tensors, network_layers, peft_layers
 from es_lora_run import STEP_NAME, EarlyStopRun, add_arguments, read_settings, say, training_argument
 
 __all__ = ["add_arguments", "start", "training_argument", "add_callback"]

@@ -102,15 +102,3 @@ def peft_layers(model: torch.nn.Module) -> List[LoraLayer]:
 def all_tensors(network: torch.nn.Module) -> Dict[str, torch.Tensor]:
     """{name: live tensor} of a LoRA network: whatever its saved file is made of."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
-
-
-@torch.no_grad()
-def put_in(live: Dict[str, torch.Tensor], tensors: Dict[str, torch.Tensor]) -> None:
-    """Copy tensors into the live ones of the same names. Raises KeyError for a name that is not
-    there."""
-    for name, tensor in tensors.items():
-        live[name].copy_(tensor)
-
-
-def copies(live: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in live.items()}

@@ -10,6 +10,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 
+from es_lora.weights import copies, put_in
+
 WIDEST = 0.5  # every step counts alike; a wider average would count the first steps most
 DEFAULT_WIDTH = 0.0  # with early stopping: no average
 STEPS = "steps"
@@ -62,12 +64,12 @@ class WeightAverage:
     def in_place(self) -> Iterator[None]:
         """The live tensors hold the average, and their own values again afterwards."""
         live = self.weights()
-        own = {name: tensor.detach().clone() for name, tensor in live.items()}
-        put(live, self.tensors())
+        own = copies(live)
+        put_in(live, self.tensors())
         try:
             yield
         finally:
-            put(live, own)
+            put_in(live, own)
 
     def state_tensors(self) -> Dict[str, torch.Tensor]:
         """All that a resumed run needs, on the CPU."""
@@ -82,13 +84,6 @@ class WeightAverage:
             raise ValueError("the saved average belongs to other weights (rank or layers differ); start anew")
         self.steps = int(state[STEPS])
         self._averages = {name: saved[name].to(tensor.device, copy=True) for name, tensor in live.items() if saved}
-
-
-@torch.no_grad()
-def put(live: Dict[str, torch.Tensor], tensors: Dict[str, torch.Tensor]) -> None:
-    """Copy tensors into the live ones of the same names. Raises KeyError for an unknown name."""
-    for name, tensor in tensors.items():
-        live[name].copy_(tensor)
 
 
 def _move(averages: List[torch.Tensor], newest: List[torch.Tensor], share: float) -> None:

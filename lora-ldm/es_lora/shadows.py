@@ -24,6 +24,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 import torch
 
 from es_lora.average import WeightAverage
+from es_lora.rules import AVERAGED
 
 DEFAULT_SHADOWS = 1  # where a rule needs them and the person has not said how many
 FOLD_SHARE = 0.2  # of the examples, for up to five shadows
@@ -172,6 +173,11 @@ class ShadowTraining:
             optimizer.zero_grad(set_to_none=True)
         self._counts, self._steps = [0.0] * self.count, self._steps + 1
         self.seconds += time.perf_counter() - started
+
+    @property
+    def column(self) -> str:
+        """The history's column of the scores."""
+        return "shadow_loss" + (AVERAGED if self.averages else "")
 
     def average(self) -> None:
         """Take every shadow's weights into its average; call it when a step is complete."""

@@ -7,7 +7,7 @@ without an error. `keep_as_loaded` prevents that and undoes it."""
 
 import copy
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple, Union
 
 import torch
 from safetensors import safe_open
@@ -135,6 +135,18 @@ def without_dropout(module: torch.nn.Module, update: Callable[[], torch.Tensor])
         module.train(was_training)
     made = made[0] if isinstance(made, tuple) else made
     return made.flatten(1).float()
+
+
+def copies(live: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """{name: copy} of live tensors, on their device."""
+    return {name: tensor.detach().clone() for name, tensor in live.items()}
+
+
+@torch.no_grad()
+def put_in(live: Dict[str, torch.Tensor], tensors: Dict[str, torch.Tensor]) -> None:
+    """Copy tensors into the live ones of the same names. Raises KeyError for an unknown name."""
+    for name, tensor in tensors.items():
+        live[name].copy_(tensor)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -217,8 +217,8 @@ def columns_of(
 ) -> dict[str, Callable[[], Optional[float]]]:
     """{name: function} of what is recorded beyond the usual measurements.
     Raises ValueError where the rule decides on held-out pictures and there are none."""
-    columns = {} if shadows is None else {shadows.column: shadows.score}
-    if plan is not None and any(column.startswith("heldout_loss") for column in plan.rule().needs):
+    columns = {} if shadows is None else {shadows.training.column: shadows.score}
+    if plan is not None and plan.stop.needs_heldout:
         if validation is None:
             raise ValueError(
                 f"--stop_rule {plan.stop.stop_rule} decides on held-out pictures: add --validation_split, or choose a "

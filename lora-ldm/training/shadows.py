@@ -12,7 +12,6 @@ from typing import Any, Optional
 import torch
 
 from base.random_state import untouched_random_state
-from es_lora.rules import AVERAGED
 from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
 from images.batches import ImageBatches
 from images.folders import picture_name
@@ -53,11 +52,6 @@ class ShadowNetworks:
             average=args.stop.average_width,
             sum_over_processes=processes.accelerator.reduce if processes.count > 1 else None,
         )
-
-    @property
-    def column(self) -> str:
-        """The history's column of `score`."""
-        return "shadow_loss" + (AVERAGED if self.training.averages else "")
 
     def _create(self, network, number):
         with untouched_random_state():

@@ -283,6 +283,11 @@ class Outcome:
         return lines + [f"{what + ':':15} {command}" for what, command in commands.items()]
 
 
+def in_order(heldout: Dict[str, Optional[float]]) -> Dict[str, Optional[float]]:
+    """Held-out losses in the order of time, None if not known; an average where there is one."""
+    return {name: heldout.get(name) for name in WEIGHTS if name != "average" or name in heldout}
+
+
 def installed_versions(packages: Sequence[str]) -> Dict[str, str]:
     """{"python" and each package that is installed: version}."""
     versions = {"python": platform.python_version()}

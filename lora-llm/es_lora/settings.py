@@ -52,7 +52,7 @@ class StopSettings:
     )
     average: Optional[float] = _flag(
         None,
-        "width of the average of the weights that is kept, as a share of the steps; 0: off; or auto",
+        "width of the average of the weights that is kept, as a share of the steps; 0 and auto: off",
         width_or_auto,
     )
     snapshot_disk_gb: float = _flag(20.0, "disk that the snapshots may use, in GB", float)
@@ -109,6 +109,11 @@ class StopSettings:
     def needs_shadows(self) -> bool:
         """Whether the rule reads the loss of shadow adapters."""
         return self.stop_rule in RULES and "shadow_loss" in RULES[self.stop_rule].needs
+
+    @property
+    def needs_heldout(self) -> bool:
+        """Whether the rule reads the loss of held-out examples."""
+        return self.stop_rule in RULES and "heldout_loss" in RULES[self.stop_rule].needs
 
     @property
     def shadow_count(self) -> int:

@@ -23,7 +23,7 @@ from es_lora.files import write_text_whole, write_whole
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.hugging_face.processes import DIVERGED, GO_ON, STOP
 from es_lora.monitor import EarlyStopMonitor
-from es_lora.outcome import Outcome
+from es_lora.outcome import Outcome, in_order
 from es_lora.weights import refuse_nonfinite, stored_tensors
 from jobs.data import COMPONENT, Example, JobData
 from jobs.processes import Processes
@@ -86,8 +86,8 @@ class JobRun:
 
     def _open_monitor(self, state: Optional[Path]) -> EarlyStopMonitor:
         job, data = self.job, self.data
-        needs, columns = data.plan.rule().needs, {}
-        if data.heldout and any(column.startswith("heldout_loss") for column in needs):
+        columns = {}
+        if data.heldout and data.plan.stop.needs_heldout:
             columns["heldout_loss"] = lambda: self.score(job.name, data.heldout)
         return EarlyStopMonitor(
             self.folder,
@@ -244,8 +244,7 @@ class JobRun:
         return step
 
     def _report(self, outcome: Outcome) -> dict[str, Any]:
-        averaged = ["average"] if "average" in self.heldout else []
-        outcome.heldout = {name: self.heldout.get(name) for name in ("before", "kept", *averaged, "last")}
+        outcome.heldout = in_order(self.heldout)
         outcome.seconds, outcome.seed = self.seconds, self.job.seed
         outcome.extra = {"name": self.job.name, "group": self.job.group}
         settings = {**asdict(self.job), **self.facts}

@@ -55,11 +55,6 @@ class WeightScores:
         """Take the held-out loss before training from the Trainer's evaluation at the start."""
         self.heldout["before"] = self._evaluated_at(0)
 
-    def in_order(self) -> dict[str, Optional[float]]:
-        """{name: held-out loss} in the order of time."""
-        averaged = ["average"] if "average" in self.heldout else []
-        return {name: self.heldout.get(name) for name in ("before", "kept", *averaged, "last")}
-
     def _evaluated_at(self, step: int) -> Optional[float]:
         logs = [
             log["eval_loss"] for log in self.trainer.state.log_history if log["step"] == step and "eval_loss" in log

@@ -13,7 +13,6 @@ from base.layers import Positions, positions_notices, positions_of
 from base.loading import bf16_products, compute_dtype, fit_embeddings, load_base
 from base.origin import local_base
 from base.spec import BaseSpec
-from es_lora.rules import RULES
 from settings.flags import Settings
 from text.collator import CausalCollator
 from text.conversations import conversation_format
@@ -111,7 +110,7 @@ def read_splits(settings: Settings, tokenizer: Any) -> Splits:
     rows that there are not."""
     spec, stop = data_spec(settings, tokenizer), settings.stop
     splits = load_streamed_splits(spec) if settings.data.streaming else load_splits(spec)
-    if "heldout_loss" in _needed_columns(settings) and splits.evaluation is None:
+    if stop.calculate_cs and stop.needs_heldout and splits.evaluation is None:
         raise ValueError(
             f"--stop_rule {stop.stop_rule} decides on held-out examples: add --do_eval with --eval_dataset FILE or "
             "--eval_dataset_size, or choose a rule that needs none"
@@ -208,10 +207,6 @@ def check_positions(settings: Settings, longest: int, model: torch.nn.Module) ->
     settings.notices.extend(positions_notices(positions, longest, "--source_max_len and --target_max_len"))
 
 
-def _needed_columns(settings: Settings) -> tuple[str, ...]:
-    return RULES[settings.stop.stop_rule].needs if settings.stop.calculate_cs else ()
-
-
 def read_general_text(settings: Settings, tokenizer: Any) -> Optional[GeneralText]:
     """The passages of --forgetting_data, None without it."""
     data, batch_size = settings.data, settings.training.per_device_eval_batch_size
@@ -293,8 +288,8 @@ def columns_of_rule(
     """{column: function} of the history, of what is recorded beyond the usual measurements."""
     columns: dict[str, Column] = {}
     if shadows is not None:
-        columns[shadows.column] = shadows.score
-    if "heldout_loss" in _needed_columns(settings):
+        columns[shadows.training.column] = shadows.score
+    if settings.stop.needs_heldout:
         size = settings.training.per_device_eval_batch_size
         columns["heldout_loss"] = RowLoss(model, collator, list(splits.evaluation), size)
     return columns

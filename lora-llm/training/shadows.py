@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from adapters.fused_lora import FusedLora
 from es_lora.files import write_whole
-from es_lora.rules import AVERAGED
 from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
 from settings.flags import Settings
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
@@ -111,11 +110,6 @@ class ShadowAdapters(TrainerCallback):
                 f"{checkpoint} holds no {STATE_NAME}: that run had no shadows; go on without, or start anew"
             )
         self.training.load_state_tensors(load_file(str(checkpoint / STATE_NAME)))
-
-    @property
-    def column(self) -> str:
-        """The history's column of `score`."""
-        return "shadow_loss" + (AVERAGED if self.training.averages else "")
 
     @contextmanager
     def _passing(self, rows_of_each: Sequence[int]) -> Iterator[None]:

@@ -14,7 +14,7 @@ import torch
 from cs_fluctuation import layer_cosine, mean_cosine
 from es_lora.rules import DEFAULT_RULE
 from es_lora.settings import StopSettings
-from es_lora.weights import dequantised
+from es_lora.weights import copies, dequantised
 
 
 class LoraModule(torch.nn.Module):
@@ -341,7 +341,7 @@ def test_schedule_free_snapshot_is_what_would_be_saved_and_training_goes_on_bit_
     torch.manual_seed(0)
     module = LoraModule("lora_unet_x", torch.nn.Linear(4, 4), 2)
     averaged = {name: torch.randn_like(value) for name, value in module.named_parameters()}
-    training = es_lora_layers.copies(dict(module.named_parameters()))
+    training = copies(dict(module.named_parameters()))
 
     def mix(factor):
         for name, value in module.named_parameters():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cs_fluctuation import LoraLayer
 from es_lora.files import write_folder_whole
 from es_lora.monitor import EarlyStopMonitor
-from es_lora.weights import frozen_weight
+from es_lora.weights import copies, frozen_weight, put_in
 
 
 def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> List[LoraLayer]:
@@ -48,18 +48,15 @@ def trainable_tensors(model: torch.nn.Module) -> Dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@torch.no_grad()
 def load_tensors(model: torch.nn.Module, tensors: Dict[str, torch.Tensor]) -> None:
     """Copy a snapshot's tensors into the model, in place. Raises KeyError for an unknown name."""
-    live = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        live[name].copy_(tensor)
+    put_in(dict(model.named_parameters()), tensors)
 
 
 @contextmanager
 def weights_swapped_in(model: torch.nn.Module, tensors: Dict[str, torch.Tensor]) -> Iterator[None]:
     """The model with the tensors of a snapshot, and with its own again afterwards."""
-    own = {name: tensor.detach().clone() for name, tensor in trainable_tensors(model).items()}
+    own = copies(trainable_tensors(model))
     load_tensors(model, tensors)
     try:
         yield
