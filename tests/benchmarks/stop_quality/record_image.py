@@ -29,6 +29,7 @@ from training.objective import HeldOut
 from training.setup import cache_latents, set_up
 
 HELDOUT_POINTS = 30  # about so many held-out losses a run
+AVERAGES_EVERY = 2  # averages, whose losses move slowly, at every second of these
 PROBE_BATCHES = 1
 MORE_FLAGS = {"validation": ["--validation_split", "0.1"], "shadow": ["--shadows", "2"]}
 
@@ -124,15 +125,16 @@ def record(spec, scratch):
 def add_columns(run, spec, heldout, probe):
     layers, averages = run.network.layers(), Averages(run.network.tensors)
     norm, alignment = GradientNorm(), Alignment(layers)
-    every = max(1, round(run.length.total_steps / run.plan.cs_interval / HELDOUT_POINTS))
+    measurements = run.length.total_steps // run.plan.cs_interval
+    every = max(1, round(measurements / HELDOUT_POINTS))
     columns = run.monitor.columns
-    columns.update(group_columns(layers, groups_of, every))
+    slow = {**group_columns(layers, groups_of), "probe_loss": probe.loss, "heldout_loss": heldout.loss}
+    columns.update({name: EveryNth(function, every, measurements) for name, function in slow.items()})
+    columns["heldout_loss_average"] = EveryNth(averages.scored(heldout.loss), AVERAGES_EVERY * every, measurements)
     columns.update(weighted_evidence(run.monitor.evidence))
-    columns["probe_loss"], columns["grad_norm"] = EveryNth(probe.loss, every), norm.value
+    columns["grad_norm"] = norm.value
     columns["alignment"], columns["average_distance"] = alignment.value, averages.distances
     columns["adam_ratio"] = lambda: adam_ratio(run.optimization.raw)
-    columns["heldout_loss"] = EveryNth(heldout.loss, every)
-    columns["heldout_loss_average"] = EveryNth(averages.scored(heldout.loss, also_measured=spec.seed == 0), every)
     averaged = [averages]
     if run.shadows is not None:
         interval = shadow_interval(run.length.steps_per_epoch / run.plan.cs_interval)
@@ -141,7 +143,7 @@ def add_columns(run, spec, heldout, probe):
         averaged.append(shadows)
     note_steps(run, norm, alignment, averaged)
     if run.validation is not None:
-        columns["validation_loss"] = EveryNth(run.validation.loss, every)
+        columns["validation_loss"] = EveryNth(run.validation.loss, every, measurements)
 
 
 def record_in_scratch(spec):

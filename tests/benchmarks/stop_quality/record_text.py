@@ -28,6 +28,7 @@ from text.sources import read_table_as_pairs
 from training.losses import RowLoss
 
 HELDOUT_ROWS, HELDOUT_POINTS = 32, 24  # examples scored; about so many times a run
+AVERAGES_EVERY = 2  # averages, whose losses move slowly, at every second of these
 PROBE_ROWS, EVALUATION_BATCH = 8, 20
 BASES = {
     "embedded": ROOT / "lora-llm" / "tiny_base",
@@ -105,23 +106,24 @@ def add_columns(run, spec, heldout, probe):
         return parts[-1], f"third-{3 * number // depth + 1}"
 
     steps_per_epoch = -(-len(run.splits.train) // spec.batch)
-    measurements = spec.epochs * steps_per_epoch / max(1, round(steps_per_epoch / 10))
+    cs_interval = max(1, round(steps_per_epoch / 10))
+    measurements = spec.epochs * steps_per_epoch // cs_interval
     every = max(1, round(measurements / HELDOUT_POINTS))
-    columns.update(group_columns(layers, groups_of, every))
-    columns["probe_loss"], columns["grad_norm"] = EveryNth(probe, every), norm.value
+    slow = {**group_columns(layers, groups_of), "probe_loss": probe, "heldout_loss": heldout}
+    columns.update({name: EveryNth(function, every, measurements) for name, function in slow.items()})
+    columns["heldout_loss_average"] = EveryNth(averages.scored(heldout), AVERAGES_EVERY * every, measurements)
+    columns["grad_norm"] = norm.value
     columns["alignment"], columns["average_distance"] = alignment.value, averages.distances
     columns["adam_ratio"] = lambda: adam_ratio(run.trainer.optimizer.optimizer)
-    columns["heldout_loss"] = EveryNth(heldout, every)
-    columns["heldout_loss_average"] = EveryNth(averages.scored(heldout, also_measured=spec.seed == 0), every)
     averaged = [averages]
     if run.shadows is not None:
-        interval = shadow_interval(steps_per_epoch / max(1, round(steps_per_epoch / 10)))
+        interval = shadow_interval(steps_per_epoch / cs_interval)
         shadows = ShadowScores(run.shadows.training, run.shadows.fold_losses, interval)
         columns["shadow_loss"], columns["shadow_losses"] = shadows.mean, shadows.each
         averaged.append(shadows)
     run.trainer.add_callback(NotesSteps(run, norm, alignment, averaged))
     if spec.purpose == "validation":
-        columns["validation_loss"] = EveryNth(loss_over(run, list(run.splits.evaluation)), every)
+        columns["validation_loss"] = EveryNth(loss_over(run, list(run.splits.evaluation)), every, measurements)
 
 
 def record(spec):

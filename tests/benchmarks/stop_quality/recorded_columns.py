@@ -19,7 +19,7 @@ from es_lora.history import HISTORY_NAME
 DIGITS = 6  # significant digits of a trace's numbers
 WIDTHS = (0.1, 0.25, 0.4)  # of the averages that are scored
 SHADOW_STRIDE = 2  # shadows of traces_anew/ step every second time, at twice the rate; those of traces/ every time
-MEASURED_WIDTH = 0.25  # of one more average, updated at the measurements alone
+SHADOW_WIDTHS = (0.25, 0.4)  # of the shadows' averages that are scored: each score passes a whole fold
 
 
 @torch.no_grad()
@@ -32,9 +32,9 @@ def stable_rank(layer):
     return float(values.sum() / largest) if largest > 0 else 0.0
 
 
-def group_columns(layers, groups_of, every):
+def group_columns(layers, groups_of):
     """{name: function}: `groups` ({group: [matrix cosine, row cosine, norm of BA]}) and
-    `stable_rank` ({component: mean}), each at every n-th measurement."""
+    `stable_rank` ({component: mean})."""
 
     def groups():
         members = {}
@@ -50,7 +50,7 @@ def group_columns(layers, groups_of, every):
             found.setdefault(layer.component, []).append(stable_rank(layer))
         return {component: math.fsum(values) / len(values) for component, values in found.items()}
 
-    return {"groups": EveryNth(groups, every), "stable_rank": EveryNth(ranks, every)}
+    return {"groups": groups, "stable_rank": ranks}
 
 
 class GradientNorm:
@@ -128,25 +128,22 @@ def weighted_evidence(evidence):
 
 
 class Averages:
-    """The averages of some weights of all WIDTHS, and one of MEASURED_WIDTH that only measurements
-    update.  weights: gives {name: live tensor}."""
+    """The averages of some weights, one of each width.  weights: gives {name: live tensor}."""
 
-    def __init__(self, weights):
+    def __init__(self, weights, widths=WIDTHS):
         self.weights = weights
-        self.each = {f"{width:g}": WeightAverage(weights, width) for width in WIDTHS}
-        self.measured = WeightAverage(weights, MEASURED_WIDTH)
+        self.each = {f"{width:g}": WeightAverage(weights, width) for width in widths}
 
     def update(self):
         for average in self.each.values():
             average.update()
 
-    def scored(self, loss, also_measured=False):
-        """A function: {width: loss() with that average in place}, and "WIDTH measured" if asked."""
-        chosen = {**self.each, f"{MEASURED_WIDTH:g} measured": self.measured} if also_measured else self.each
+    def scored(self, loss):
+        """A function: {width: loss() with that average in place}."""
 
         def scores():
             found = {}
-            for name, average in chosen.items():
+            for name, average in self.each.items():
                 with average.in_place():
                     found[name] = loss()
             return found
@@ -155,9 +152,7 @@ class Averages:
 
     @torch.no_grad()
     def distances(self):
-        """{width: ||weights - average||}. It is called at every measurement: the measured average
-        takes its step here."""
-        self.measured.update()
+        """{width: ||weights - average||}."""
         live = self.weights()
         found = {}
         for name, average in self.each.items():
@@ -175,7 +170,7 @@ class ShadowScores:
     def __init__(self, training, fold_losses, interval):
         training.interval, training.stride = interval, SHADOW_STRIDE
         self.training, self.fold_losses, self.now = training, fold_losses, None
-        self.averages = [Averages(lambda own=own: own) for own in map(named, training.parameters)]
+        self.averages = [Averages(lambda own=own: own, SHADOW_WIDTHS) for own in map(named, training.parameters)]
 
     def update(self):
         if self.training.stepped():
@@ -210,14 +205,14 @@ def shadow_interval(measured_per_epoch):
 
 
 class EveryNth:
-    """Calls a slow measurement at the first measurement and every n-th after it, and gives None in
-    between."""
+    """Calls a slow measurement at the first measurement, every n-th after it and the last one, and
+    gives None in between.  measurements: how many the run has."""
 
-    def __init__(self, function, every):
-        self.function, self.every, self.count = function, every, 0
+    def __init__(self, function, every, measurements):
+        self.function, self.every, self.last, self.count = function, every, measurements - 1, 0
 
     def __call__(self):
-        due = self.count % self.every == 0
+        due = self.count % self.every == 0 or self.count == self.last
         self.count += 1
         return self.function() if due else None
 

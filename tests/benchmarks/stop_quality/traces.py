@@ -36,10 +36,11 @@ class Trace:
         known = (record["heldout_loss_average"] for record in self.records if record.get("heldout_loss_average"))
         return [width for width in next(known, {}) if "measured" not in width]
 
-    def average_losses(self, width):
-        """The held-out losses of an average at `steps`; at step 0 there are only the weights."""
-        scored = [record for record in self.records if record.get("heldout_loss") is not None]
-        return np.array([self.losses[0], *(record["heldout_loss_average"][width] for record in scored)])
+    def averaged(self, width):
+        """(steps, held-out losses) of an average; at step 0 there are only the weights."""
+        scored = [record for record in self.records if record.get("heldout_loss_average") is not None]
+        steps = np.array([0, *(record["step"] for record in scored)], dtype=float)
+        return steps, np.array([self.losses[0], *(record["heldout_loss_average"][width] for record in scored)])
 
     @property
     def last_step(self):
@@ -64,8 +65,8 @@ class Trace:
         not training. width: of the average that is kept, below 0 where it is better than the best
         single step; "0": the step itself."""
         lowest = self.losses.min()
-        losses = self.losses if width == "0" else self.average_losses(width)
-        return (float(np.interp(step, self.steps, losses)) - lowest) / (self.losses[0] - lowest)
+        steps, losses = (self.steps, self.losses) if width == "0" else self.averaged(width)
+        return (float(np.interp(step, steps, losses)) - lowest) / (self.losses[0] - lowest)
 
 
 def read_trace(spec, anew=False):
