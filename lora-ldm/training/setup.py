@@ -53,7 +53,8 @@ class Length:
 class Run:
     """One training run, ready to start. args: the settings, with the seed that was drawn.
 
-    validation: None without held-out pictures. plan: None where CS is not measured.
+    first_step: completed steps when it begins. validation: None without held-out pictures.
+    plan: None where CS is not measured.
     monitor: the first process's, which measures and decides; None on the others."""
 
     args: Namespace
@@ -66,6 +67,7 @@ class Run:
     optimization: Optimization
     length: Length
     progress: Progress
+    first_step: int
     files: WeightFiles
     previews: Previews
     shadows: Optional[ShadowNetworks]
@@ -123,6 +125,7 @@ def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> 
         optimization=optimization,
         length=length,
         progress=progress,
+        first_step=progress.step,
         files=WeightFiles(CheckpointNames(args, length.total_epochs), base.model, facts),
         previews=Previews(args, prompts, objective, network, optimization),
         shadows=shadows,
@@ -142,7 +145,9 @@ def length_of(args: Namespace, steps_per_epoch: int) -> Length:
 
 def progress_of(args: Namespace, length: Length, resumed: Optional[Progress]) -> Progress:
     """Where the run begins: where it was saved, or as --initial_step and --initial_epoch say.
-    Raises ValueError where the state is one of other data, and where nothing is left to train."""
+
+    A state at the end of its budget is one that only has to finish. Raises ValueError where the
+    state is one of other data or beyond the budget, and where the flags leave nothing to train."""
     per_epoch = length.steps_per_epoch
     if resumed and resumed.steps_per_epoch != per_epoch:
         raise ValueError(
@@ -153,7 +158,7 @@ def progress_of(args: Namespace, length: Length, resumed: Optional[Progress]) ->
     progress = resumed or Progress(
         args.seed, per_epoch, start if args.skip_until_initial_step else start - start % per_epoch
     )
-    if progress.step >= length.total_steps:
+    if progress.step > length.total_steps or (resumed is None and progress.step == length.total_steps):
         raise ValueError(
             f"nothing left to train: {progress.step} of {length.total_steps} steps are done; raise "
             "--max_train_steps or --max_train_epochs"
