@@ -15,14 +15,16 @@ from typing import Optional, Sequence, Union
 from es_lora.command_line import reported
 from es_lora.files import write_whole
 from es_lora.history import HISTORY_NAME, read_history, redecide, replay, rule_for
+from es_lora.inputs.bounds import number, whole
 from es_lora.report import draw, write_report
 from es_lora.rules import DEFAULT_RULE, RULES, value_of_valley
 
 
 def _window(text: str) -> Union[int, str]:
-    if text != "auto" and not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of measurements (1 or more) nor auto")
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else whole(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} measurements, nor auto") from None
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -35,8 +37,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--window", type=_window, help="M in measurements, or auto: about one epoch (default: the run's)"
     )
-    parser.add_argument("--valley", type=int, help="N of the rule nth-valley: another name of its --value")
-    parser.add_argument("--value", type=float, help="the rule's number: epochs, a patience, valleys")
+    parser.add_argument("--valley", type=whole(1), help="N of the rule nth-valley: another name of its --value")
+    parser.add_argument("--value", type=number(), help="the rule's number: epochs, a patience, valleys")
     parser.add_argument("--component", help="whose CS decides (default: the run's)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, help="draw the run into this PNG file")

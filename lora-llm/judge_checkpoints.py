@@ -17,16 +17,11 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from es_lora.command_line import reported
+from es_lora.inputs.bounds import whole
 from es_lora.judge.base_index import Base
 from es_lora.judge.run_folder import read_run
 from es_lora.judge.verdict import judge, measure_run, print_verdict, write_page
 from es_lora.rules import RULES
-
-
-def _positive(text: str) -> int:
-    if not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of optimizer steps (1 or more)")
-    return int(text)
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -36,7 +31,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     rules = f"{', '.join(RULES)}, or recorded (default: the project's default, or one that weights can answer)"
     parser.add_argument("--rule", help=rules)
     parser.add_argument(
-        "--steps_per_epoch", type=_positive, help="optimizer steps an epoch, where the files do not tell"
+        "--steps_per_epoch", type=whole(1), help="optimizer steps an epoch, where the files do not tell"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--html", type=Path, help="write the report page to this file")

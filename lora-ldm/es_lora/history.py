@@ -3,15 +3,62 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from es_lora.files import read_text
+from es_lora.inputs.json_text import parsed_json
 from es_lora.rules import DEFAULT_RULE, Decision, RuleSettings, StopRule, make_rule
 from es_lora.settings import auto_window
 
 HISTORY_NAME = "cs_history.jsonl"
 HISTORY_FORMAT = "cs-history/1"
-HEADER_FIELDS = ("cs_interval", "window", "steps_per_epoch", "decided_on")  # what deciding again needs
+LARGEST = 1e100  # of a number: sums of its squares are finite
+MOST_STEPS = 10**12
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value may be: in words, and as a question."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that can be computed with: finite, and not beyond LARGEST."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def is_whole(value: Any, least: int = 0) -> bool:
+    """Whether it is a whole number from `least` to MOST_STEPS."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST_STEPS
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(is_number, value.values()))
+
+
+COUNT = Kind("a whole number from 1 to 10^12", lambda value: is_whole(value, 1))
+NUMBER = Kind("a finite number", is_number)
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+PARTS = Kind("an object of finite numbers, one a component", _are_parts)
+HEADER = {  # what deciding again needs
+    "cs_interval": COUNT,
+    "window": COUNT,
+    "steps_per_epoch": Kind("a number from 0.001 to 10^12", lambda value: is_number(value) and 1e-3 <= value <= 1e12),
+    "decided_on": TEXT,
+    "reduction": Kind("row or matrix", lambda value: value in ("row", "matrix")),
+}
+MORE_OF_HEADER = {"rule": TEXT, "rule_value": NUMBER, "valley": COUNT}
+MEASUREMENT = {"step": COUNT, "cs": PARTS}
+_PARTED = ("cs_matrix", "cs_row", "delta_norm", "stable_rank", "update_norm")
+_LOSSES = ("loss", "heldout_loss", "heldout_loss_average", "shadow_loss", "shadow_loss_average")
+MORE_OF_MEASUREMENT = {
+    **dict.fromkeys(_PARTED, PARTS),
+    **dict.fromkeys((*_LOSSES, "epoch", "lr", "fluctuation", "grad_evidence"), NUMBER),
+}
+EVENT = {"step": Kind("a whole number from 0 to 10^12", is_whole)}
+MORE_OF_EVENT = dict.fromkeys(("heldout_loss", "heldout_loss_average"), NUMBER)
 
 
 @dataclass
@@ -44,33 +91,69 @@ def read_history(path: Union[str, Path]) -> History:
         raise FileNotFoundError(
             f"no history at {path}; give a {HISTORY_NAME} or the folder of a run with --calculate_cs"
         )
+    (number, header), *body = _objects(path)
+    if header.get("format") != HISTORY_FORMAT:
+        raise ValueError(f"{path}: its first line is no header of the format {HISTORY_FORMAT}")
+    lacking = [name for name in HEADER if header.get(name) is None]
+    if lacking:
+        raise ValueError(f"{path}: its header lacks {', '.join(lacking)}; write them into its first line")
+    _check(f"{path}, line {number}", header, HEADER, MORE_OF_HEADER)
+    records = [(number, line) for number, line in body if "event" not in line]
+    events = [(number, line) for number, line in body if "event" in line]
+    for number, line in events:
+        _check(f"{path}, line {number}", line, EVENT, MORE_OF_EVENT)
+    _check_records(path, records)
+    return History(header, [line for _, line in records], [line for _, line in events])
+
+
+def _objects(path: Path) -> List[Tuple[int, Dict[str, Any]]]:
+    """(number, object) of every line. Raises ValueError for a damaged one, and where none is."""
     lines = read_text(path).split("\n")
-    parsed: List[Dict[str, Any]] = []
+    parsed: List[Tuple[int, Dict[str, Any]]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            if line.strip():
-                parsed.append(json.loads(line))
+            value = parsed_json(line) if line.strip() else {}
         except json.JSONDecodeError as error:
             if number == len(lines):  # not ended by a line break: it was being written
                 break
             raise ValueError(f"{path}, line {number}: {error}; the file is damaged") from error
-    _check_lines(path, parsed)
-    body = parsed[1:]
-    return History(parsed[0], [r for r in body if "event" not in r], [r for r in body if "event" in r])
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, line {number}: it is no JSON object; the file is damaged")
+        if line.strip():
+            parsed.append((number, value))
+    if not parsed:
+        raise ValueError(f"{path} is empty; give a {HISTORY_NAME}, or the folder of a run that has been measured")
+    return parsed
 
 
-def _check_lines(path: Path, parsed: Sequence[Any]) -> None:
-    """Raises ValueError where a line is no object, or header or lines lack what readers need."""
-    if not all(isinstance(line, dict) for line in parsed):
-        raise ValueError(f"{path}: a line is no JSON object; the file is damaged")
-    if not parsed or parsed[0].get("format") != HISTORY_FORMAT:
-        raise ValueError(f"{path}: its first line is no header of the format {HISTORY_FORMAT}")
-    lacking = [name for name in HEADER_FIELDS if parsed[0].get(name) is None]
-    if lacking:
-        raise ValueError(f"{path}: its header lacks {', '.join(lacking)}; write them into its first line")
-    for line in parsed[1:]:
-        if "step" not in line:
-            raise ValueError(f"{path}: the line {json.dumps(line)[:60]} lacks its step; the file is damaged")
+def _check(where: str, line: Mapping[str, Any], needed: Mapping[str, Kind], known: Mapping[str, Kind]) -> None:
+    """Raises ValueError where a value is missing or of another kind.
+
+    What is `known` may be missing or null.
+    """
+    for name in needed:
+        if name not in line:
+            raise ValueError(f"{where}: {json.dumps(line)[:60]} lacks its {name}; the file is damaged")
+    for name, kind in {**needed, **known}.items():
+        value = line.get(name)
+        if not kind.fits(value) and (name in needed or value is not None):
+            raise ValueError(f"{where}: {name} is {value!r:.60}, where {kind.words} is needed; the file is damaged")
+
+
+def _check_records(path: Path, records: Sequence[Tuple[int, Dict[str, Any]]]) -> None:
+    """Raises ValueError for a measurement that is none, and where steps or components change."""
+    before: Dict[str, Any] = {"step": 0}
+    for number, line in records:
+        where = f"{path}, line {number}"
+        _check(where, line, MEASUREMENT, MORE_OF_MEASUREMENT)
+        if line["step"] <= before["step"]:
+            raise ValueError(f"{where}: step {line['step']} comes after step {before['step']}; the file is damaged")
+        if set(line["cs"]) != set(before.get("cs", line["cs"])):
+            raise ValueError(
+                f"{where}: cs has the components {', '.join(line['cs'])}, and before {', '.join(before['cs'])}; "
+                "the file is damaged"
+            )
+        before = line
 
 
 def rule_for(

@@ -14,6 +14,7 @@ from cs_fluctuation import FluctuationSeries
 from es_lora.gradient_evidence import memorising_evidence
 
 DEFAULT_RULE = "gradient-agreement"
+MOST_VALUE = 1_000_000  # of a rule's number: no run has so many epochs or measurements
 AVERAGED = "_average"  # ends the name of a column that is measured on averaged weights
 
 
@@ -59,9 +60,10 @@ class StopRule:
         value = settings.value
         if value is not None and not self.value_help:
             raise ValueError(f"the rule {self.name} has no number to set (it was given {value:g}); leave it out")
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is not None and not 0 < value <= MOST_VALUE:
             raise ValueError(
-                f"the rule {self.name} was given {value:g}; its number, {self.value_help}, must be above 0"
+                f"the rule {self.name} was given {value:.9g}; its number, {self.value_help}, must be above 0 and at "
+                f"most {MOST_VALUE}"
             )
         self.settings = settings
         self.value = self.default_value if value is None else value

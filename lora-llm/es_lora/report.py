@@ -165,7 +165,7 @@ def _redecided_rows(history: History) -> List[List[Any]]:
     """What every rule makes of the run; those with windows also with half and twice the window."""
     m, rows = history.header["window"], []
     for name, rule in RULES.items():
-        missing = [column for column in rule.needs if column not in history.records[0]]
+        missing = [column for column in rule.needs if any(column not in record for record in history.records)]
         for window in sorted({max(1, m // 2), m, 2 * m}) if rule.uses_window else [m]:
             if missing:
                 rows.append([name, "", f"needs {', '.join(missing)}", ""])

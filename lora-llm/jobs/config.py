@@ -29,6 +29,7 @@ from transformers import SchedulerType
 
 from es_lora.command_line import nearest
 from es_lora.files import read_text
+from es_lora.inputs.json_text import not_too_deep, parsed_json
 from es_lora.inputs.toml_text import parsed_toml
 from es_lora.settings import StopSettings
 from text.conversations import LEARN_TURNS
@@ -217,12 +218,19 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
+def _parsed_yaml(text: str) -> Any:
+    try:
+        return not_too_deep(lambda text: yaml.load(text, _YamlLoader), text)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # a date that is none, an unhashable key
+        raise json.JSONDecodeError(" ".join(str(error).split()), "", 0) from None
+
+
 def _read(path: Path) -> dict[str, Any]:
     readers = {
         ".toml": lambda text: parsed_toml(text, f"--config {path}", tomllib.loads, "name the file .json"),
-        ".yaml": lambda text: yaml.load(text, _YamlLoader),
-        ".yml": lambda text: yaml.load(text, _YamlLoader),
-        ".json": json.loads,
+        ".yaml": _parsed_yaml,
+        ".yml": _parsed_yaml,
+        ".json": parsed_json,
     }
     if path.suffix.lower() not in readers:
         raise ValueError(f"--config {path}: unknown kind of file '{path.suffix}'; give {', '.join(readers)}")
@@ -231,7 +239,7 @@ def _read(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         content = readers[path.suffix.lower()](text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: give a list of [[jobs]], and, if you like, tables [defaults] and [grid]")

@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from es_lora.inputs.json_text import parsed_json
 from text.formats import Format, Row, system_turn
 
 LEARN_TURNS = ("all", "last")
@@ -103,7 +104,7 @@ def _call(call: Any, number: int) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = parsed_json(arguments)
         except json.JSONDecodeError:
             pass  # some templates write text as it is
     function = {**function, "arguments": arguments}
@@ -127,7 +128,7 @@ def tools_of(row: Row) -> list[dict[str, Any]] | None:
     """The column `tools`, as a list or as JSON text. Raises ValueError where it is neither."""
     tools = row.get("tools")
     try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+        tools = parsed_json(tools) if isinstance(tools, str) and tools else tools
     except json.JSONDecodeError as error:
         raise ValueError(f"column 'tools' is no JSON: {error}") from None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):

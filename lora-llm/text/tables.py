@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from es_lora.files import decoded, read_text, split_lines
+from es_lora.inputs.json_text import parsed_json
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 _CSV_FIELD_LIMIT_CHARS = 10_000_000
@@ -56,7 +57,7 @@ def _listed_rows(path: Path, text: str) -> list[Any] | None:
     if path.suffix.lower() == ".jsonl" and not is_list:
         return None
     try:
-        whole = json.loads(text)
+        whole = parsed_json(text)
     except json.JSONDecodeError as error:
         if is_list:
             raise ValueError(f"{path}: broken JSON at line {error.lineno}: {error.msg}") from None
@@ -97,7 +98,7 @@ def _texts_of(value: Any) -> str:
 def json_line(path: str | Path, number: int, line: str) -> dict[str, Any]:
     """The object on one line of a jsonl file. Raises ValueError that names the line."""
     try:
-        return _object(path, number, json.loads(line))
+        return _object(path, number, parsed_json(line))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: broken JSON at line {number}: {error.msg}. Give one object a line, or one list of objects"

@@ -1,8 +1,9 @@
 """TOML as people write it: Windows paths between double quotes, JSON under another name."""
 
-import json
 import re
 from typing import Any, Callable, Dict, Iterator, Tuple
+
+from es_lora.inputs.json_text import not_too_deep, parsed_json
 
 PATH_KEY = re.compile(r"(dataset|dir|path|file|config|weights|vae|resume|prompts|json)$")
 DRIVE_IN_DOUBLE_QUOTES = re.compile(r'"[A-Za-z]:\\(?!\\)')
@@ -19,7 +20,7 @@ def parsed_toml(text: str, where: str, parse: Callable[[str], Dict[str, Any]], i
     if DRIVE_IN_DOUBLE_QUOTES.search(text):
         raise ValueError(f"{where}: a backslash between double quotes begins a sign. {SINGLE_QUOTES}")
     try:
-        content = parse(text)
+        content = not_too_deep(parse, text)
     except (ValueError, IndexError, TypeError) as error:  # a parser raises the last two on some torn lines
         if is_json(text):
             raise ValueError(f"{where} is not valid TOML. It is JSON: {if_json}") from error
@@ -34,7 +35,7 @@ def parsed_toml(text: str, where: str, parse: Callable[[str], Dict[str, Any]], i
 def is_json(text: str) -> bool:
     """Whether a text is a JSON object or list."""
     try:
-        return isinstance(json.loads(text), (dict, list))
+        return isinstance(parsed_json(text), (dict, list))
     except ValueError:
         return False
 

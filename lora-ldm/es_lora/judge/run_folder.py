@@ -1,6 +1,5 @@
 """The adapters of one run in their order: names, steps and epochs, as other trainers leave them."""
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from es_lora.files import read_text
-from es_lora.history import HISTORY_NAME, History, read_history
+from es_lora.history import HISTORY_NAME, History, is_number, is_whole, read_history
+from es_lora.inputs.json_text import parsed_json
 from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, PICKLE_NAME, QLORA_FOLDER, file_metadata
 from es_lora.weights import pickle_advice
 
@@ -37,7 +37,17 @@ class Found:
 
 
 def _number(text: Any) -> Optional[int]:
-    return int(text) if text is not None and re.match(r"\d+$", str(text)) else None
+    """The whole number that a text of a name or of metadata is, else None."""
+    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,12}", str(text)) else None
+
+
+def _object(text: str) -> Dict[str, Any]:
+    """A JSON object; an empty one for any other text."""
+    try:
+        value = parsed_json(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
@@ -48,7 +58,7 @@ def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
         inside = (place, place / QLORA_FOLDER)  # qlora.py saves into a folder of the checkpoint
         known = (where / known for where in inside for known in (PEFT_NAME, DIFFUSERS_NAME))
         file = next((path for path in known if path.is_file()), None)
-        number = re.match(r"checkpoint-(\d+)$", place.name) if place != folder else None
+        number = re.match(r"checkpoint-([0-9]{1,12})$", place.name) if place != folder else None
         if file is None:
             pickled = [where / PICKLE_NAME for where in inside if (where / PICKLE_NAME).is_file()]
             if pickled:
@@ -59,8 +69,9 @@ def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
         metadata = file_metadata(file)
         checkpoint = Found(name, file, int(number[1]) if number else None, None, metadata)
         if checkpoint.step is None:
-            facts = json.loads(metadata.get("es_lora", "{}"))
-            checkpoint.step = _step_of(place, facts) if facts else _state(place).get("global_step")
+            facts = _object(metadata.get("es_lora", "{}"))
+            step = _step_of(place, facts) if facts else _state(place).get("global_step")
+            checkpoint.step = step if is_whole(step) else None
         found.append(checkpoint)
     return found
 
@@ -83,7 +94,7 @@ def _step_of(place: Path, facts: Dict[str, Any]) -> Optional[int]:
 
 def _state(folder: Path) -> Dict[str, Any]:
     try:
-        return json.loads(read_text(folder / "trainer_state.json"))
+        return _object(read_text(folder / "trainer_state.json"))
     except (OSError, ValueError):
         return {}
 
@@ -120,12 +131,14 @@ def _steps_per_epoch(checkpoints: Sequence[Found]) -> Optional[int]:
         metadata = checkpoint.metadata
         state = _state(checkpoint.file.parent) or _state(checkpoint.file.parent.parent)  # qlora.py's lies above
         if checkpoint.epoch and checkpoint.step:
-            return round(checkpoint.step / checkpoint.epoch)
-        if _number(metadata.get("ss_num_batches_per_epoch")):
-            accumulation = _number(metadata.get("ss_gradient_accumulation_steps")) or 1
-            return math.ceil(int(metadata["ss_num_batches_per_epoch"]) / accumulation)
-        if state.get("epoch") and state.get("global_step"):
-            return max(1, round(state["global_step"] / state["epoch"]))
+            return max(1, round(checkpoint.step / checkpoint.epoch))
+        batches = _number(metadata.get("ss_num_batches_per_epoch"))
+        if batches:
+            return math.ceil(batches / (_number(metadata.get("ss_gradient_accumulation_steps")) or 1))
+        epoch: Any = state.get("epoch")
+        step: Any = state.get("global_step")
+        if is_number(epoch) and is_whole(step, 1) and epoch > 1e-6:
+            return max(1, round(step / epoch))
     return None
 
 

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -24,6 +25,7 @@ from es_lora.settings import auto_window
 RULE_BY_WEIGHTS = "second-valley"
 WEIGHT_COLUMNS = {"step", "epoch", "cs", "cs_row", "cs_matrix", "delta_norm", "stable_rank", "fluctuation"}
 MEASUREMENTS_PER_EPOCH = 5  # fewer, and the window of at least 5 measurements no longer is about one epoch
+MOST_LISTED = 1000  # of the measurements that are missing
 MISSING_SHARE = 0.1  # of the measurements that a verdict bears
 
 
@@ -85,16 +87,16 @@ def find_spacing(run: Run) -> Spacing:
     window = header["window"] if header and interval == planned else auto_window(per_epoch, interval)
     measured = [checkpoint for checkpoint in run.checkpoints if checkpoint.step and checkpoint.step % interval == 0]
     present = {checkpoint.step for checkpoint in measured}
-    missing = [step for step in range(interval, steps[-1] + 1, interval) if step not in present]
+    expected = range(interval, steps[-1] + 1, interval)
+    absent = len(expected) - len(present)
+    missing = list(islice((step for step in expected if step not in present), MOST_LISTED))
     sparse = None
     if run.counts_epochs:
         sparse = f"the checkpoints lie {interval} epoch{'s' * (interval > 1)} apart"
     elif interval > planned and per_epoch < MEASUREMENTS_PER_EPOCH * interval:
         sparse = f"the checkpoints lie {interval} steps ({interval / per_epoch:.2g} epochs) apart"
-    elif len(missing) > max(1, MISSING_SHARE * (len(missing) + len(measured))):
-        sparse = (
-            f"{len(missing)} of {len(missing) + len(measured)} checkpoints, one every {interval} steps, are missing"
-        )
+    elif absent > max(1, MISSING_SHARE * len(expected)):
+        sparse = f"{absent} of {len(expected)} checkpoints, one every {interval} steps, are missing"
     return Spacing(interval, planned, window, missing, measured, sparse)
 
 

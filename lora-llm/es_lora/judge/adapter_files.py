@@ -1,6 +1,5 @@
 """The LoRA files that trainers write: PEFT, diffusers and kohya names, as down, up and scale."""
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from es_lora.files import read_text
+from es_lora.history import is_number
+from es_lora.inputs.json_text import parsed_json
 from es_lora.judge.base_index import Key
 from es_lora.weights import refuse_nonfinite
 
@@ -80,6 +81,30 @@ def _split_key(name: str, is_peft: bool) -> Optional[Tuple[Key, str]]:
     return (_PARTS[match["part"]], match["path"]), side
 
 
+def _configuration(text: str, where: str) -> Dict[str, Any]:
+    """A PEFT configuration. Raises ValueError where what a scale is made of is of another kind."""
+    config = parsed_json(text)
+    if not isinstance(config, dict):
+        raise ValueError(f"{where} is no JSON object")
+    for path, value in config.items():
+        name = path.rsplit(".", 1)[-1]
+        patterns = value if name == "alpha_pattern" and isinstance(value, dict) else {}
+        if name == "lora_alpha" and value is not None and not is_number(value):
+            raise ValueError(f"{where}: {path} is {value!r:.40}, where a number is needed")
+        if name == "alpha_pattern" and not (isinstance(value or {}, dict) and all(map(is_number, patterns.values()))):
+            raise ValueError(f"{where}: {path} is {value!r:.40}, where numbers by the names of layers are needed")
+        for pattern in patterns:
+            _compiled(pattern, where)
+    return config
+
+
+def _compiled(pattern: str, where: str) -> None:
+    try:
+        re.compile(f"({pattern})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{where}: the alpha_pattern {pattern!r:.40} cannot be read ({error})") from None
+
+
 def _peft_scale(config: Dict[str, Any], path: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
     given = [value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)]
@@ -93,8 +118,8 @@ def read_adapter(file: Path) -> Adapter:
         tensors = load_file(str(file))
         config_file = file.with_name("adapter_config.json")
         is_peft = file.name == PEFT_NAME
-        config = json.loads(read_text(config_file)) if is_peft else {}
-        diffusers_config = json.loads(file_metadata(file).get("lora_adapter_metadata", "{}"))
+        config = _configuration(read_text(config_file), config_file.name) if is_peft else {}
+        diffusers_config = _configuration(file_metadata(file).get("lora_adapter_metadata", "{}"), "its metadata")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"it cannot be read: {error}") from error
     refuse_nonfinite(tensors.items(), file.name)
@@ -112,13 +137,16 @@ def read_adapter(file: Path) -> Adapter:
     for key, sides in parts.items():
         if "down" not in sides or "up" not in sides:
             raise ValueError(f"layer {key[1]} has no {'lora_up' if 'down' in sides else 'lora_down'} matrix")
-        down, up, rank = sides["down"], sides["up"], sides["down"].shape[0]
-        if up.flatten(1).shape[1] != rank:
+        down, up = sides["down"], sides["up"]
+        rank = down.shape[0] if down.ndim > 1 and up.ndim > 1 else 0
+        if rank == 0 or up.flatten(1).shape[1] != rank:
             raise ValueError(f"layer {key[1]}: lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} do not fit")
         # diffusers keeps a PEFT configuration for each part, its names led by the part's.
         part_names = [name for name, component in _PARTS.items() if name and component == key[0]]
         parted = ((name.partition("."), value) for name, value in diffusers_config.items())
         own = {path: value for (part, _, path), value in parted if part in part_names}
+        if "alpha" in sides and sides["alpha"].numel() != 1:
+            raise ValueError(f"layer {key[1]}: its alpha is {tuple(sides['alpha'].shape)}, and no single number")
         scale = float(sides["alpha"]) / rank if "alpha" in sides else _peft_scale(config or own, key[1], rank)
         modules[key] = LoraModule(down, up, scale)
     return Adapter(modules, bool(config.get("fan_in_fan_out")), left_out)

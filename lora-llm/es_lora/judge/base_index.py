@@ -1,6 +1,5 @@
 """The base of saved adapters: where each frozen weight lies on disk, read in blocks of rows."""
 
-import json
 import re
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from cs_fluctuation import DenseWeight
 from es_lora.files import read_text
+from es_lora.inputs.json_text import parsed_json
 
 READ_VALUES = 500_000  # of a weight that are held in float32 at once
 Key = Tuple[str, str]  # (component, layer path)
@@ -71,10 +71,28 @@ class FileWeight(DenseWeight):
         return self._norms
 
 
+def _weight_map(index: Path) -> Dict[str, str]:
+    """{tensor: file} of an index. Raises ValueError where it is damaged or names no file here."""
+    try:
+        content = parsed_json(read_text(index))
+    except ValueError as error:
+        raise ValueError(f"the base's index {index} cannot be read ({error}); fetch it again") from None
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ValueError(f"the base's index {index} has no weight_map of tensors and files; fetch it again")
+    missing = sorted({name for name in files.values() if not (index.parent / name).is_file()})
+    if missing:
+        raise FileNotFoundError(
+            f"the base's index {index} names {len(missing)} files that are not there: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}; fetch them"
+        )
+    return files
+
+
 def _model_files(folder: Path) -> List[Path]:
     """The safetensors files of a model: those of its index, of the usual name, or all."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        return sorted({folder / name for name in json.loads(read_text(index))["weight_map"].values()})
+        return sorted({folder / name for name in _weight_map(index).values()})
     for name in ("model", "diffusion_pytorch_model", "model.fp16", "diffusion_pytorch_model.fp16"):
         if (folder / f"{name}.safetensors").is_file():
             return [folder / f"{name}.safetensors"]
@@ -194,7 +212,7 @@ class Base:
             return
         downsamplers = [re.match(unet + r"input_blocks\.(\d+)\.0\.op\.", name) for name in shapes]
         numbers = [int(match[1]) for match in downsamplers if match]
-        self.layers_per_block = min(numbers) - 1 if numbers else 2
+        self.layers_per_block = max(1, min(numbers) - 1) if numbers else 2
         encoders = {
             "cond_stage_model.transformer.": "te1",
             "cond_stage_model.model.": "te1",

@@ -58,7 +58,7 @@ class Measurer:
                 missing.append(f"{key[0]} layer {key[1]}")
                 continue
             shape, wanted = self.base.shapes[found], (module.up.shape[0], module.down.flatten(1).shape[1])
-            flat = (shape[0], math.prod(shape[1:]))
+            flat = (shape[0], math.prod(shape[1:])) if shape else ()
             transposed = len(shape) == 2 and flat == wanted[::-1] and (adapter.transposed or flat != wanted)
             if not transposed and flat != wanted:
                 unfit.append(f"{key[1]} is {flat} in the base and {wanted} in the adapter")
