@@ -11,10 +11,14 @@ from pathlib import Path
 import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, create_diffusers_clip_model_from_ldm
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    create_diffusers_clip_model_from_ldm,
+)
 
 from base.files import readable
-from base.tensor_files import read_tensors
+from base.tensor_files import named, read_tensors
 
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "sd_configs"
 CONTEXT_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -79,9 +83,9 @@ def load_components(
             f"{Path(path).with_suffix('.config')}"
         )
     with readable(path):
-        parts = {"unet": UNet2DConditionModel.from_single_file(dict(tensors), subfolder="unet", **settings)}
+        parts = {"unet": _read(UNet2DConditionModel, tensors, "unet", settings)}
         if with_vae:
-            parts["vae"] = AutoencoderKL.from_single_file(dict(tensors), subfolder="vae", **settings)
+            parts["vae"] = _read(AutoencoderKL, tensors, "vae", settings)
         for name, encoder_class in encoder_classes.items():
             parts[name] = create_diffusers_clip_model_from_ldm(encoder_class, dict(tensors), subfolder=name, **settings)
     for name, part in parts.items():
@@ -122,9 +126,29 @@ def load_single_file_vae(path: str | Path, dtype: torch.dtype, family: str = "sd
         raise ValueError(f"{path} holds no VAE (no decoder.conv_in.weight); give a VAE file or a diffusers VAE folder")
     own = Path(path).with_suffix(".config")
     config = own if own.is_dir() else CONFIG_ROOT / family
-    settings = {"config": str(config), "subfolder": "vae", "torch_dtype": dtype, "local_files_only": True}
     with readable(path):
-        return AutoencoderKL.from_single_file(tensors, **settings)
+        return _read(
+            AutoencoderKL, tensors, "vae", {"config": str(config), "torch_dtype": dtype, "local_files_only": True}
+        )
+
+
+def _read(model_class, tensors, part, settings):
+    """The U-Net or VAE of a single file. Raises ValueError, by the first names, for holes in it."""
+    try:
+        return model_class.from_single_file(dict(tensors), subfolder=part, **settings)
+    except NotImplementedError as error:  # diffusers moves what it did not find
+        lacking = _lacking(model_class, tensors, part, settings["config"])
+        raise ValueError(f"{len(lacking)} tensors of the {PART_NAMES[part]} are missing: {named(lacking)}") from error
+    except KeyError as error:  # or looks for it
+        raise ValueError(f"tensors of the {PART_NAMES[part]} are missing, such as {error.args[0]}") from error
+
+
+def _lacking(model_class, tensors, part, config):
+    """The names of a U-Net or VAE that a single file does not have, as diffusers calls them."""
+    with torch.device("meta"):
+        model = model_class.from_config(model_class.load_config(config, subfolder=part))
+    convert = {"unet": convert_ldm_unet_checkpoint, "vae": convert_ldm_vae_checkpoint}[part]
+    return model.state_dict().keys() - convert(dict(tensors), dict(model.config)).keys()
 
 
 def unet_original_names(

@@ -31,6 +31,31 @@ def refuse_not_finite(source: str | Path, tensors: Mapping[str, torch.Tensor], a
         raise ValueError(f"{source}: {bad[0]} holds NaN or Inf ({len(bad)} of {len(tensors)} tensors do); {advice}")
 
 
+def named(names: Iterable[str], shown: int = 3) -> str:
+    """The first names of some, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:shown]) + (f" (and {len(names) - shown} more)" if len(names) > shown else "")
+
+
+def differences(given: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
+    """How tensors differ from those wanted, in words; empty where they are the same.
+    given, wanted: {name: shape}."""
+    lacking, foreign = wanted.keys() - given.keys(), given.keys() - wanted.keys()
+    others = [
+        f"{name} {tuple(given[name])} instead of {tuple(wanted[name])}"
+        for name in given.keys() & wanted.keys()
+        if tuple(given[name]) != tuple(wanted[name])
+    ]
+    lines = [f"it lacks {len(lacking)} of {len(wanted)} tensors: {named(lacking)}"] if lacking else []
+    lines += [f"it has {len(foreign)} that do not belong there: {named(foreign)}"] if foreign else []
+    return lines + ([f"{len(others)} have another shape: {named(others)}"] if others else [])
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
+    """{name: shape} of tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

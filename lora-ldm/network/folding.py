@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 
+from base.tensor_files import first_line
 from network.lora_file import group_modules, load_lora, rename_text_encoder
 
 if TYPE_CHECKING:
@@ -110,19 +111,30 @@ def _fold(tensors, weight, weights, lora):
         if target is None:
             problems.append(f"{name} is not in the model")
             continue
-        update = update_of(parts)
-        if update is None:
-            problems.append(f"{name} has {', '.join(sorted(parts))}, which is no LoRA, locon, loha or lokr")
-        elif update.numel() != target.numel() or update.shape[0] != target.shape[0]:
-            problems.append(f"{name} is {tuple(update.shape)}, the model's layer {tuple(target.shape)}")
+        problem = _misfit(name, parts, target)
+        if problem is None:
+            updates[name] = update_of(parts)
         else:
-            updates[name] = update
+            problems.append(problem)
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        more = f" (and {len(problems) - 3} more of {len(modules)} layers)" if len(problems) > 3 else ""
         raise ValueError(f"{lora} does not fit the model: {'; '.join(problems[:3])}{more}")
     for name, update in updates.items():
         target = weights[name]
         target.copy_(target.float() + weight * update.to(target.device).reshape(target.shape))
+
+
+def _misfit(name, parts, target):
+    """Why a module's update is none of this layer, in words; None where it is. Takes no memory."""
+    try:
+        update = update_of({part: value.to("meta") for part, value in parts.items() if part != "alpha"})
+    except (RuntimeError, IndexError, ValueError) as error:
+        return f"the parts of {name} do not fit each other ({first_line(error)})"
+    if update is None:
+        return f"{name} has {', '.join(sorted(parts))}, which is no LoRA, locon, loha or lokr"
+    if update.numel() != target.numel() or update.shape[0] != target.shape[0]:
+        return f"{name} is {tuple(update.shape)}, the model's layer {tuple(target.shape)}"
+    return None
 
 
 def _lokr_factor(parts, name):

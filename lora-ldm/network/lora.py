@@ -16,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.nn import functional
 
 from base.sd import SDModel
+from base.tensor_files import differences
 from cs_fluctuation import LoraLayer
 from network.lora_file import group_modules, load_lora, rename_text_encoder
 
@@ -220,6 +221,7 @@ def create_network(
     Raises ValueError: nothing to train, or the weights do not fit."""
     if dim_from_weights and weights is None:
         raise ValueError("--dim_from_weights needs --network_weights, the LoRA whose ranks are to be taken")
+    source = f"--network_weights {weights}" if isinstance(weights, (str, Path)) else "the LoRA"
     if isinstance(weights, (str, Path)):
         weights = load_lora(weights)[0]
     candidates = find_modules(model, train_unet, train_text_encoder, bool(conv_rank), everywhere=dim_from_weights)
@@ -231,19 +233,39 @@ def create_network(
         weights = rename_modules(weights, candidates)
     if dim_from_weights:
         sizes = sizes_from_weights(weights)
-        unknown = sorted(set(sizes) - {name for _, _, name, _ in candidates})
-        if unknown and train_unet and train_text_encoder:
-            raise ValueError(f"the LoRA has {len(unknown)} modules that this model lacks, the first is {unknown[0]}")
     else:
         rank = 4 if rank is None else rank  # kohya's default
         linear = (rank, float(alpha or rank))
         convolution = (conv_rank, float(conv_alpha or conv_rank)) if conv_rank else None
         sizes = {name: linear if _is_pointwise(layer) else convolution for _, _, name, layer in candidates}
-    modules = _inject(model, candidates, {name: size for name, size in sizes.items() if size})
+    sizes = {name: size for _, _, name, _ in candidates if (size := sizes.get(name))}
+    if weights is not None:
+        weights = _of_trained(weights, sizes, model, candidates, source)
+    modules = _inject(model, candidates, sizes)
     network = LoraNetwork(modules, dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     if weights is not None:
-        network.load_tensors({key: value for key, value in weights.items() if key.partition(".")[0] in sizes})
+        network.load_tensors(weights)
     return network
+
+
+def _of_trained(weights, sizes, model, candidates, source):
+    """The weights of what is trained, which must be all of it; whole untrained parts are left out.
+    Raises ValueError, by the first names, for layers that lack, and for those that fit none."""
+    given = list(group_modules(weights))
+    trained_parts = {component for component, _, _, _ in candidates}
+    others = [entry for entry in find_modules(model, everywhere=True) if entry[0] not in trained_parts]
+    left_out = {name for _, _, name, _ in others}
+    known = rename_modules(weights, candidates + others)
+    problems = differences(
+        {name: () for name in group_modules(known) if name not in left_out}, {name: () for name in sizes}
+    )
+    if problems:
+        words = "; ".join(problems).replace("tensors", "layers")
+        fix = "train the parts that it has (--network_train_unet_only), or --dim_from_weights takes its layers"
+        raise ValueError(
+            f"{source} does not fit this network of {len(sizes)} layers, it has {len(given)}: {words}; {fix}"
+        )
+    return {key: value for key, value in known.items() if key.partition(".")[0] in sizes}
 
 
 def create_network_beside(model: SDModel, network: LoraNetwork, adapter: str, rank: int) -> LoraNetwork:

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from base.files import read_json
-from base.tensor_files import LEGACY_HASH_LENGTH_BYTES, LEGACY_HASH_OFFSET_BYTES, read_tensors
+from base.tensor_files import LEGACY_HASH_LENGTH_BYTES, LEGACY_HASH_OFFSET_BYTES, named, read_tensors
 from es_lora.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def save_lora(
 
 def load_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a LoRA as ({kohya key: tensor}, metadata); diffusers' and PEFT's keys are renamed.
-    Raises FileNotFoundError: no such file; ValueError: damaged, empty, or no LoRA."""
+    Raises FileNotFoundError: no such file; ValueError: damaged, empty, no LoRA, or half of one."""
     path = Path(path)
     path = path / PEFT_FILE if path.is_dir() else path
     tensors = {_with_part(name): value for name, value in _without_embeddings(path, read_tensors(path)).items()}
@@ -78,7 +78,32 @@ def load_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     if not any(name.startswith("lora_") for name in tensors):
         first = next(iter(tensors), "no tensors")
         raise ValueError(f"{path} is not a LoRA of kohya's or diffusers' naming (its first key: {first})")
+    _refuse_half(path, tensors)
     return tensors, metadata
+
+
+def _refuse_half(path, tensors):
+    """Raise ValueError, by the first names, where modules lack a part of what makes an update."""
+    modules = group_modules(tensors)
+    missing = [f"{name}.{part}" for name, parts in modules.items() for part in _missing_parts(set(parts))]
+    if missing:
+        lack = f"{path} is not whole: of {len(modules)} layers, {len(missing)} tensors are missing: {named(missing)}"
+        raise ValueError(f"{lack}; copy or download it again")
+    alphas = [name for name, value in tensors.items() if name.endswith(".alpha") and value.numel() != 1]
+    if alphas:
+        raise ValueError(f"{path}: {len(alphas)} alphas are not one number: {named(alphas)}; download it again")
+
+
+def _missing_parts(parts):
+    """The parts that a module lacks; none for kinds that are not known here."""
+    if any(part.startswith("hada_") for part in parts):
+        return sorted({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} - parts)
+    if any(part.startswith("lokr_") for part in parts):
+        halves = [name for name in ("lokr_w1", "lokr_w2") if name not in parts]
+        return [f"{name}_{side}" for name in halves for side in "ab" if f"{name}_{side}" not in parts]
+    if any(part.startswith("lora_") for part in parts) or parts <= {"alpha", "dora_scale"}:
+        return sorted({"lora_down.weight", "lora_up.weight"} - parts)
+    return []
 
 
 def _without_embeddings(path, tensors):

@@ -15,10 +15,11 @@ from lycoris.kohya import LycorisNetworkKohya, create_network_from_weights
 from lycoris.kohya import create_network as create_lycoris
 
 from base.sd import SDModel
+from base.tensor_files import differences
 from cs_fluctuation import LoraLayer
 from es_lora.weights import DenseUpdateLayer, without_dropout
 from network.lora import RANK_ADVICE
-from network.lora_file import load_lora, rename_text_encoder
+from network.lora_file import group_modules, load_lora, rename_text_encoder
 
 MEASURABLE = ("LoConModule", "LohaModule", "LokrModule")
 ALGORITHMS = "lora locon loha lokr dylora glora full diag-oft boft ia3 tlora".split()
@@ -163,9 +164,9 @@ def create_lycoris_network(
     network_args: the texts of --network_args, ``["algo=loha", "conv_dim=4", ...]``.
     weights: a LyCORIS file or its tensors; dim_from_weights: build the layers after them.
     Raises ValueError: an unknown option or algorithm, nothing to train, weights of others."""
-    options = parse_lycoris_args(network_args)
+    options, source = parse_lycoris_args(network_args), "the file"
     if isinstance(weights, (str, Path)):
-        weights = load_lora(weights)[0]
+        source, weights = f"--network_weights {weights}", load_lora(weights)[0]
     text_encoders = model.text_encoders if len(model.text_encoders) > 1 else model.text_encoders[0]
     text_encoders = text_encoders if train_text_encoder else None
     if dim_from_weights:
@@ -177,14 +178,27 @@ def create_lycoris_network(
     for module in network.text_encoder_loras + network.unet_loras:
         module.lora_name = _file_name(names.get(module.lora_name, module.lora_name))
     network.apply_to(text_encoders, model.unet, text_encoders is not None, train_unet)
+    if weights is not None:
+        weights = {_file_name(name): value for name, value in weights.items()}
+        weights = rename_text_encoder(weights, [module.lora_name for module in network.loras])
+        _refuse_other_layers(network, weights, source)
     if not network.loras:
         raise ValueError(
             "no layer to train: the U-Net and the text encoder are both switched off, or have no such layers"
         )
     wrapped = LycorisNetwork(network)
     if weights is not None and not dim_from_weights:
-        wrapped.load_tensors({_file_name(name): value for name, value in weights.items()})
+        wrapped.load_tensors(weights)
     return wrapped
+
+
+def _refuse_other_layers(network, weights, source):
+    """Raise ValueError, by the first names, where a file has other layers than are trained."""
+    trained = {module.lora_name: () for module in network.loras}
+    problems = differences({name: () for name in group_modules(weights)}, trained)
+    if problems:
+        words = "; ".join(problems).replace("tensors", "layers")
+        raise ValueError(f"{source} does not fit this LyCORIS network of {len(trained)} layers: {words}{RANK_ADVICE}")
 
 
 def parse_lycoris_args(arguments: Sequence[str] | None) -> dict[str, Any]:

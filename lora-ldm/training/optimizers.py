@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from es_lora.command_line import nearest
+from es_lora.weights import is_finite
 from settings.key_values import key_values
 
 # Name in lower case -> package, class, settings that the name stands for.
@@ -71,6 +72,33 @@ class Optimization:
             self.scheduler.step()
         self.prepared.zero_grad(set_to_none=True)
 
+    def state(self) -> dict[str, Any]:
+        """All that `load` needs: whose state it is, and of which weights."""
+        optimizer = self.prepared.state_dict()
+        about = {"class": _class_name(self.raw), "shapes": [list(weight.shape) for weight in self.parameters]}
+        about["entries"] = len(optimizer["state"])
+        return {"optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "about": about}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`. Raises ValueError where it is of another optimizer or weights, or
+        not whole."""
+        optimizer, own, about = state["optimizer"], self.prepared.state_dict(), state.get("about", {})
+        entries = optimizer["state"]
+        if about.get("class", _class_name(self.raw)) != _class_name(self.raw):
+            raise ValueError(f"of the optimizer {about['class']}, this is {_class_name(self.raw)}")
+        if about.get("shapes", shapes := [list(weight.shape) for weight in self.parameters]) != shapes:
+            raise ValueError("of weights of another shape")
+        if about.get("entries", len(entries)) != len(entries):
+            raise ValueError(f"of {about['entries']} weights, {about['entries'] - len(entries)} have no state")
+        bad = [key for key, entry in entries.items() if not all(map(is_finite, _tensors_in(entry)))]
+        if bad:
+            raise ValueError(f"{len(bad)} of {len(entries)} weights have NaN or Inf in their state")
+        for saved, group in zip(optimizer["param_groups"], own["param_groups"]):
+            _refuse_lacking("group of the optimizer", saved, group)
+        _refuse_lacking("scheduler", state["scheduler"], self.scheduler.state_dict())
+        self.prepared.load_state_dict(optimizer)
+        self.scheduler.load_state_dict(state["scheduler"])
+
     @contextlib.contextmanager
     def weights_to_use(self) -> Iterator[None]:
         """Within it parameters are those to measure and save: schedule-free optimizers average."""
@@ -79,6 +107,25 @@ class Optimization:
         yield
         if is_schedule_free(self.raw):
             self.raw.train()
+
+
+def _class_name(optimizer):
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def _tensors_in(entry):
+    return [value for value in entry.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def _refuse_lacking(what, saved, own):
+    """Raise ValueError where saved values lack, or are of another kind than the object's own."""
+    lacking = sorted(own.keys() - saved.keys())
+    if lacking:
+        raise ValueError(f"the {what} lacks {', '.join(lacking)}")
+    for name, value in own.items():
+        numbers = isinstance(value, (int, float)) and isinstance(saved[name], (int, float))
+        if value is not None and saved[name] is not None and not numbers and type(saved[name]) is not type(value):
+            raise ValueError(f"the {what} has a {name} of another kind")
 
 
 def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:

@@ -3,9 +3,12 @@
 A state is a folder: lora.safetensors, optimizer.pt (tensors and numbers only), random-RANK.pt,
 progress.json, files of the early-stop monitor and the shadows. It appears whole or not at all."""
 
+import contextlib
 import json
+import math
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -15,7 +18,8 @@ from safetensors.torch import save_file
 
 from base.files import read_json, readable
 from base.random_state import random_state, restore_random_state
-from base.tensor_files import read_tensors
+from base.tensor_files import differences, first_line, read_tensors, shapes_of
+from es_lora.command_line import is_out_of_memory
 from es_lora.files import flush, replace_folder
 from es_lora.monitor import EarlyStopMonitor
 from training.optimizers import Optimization
@@ -24,6 +28,7 @@ from training.shadows import ShadowNetworks
 
 SHADOWS_NAME = "shadows.safetensors"
 FORMAT = "es-lora-ldm-state/1"
+LARGEST_COUNT = 2**53  # of steps and losses; above it a float does not count on
 
 
 @dataclass
@@ -79,8 +84,7 @@ def save_state(
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.tensors().items()}
         save_file(tensors, aside / "lora.safetensors")
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        optimizer, scheduler = optimization.prepared.state_dict(), optimization.scheduler.state_dict()
-        torch.save(_plain({"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}), aside / "optimizer.pt")
+        torch.save(_plain({**optimization.state(), "scaler": scaler}), aside / "optimizer.pt")
         content = {"format": FORMAT, "processes": processes.count, **asdict(progress)}
         (aside / "progress.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         if monitor is not None:
@@ -110,8 +114,18 @@ def read_progress(folder: Union[str, Path]) -> Progress:
     if content.pop("format", None) != FORMAT:
         raise ValueError(f"--resume {folder}: its format is not {FORMAT}")
     content.pop("processes", None)
-    with readable(file):
-        return Progress(**content)
+    kinds = {field.name: (int, float) if field.type is float else (int,) for field in fields(Progress)}
+    problems = [f"it lacks {name}" for name in sorted(kinds.keys() - content.keys())]
+    problems += [f"{name} is not known" for name in sorted(content.keys() - kinds.keys())]
+    for name in kinds.keys() & content.keys():
+        value = content[name]
+        is_number = isinstance(value, kinds[name]) and not isinstance(value, bool) and math.isfinite(value)
+        least = {"steps_per_epoch": 1}.get(name, -math.inf if name.endswith("loss_sum") else 0)
+        if not is_number or not least <= value < LARGEST_COUNT:
+            problems.append(f"{name} is {value!r:.40}")
+    if problems:
+        raise ValueError(f"--resume {folder}: progress.json is damaged: {'; '.join(problems)}; use an earlier state")
+    return Progress(**content)
 
 
 def load_state(
@@ -122,28 +136,52 @@ def load_state(
     shadows: Optional[ShadowNetworks],
 ) -> None:
     """Put weights, optimizer, scheduler, shadows, random states back; Progress is read before.
-    Raises ValueError where network, optimizer, shadows or number of processes differ."""
+    Raises ValueError where a file lacks or is damaged, or where network, optimizer, shadows or
+    number of processes differ."""
     folder, accelerator = Path(folder), processes.accelerator
-    own = folder / f"random-{processes.rank}.pt"
     saved = read_json(folder / "progress.json").get("processes")
     if saved != processes.count:
         raise ValueError(f"--resume {folder}: saved by {saved} processes, this run has {processes.count}")
-    network.load_tensors(read_tensors(folder / "lora.safetensors"))
-    with readable(folder / "optimizer.pt"):
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    try:
-        optimization.prepared.load_state_dict(state["optimizer"])
-        optimization.scheduler.load_state_dict(state["scheduler"])
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"--resume {folder}: saved with another optimizer, scheduler or network ({error})") from error
-    if accelerator.scaler is not None and state["scaler"] is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    files = ["lora.safetensors", "optimizer.pt", f"random-{processes.rank}.pt"]
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"--resume {folder}: it lacks {', '.join(missing)}; use an earlier state")
+    tensors, live = read_tensors(folder / "lora.safetensors"), network.tensors()
+    problems = differences(shapes_of(tensors), shapes_of(live))
+    if problems:
+        fix = "use the base, rank, modules and --network_args that the run began with"
+        raise ValueError(f"--resume {folder}: lora.safetensors does not fit this network: {'; '.join(problems)}; {fix}")
+    network.load_tensors(tensors)
+    state = _read_pickle(folder / "optimizer.pt")
+    with fits(folder, "optimizer or scheduler"):
+        optimization.load(state)
+        if accelerator.scaler is not None and state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
     if shadows is not None:
         if not (folder / SHADOWS_NAME).is_file():
             raise ValueError(f"--resume {folder}: that run had no shadows; resume without --shadows, or start anew")
-        shadows.training.load_state_tensors(read_tensors(folder / SHADOWS_NAME))
-    with readable(own):
-        restore_random_state(torch.load(own, map_location="cpu", weights_only=True))
+        with fits(folder, "shadows"):
+            shadows.training.load_state_tensors(read_tensors(folder / SHADOWS_NAME))
+    with readable(folder / files[-1]):
+        restore_random_state(_read_pickle(folder / files[-1]))
+
+
+@contextlib.contextmanager
+def fits(folder: Path, what: str) -> Iterator[None]:
+    """Whatever a part of a state is not taken for is a ValueError that names the state."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        message = f"saved with another {what}, network or data, or damaged ({first_line(error)})"
+        raise ValueError(f"--resume {folder}: {message}") from error
+
+
+def _read_pickle(file):
+    """The content of a pickle of tensors and plain values, no code."""
+    with readable(file):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _plain(value):

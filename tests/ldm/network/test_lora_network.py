@@ -11,7 +11,7 @@ from base.sd import SDModel  # noqa: E402
 from base.single_file import CONFIG_ROOT  # noqa: E402
 from cs_fluctuation import mean_cosine  # noqa: E402
 from network.lora import create_network, find_modules, parse_network_args  # noqa: E402
-from network.lora_file import save_lora  # noqa: E402
+from network.lora_file import load_lora, save_lora  # noqa: E402
 
 
 @pytest.fixture
@@ -143,7 +143,8 @@ def test_a_handmade_kohya_file_loads_with_its_alpha(model, tmp_path):
     }
     path = tmp_path / "made_elsewhere.safetensors"
     save_lora(path, tensors)
-    network = create_network(model, rank=2, alpha=1, weights=path)
+    network = create_network(model, rank=2, alpha=1)
+    network.load_tensors(load_lora(path)[0])
     for module in network.modules:
         if module.name == linear:
             update = module.alpha / module.rank * module.up @ module.down

@@ -242,3 +242,95 @@ def test_a_state_that_is_damaged_is_one_message(base, images, tmp_path, capsys):
     weights = load_file(state / "lora.safetensors")
     save_file({**weights, FIRST: weights[FIRST] * float("nan")}, state / "lora.safetensors")
     refused(lambda: run(base, images, tmp_path / "more", **again), capsys, FIRST, "NaN or Inf")
+
+
+PARTS = (".lora_down.weight", ".lora_up.weight")
+HALVES = {
+    "no down": (lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(PARTS[0])}, "lora_down.weight"),
+    "no up": (lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(PARTS[1])}, "lora_up.weight"),
+    "only alphas": (lambda tensors: {k: v for k, v in tensors.items() if k.endswith("alpha")}, "lora_down.weight"),
+    "one part gone": (lambda tensors: {k: v for k, v in tensors.items() if k != FIRST}, FIRST),
+    "alpha of three": (lambda t: {**t, FIRST.replace("lora_up.weight", "alpha"): torch.ones(3)}, "not one number"),
+}
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_a_lora_is_refused_everywhere_by_name_and_count(base, images, lora, tmp_path, capsys, kind):
+    edit, word = HALVES[kind]
+    path = str(tmp_path / "half.safetensors")
+    save_file(edit(lora), path)
+    count = 1 if kind in ("one part gone", "alpha of three") else len(lora) // 3 * (2 if kind == "only alphas" else 1)
+    words = "half.safetensors", word, str(count)
+    for name in ("merge_lora", "sample_images"):
+        refused(tools(base, base, path, tmp_path)[name], capsys, *words)
+    for more in ({}, {"dim_from_weights": True}, {"network_module": "lycoris.kohya"}):
+        refused(lambda more=more: run(base, images, tmp_path / "out", network_weights=path, **more), capsys, *words)
+    with pytest.raises(ValueError, match="half.safetensors"), lora_applied(load_base_model(base), path):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["half.safetensors"]
+
+
+def strangers(tensors, share):
+    names = sorted({key.partition(".")[0] for key in tensors})
+    chosen = set(names[: int(len(names) * share)])
+    return {("lora_unet_nope_" + key if key.partition(".")[0] in chosen else key): v for key, v in tensors.items()}
+
+
+def layers(tensors, keep):
+    names = sorted({key.partition(".")[0] for key in tensors})
+    return {key: value for key, value in tensors.items() if keep(names.index(key.partition(".")[0]))}
+
+
+MISFITS = {
+    "foreign names": (lambda tensors: strangers(tensors, 1), ["do not belong there", "lora_unet_nope_", "it lacks"]),
+    "half foreign": (lambda tensors: strangers(tensors, 0.5), ["do not belong there", "lora_unet_nope_"]),
+    "every second layer": (lambda tensors: layers(tensors, lambda number: number % 2), ["it lacks", "of 28 layers"]),
+    "one layer gone": (lambda tensors: layers(tensors, lambda number: number), ["it lacks 1 of 28 layers"]),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_weights_to_start_from_must_be_those_of_the_network(base, images, lora, tmp_path, capsys, kind):
+    edit, words = MISFITS[kind]
+    count = len(lora) // 3
+    words = [word.replace("28", str(count)) for word in words]
+    path = str(tmp_path / "misfit.safetensors")
+    save_file(edit(lora), path)
+    flags = {"network_weights": path, "network_dim": 2, "network_alpha": 2}
+    refused(lambda: run(base, images, tmp_path / "out", **flags), capsys, "misfit.safetensors", *words)
+    if "foreign" in kind:
+        refused(lambda: run(base, images, tmp_path / "out", **flags, dim_from_weights=True), capsys, "misfit", "nope")
+        lycoris = {**flags, "network_module": "lycoris.kohya", "dim_from_weights": True}
+        refused(lambda: run(base, images, tmp_path / "out", **lycoris), capsys, "misfit", "nope")
+        for name in ("merge_lora", "sample_images"):
+            refused(tools(base, base, path, tmp_path)[name], capsys, "misfit", "nope", f"more of {count} layers")
+    else:
+        assert run(base, images, tmp_path / "out", **flags, dim_from_weights=True, max_train_steps=1) == 0
+
+
+def test_a_part_that_is_not_trained_is_left_out_of_the_weights_to_start_from(base, images, lora, tmp_path):
+    save_lora(tmp_path / "both.safetensors", lora)
+    flags = {"network_weights": str(tmp_path / "both.safetensors"), "network_dim": 2, "network_alpha": 2}
+    assert run(base, images, tmp_path / "out", **flags, network_train_unet_only=True, max_train_steps=1) == 0
+    assert all(key.startswith("lora_unet_") for key in load_lora(tmp_path / "out/lora.safetensors")[0])
+
+
+def test_an_update_of_another_shape_is_refused_before_it_is_made(base, lora, tmp_path, capsys):
+    down, up = torch.ones(1, 3_000_000), torch.ones(3_000_000, 1)  # 36 TB as a product
+    name = FIRST.removesuffix(".lora_up.weight")
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "huge.safetensors")
+    mixed = {f"{name}.lora_down.weight": torch.ones(2, 16), f"{name}.lora_up.weight": torch.ones(16, 3)}
+    save_file(mixed, tmp_path / "mixed.safetensors")
+    for path in ("huge", "mixed"):
+        for tool in ("merge_lora", "sample_images"):
+            work = tools(base, base, str(tmp_path / f"{path}.safetensors"), tmp_path)[tool]
+            refused(work, capsys, f"{path}.safetensors does not fit the model", name)
+
+
+@pytest.mark.parametrize("part", PREFIXES)
+@pytest.mark.parametrize("every", [2, 1000])
+def test_a_single_file_that_lacks_tensors_says_which(base, images, single_file, tmp_path, capsys, part, every):
+    names = sorted(key for key in single_file[0] if key.startswith(PREFIXES[part]))
+    gone = set(names[3::every])
+    path = write_base(single_file, tmp_path, "holes", keep=lambda key: key not in gone)
+    refused(lambda: run(path, images, tmp_path / "out"), capsys, "holes.safetensors")
