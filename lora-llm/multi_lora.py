@@ -33,12 +33,14 @@ from base.loading import compute_dtype, fit_embeddings, load_base, load_tokenize
 from base.origin import local_base
 from base.spec import BaseSpec
 from es_lora.command_line import command_line, nearest, reported, truth, without_flag
-from jobs.config import Job, read_jobs
+from es_lora.outcome import RESULT_NAME
+from jobs.config import Job, folder_key, read_jobs
 from jobs.data import JobData, prepare_job
 from jobs.loop import FusedTraining, finished_result, job_result, memory_need, refused_result
 from jobs.overview import write_overview
 from jobs.processes import Processes
 from jobs.scheduler import PASS_TOKENS, Limits, MemoryNeed, token_bytes
+from jobs.states import SavedRound, clear_ended, clear_written_aside, earlier_round, read_round
 from training.results import next_commands
 
 __all__ = ["Job", "main", "train_jobs"]
@@ -125,14 +127,29 @@ def _frozen_base(spec: BaseSpec, device: torch.device) -> tuple[Any, torch.nn.Mo
 
 def _train_the_rest(training: FusedTraining, ready: Sequence[tuple[JobData, MemoryNeed]], resume: bool) -> None:
     """Train this process's share of the jobs that no earlier run finished. Raises Interrupted."""
-    output_dir = training.output_dir
-    done = {data.job.name for data, _ in ready if resume and finished_result(output_dir / data.job.name)}
+    output_dir, names = training.output_dir, [data.job.name for data, _ in ready]
+    saved = _saved_round(training, names) if resume else None
+    done = [name for name in saved.ended if finished_result(output_dir / name)] if saved else []
     to_train = [(data, need) for data, need in ready if data.job.name not in done]
     output_dir.mkdir(parents=True, exist_ok=True)
+    if training.processes.is_first:
+        for name in done:
+            clear_ended(output_dir / name)
+        clear_written_aside(output_dir)
+    training.processes.wait()  # all have read the round before any of them saves another
     costs = [data.total_steps * data.job.batch_size * data.job.accumulation for data, _ in to_train]
     own = training.processes.own_jobs(costs)
-    if not training.train([to_train[index] for index in own], resume):
+    if not training.train([to_train[index] for index in own], saved):
         raise Interrupted(f"interrupted; everything needed to go on is saved in {output_dir}")
+
+
+def _saved_round(training: FusedTraining, names: Sequence[str]) -> SavedRound:
+    """The round that the run in the output folder goes on from, of jobs that are asked for."""
+    output_dir, processes = training.output_dir, training.processes
+    saved = processes.heard(read_round(output_dir, processes.index) or earlier_round(output_dir, names, RESULT_NAME))
+    saved.active = {name: number for name, number in saved.active.items() if name in names}
+    saved.ended = [name for name in saved.ended if name in names]
+    return saved
 
 
 def _check_run(jobs: Sequence[Job], output_dir: Path, bits: int, max_rows: int, max_jobs: int, resume: bool) -> None:
@@ -182,7 +199,7 @@ def _prepare(
     refused: list[dict[str, Any]] = []
     for job in jobs:
         try:
-            if job.name in [data.job.name for data, _ in ready]:
+            if folder_key(job.name) in [folder_key(data.job.name) for data, _ in ready]:
                 raise ValueError("another job has this name already; give each a name of its own")
             data = prepare_job(job, tokenizer, cache_dir, positions_of(base))
             need = memory_need(base, data)

@@ -61,9 +61,9 @@ class StopRule:
         if value is not None and not self.value_help:
             raise ValueError(f"the rule {self.name} has no number to set (it was given {value:g}); leave it out")
         if value is not None and not 0 < value <= MOST_VALUE:
+            bound = f"at most {MOST_VALUE}" if 0 < value < math.inf else "above 0"
             raise ValueError(
-                f"the rule {self.name} was given {value:.9g}; its number, {self.value_help}, must be above 0 and at "
-                f"most {MOST_VALUE}"
+                f"the rule {self.name} was given {value:g}; its number, {self.value_help}, must be {bound}"
             )
         self.settings = settings
         self.value = self.default_value if value is None else value

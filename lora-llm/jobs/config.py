@@ -17,8 +17,11 @@ A job's own `grid` (`[jobs.grid]`) expands that job alone; the overview names th
 
 import itertools
 import json
+import math
 import re
 import typing
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -29,6 +32,7 @@ from transformers import SchedulerType
 
 from es_lora.command_line import nearest
 from es_lora.files import read_text
+from es_lora.inputs.bounds import MOST
 from es_lora.inputs.json_text import not_too_deep, parsed_json
 from es_lora.inputs.toml_text import parsed_toml
 from es_lora.settings import StopSettings
@@ -117,13 +121,18 @@ class Job(StopKeys):
         found = []
         for name, hint in _HINTS.items():
             if not _fits(getattr(self, name), hint):
-                found.append(f"{name} = {getattr(self, name)!r}: give {_in_words(hint)}")
+                found.append(f"{name} = {getattr(self, name)!r:.80}: give {_in_words(hint)}")
         if found:
             return found  # the ranges below compare numbers
-        if not re.fullmatch(r"\w[\w.+=-]*", self.name):
-            found.append(f"name = {self.name!r}: it names a folder; use letters, digits and . _ - + = only")
+        found += name_problems(self.name)
         if not self.dataset:
             found.append("dataset is missing: give a json, jsonl, csv or tsv file, mmlu, or a hub name")
+        numbers = {name: getattr(self, name) for name in _HINTS if _is_number(getattr(self, name))}
+        found += [
+            f"{name} = {value!r:.40}: must be at most {_most(name):g}"
+            for name, value in numbers.items()
+            if abs(value) > _most(name)
+        ]
         for allowed, (names, fits) in _RANGES.items():
             wrong = [(name, getattr(self, name)) for name in names]
             found += [
@@ -136,6 +145,11 @@ class Job(StopKeys):
         return found + self.stop_settings()[1]
 
 
+# Stems of what the run writes beside the folders of its jobs, and names that Windows keeps.
+OWN_NAMES = ("overview", "states", "random_state", "con", "nul", "aux", "prn")
+MOST_TOLD = 20  # problems, in one message
+LONGEST_NAME = 200  # bytes
+MOST_JOBS = 1000  # in one run, those of all grids together
 _HINTS = {name: hint for name, hint in typing.get_type_hints(Job).items() if name not in STOP_KEYS}
 _RANGES = {  # what is allowed: (names, whether a value is); NaN is in none of them
     "at least 1": (
@@ -147,11 +161,34 @@ _RANGES = {  # what is allowed: (names, whether a value is); NaN is in none of t
     "0 or more": (("weight_decay", "max_grad_norm", "eval_dataset_size", "seed"), lambda value: value >= 0),
     "at least 0 and below 1": (("dropout", "warmup_ratio"), lambda value: 0 <= value < 1),
 }
+_MOST = {"seed": 2**32 - 1, "rank": 2**20, "epochs": MOST, "eval_dataset_size": MOST}
+LARGEST_FLOAT32 = 3.4e38
 # Schedules that need nothing but the number of warm-up and of all steps.
 SCHEDULES = [kind.value for kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.LINEAR)]
 SCHEDULES += [
     kind.value for kind in (SchedulerType.COSINE, SchedulerType.COSINE_WITH_RESTARTS, SchedulerType.POLYNOMIAL)
 ]
+
+
+def name_problems(name: str) -> list[str]:
+    """What is wrong with a job's name, which names its folder."""
+    if not re.fullmatch(r"\w[\w.+=-]*", name):
+        return [f"name = {name!r:.80}: it names a folder; use letters, digits and . _ - + = only"]
+    if len(name.encode()) > LONGEST_NAME:
+        return [f"name = {name:.40}...: it has {len(name.encode())} bytes; a folder's name may have {LONGEST_NAME}"]
+    if name.endswith(".") or folder_key(name).split(".")[0] in OWN_NAMES or re.fullmatch(r"\d+-states.*", name):
+        return [f"name = {name!r}: the run itself writes what is called so; choose another name"]
+    return []
+
+
+def _most(name: str) -> float:
+    """The largest value of a number that makes sense: of a count, of what is computed with."""
+    return _MOST.get(name, LARGEST_FLOAT32 if float in _kinds(_HINTS[name]) else MOST)
+
+
+def folder_key(name: str) -> str:
+    """What is equal for names that some disk takes for one: those that differ by case alone."""
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def _is_number(value: Any) -> bool:
@@ -189,21 +226,33 @@ def read_jobs(path: Union[str, Path]) -> list[Job]:
     problems += _unknown(defaults, [name for name in JOB_KEYS if name != "name"], "[defaults]") + _grid_problems(
         grid, "[grid]"
     )
-    jobs = []
+    wanted: list[tuple[dict[str, Any], dict[str, list]]] = []
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             problems.append(f'job {number}: give it a name = "..."')
             continue
-        where = f"job {number} ({entry['name']})"
+        where = f"job {number} ({entry['name']:.80})"
         own_grid = entry.get("grid", {})
         found = _unknown(entry, (*JOB_KEYS, "grid"), where) + _grid_problems(own_grid, f"{where}, grid")
         problems += found
-        if not found and not problems:
-            jobs += _expanded({**defaults, **entry}, {**grid, **own_grid}, path.parent)
-    problems += [f"job {job.name}: {problem}" for job in jobs for problem in job.problems()]
-    if problems:
-        raise ValueError(f"{path}: " + "; ".join(dict.fromkeys(problems)))
+        if not found:
+            wanted.append(({**defaults, **entry}, {**grid, **own_grid}))
+    _raise(path, problems)
+    count = sum(math.prod(map(len, combined.values())) for _, combined in wanted)
+    if count > MOST_JOBS:
+        problems.append(f"its grids make {count} jobs, and a run takes {MOST_JOBS} at most; give fewer values")
+    _raise(path, problems)
+    jobs = [job for values, combined in wanted for job in _expanded(values, combined, path.parent)]
+    _raise(path, [f"job {job.name:.80}: {problem}" for job in jobs for problem in job.problems()])
     return jobs
+
+
+def _raise(path: Path, problems: Sequence[str]) -> None:
+    """Raises ValueError where there are problems; of many the first few."""
+    told = list(dict.fromkeys(problems))
+    if told:
+        more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
+        raise ValueError(f"{path}: " + "; ".join([*told[:MOST_TOLD], *more]))
 
 
 JOB_KEYS = [entry.name for entry in fields(Job)]
@@ -260,7 +309,7 @@ def _grid_problems(grid: Any, where: str) -> list[str]:
         return [f"{where}: give lists of values, such as rank = [8, 32]"]
     problems = _unknown(grid, [name for name in JOB_KEYS if name not in ("name", "group")], where)
     empty = [key for key, values in grid.items() if not isinstance(values, list) or not values]
-    return problems + [f"{where}: {key} = {grid[key]!r}: give a list of values" for key in empty]
+    return problems + [f"{where}: {key} = {grid[key]!r:.80}: give a list of values" for key in empty]
 
 
 def _expanded(entry: dict[str, Any], grid: dict[str, list], folder: Path) -> list[Job]:

@@ -5,26 +5,28 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from adapters.fused_lora import FusedLora
 from base.layers import linear_layers, linear_shape, lora_target_names
 from es_lora.command_line import NotedSignals, told
 from es_lora.files import read_text, write_text_whole
+from es_lora.inputs.json_text import parsed_json
 from es_lora.outcome import RESULT_FORMAT, RESULT_NAME
 from jobs.config import Job
 from jobs.data import Example, JobData, collate
 from jobs.processes import KnownToAll, Processes
-from jobs.run import STATE_NAME, JobRun
+from jobs.run import JobRun
 from jobs.scheduler import LORA_BYTES, JobQueue, Limits, MemoryNeed, split_round, waiting_order
+from jobs.states import SavedRound, forget_states, state_folder
 from training.losses import row_losses
 
-RANDOM_STATE = "random_state.safetensors"
+SAVING_SHARE = 0.05  # of the time, that saving after the end of a job may take
 FAILED_NAME = "failed.json"  # in the folder of a job that ended by a failure of its own
 
 
@@ -69,28 +71,37 @@ class FusedTraining:
         self.active: list[tuple[JobRun, MemoryNeed]] = []
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.passes = 0
+        self.round = SavedRound()  # what a resumed run goes on from
+        self._ended: list[Path] = []  # folders of jobs that have ended since that was saved
+        self._saving_seconds = 0.0
 
-    def train(self, jobs: Sequence[tuple[JobData, MemoryNeed]], resume: bool = False) -> bool:
-        """Train all; False where Ctrl-C or SIGTERM ended it, with every state saved."""
+    def train(self, jobs: Sequence[tuple[JobData, MemoryNeed]], saved: Optional[SavedRound] = None) -> bool:
+        """Train all; False where Ctrl-C or SIGTERM ended it, with every state saved.
+
+        saved: the round to go on from; None: a new run."""
+        self.round = saved or SavedRound()
         order = waiting_order([data.job.priority for data, _ in jobs])
         # What had begun before an interruption goes on before anything new, as it would have.
-        order.sort(key=lambda index: not (resume and self._has_state(jobs[index][0])))
+        order.sort(key=lambda index: jobs[index][0].job.name not in self.round.active)
         queue = JobQueue(self.limits, [jobs[index] for index in order])
-        if resume:
-            self._restore_random_state()
+        if saved is not None:
+            self._go_on(saved)
+        else:
+            self._save_all()  # so that what ends before the first state is known to belong to no round
         self.base.train()
         saved_at = time.monotonic()
         try:
             with NotedSignals() as signals:
                 while True:
                     for data, need in queue.admit([need for _, need in self.active]):
-                        self._try(data.job, partial(self._start, data, need, resume))
+                        self._try(data.job, partial(self._start, data, need))
                     if not self.active:
+                        self._save_all()
                         return True
                     self._round()
                     self._end_jobs()
                     stop = self.processes.any(signals.interrupted)
-                    if stop or time.monotonic() - saved_at > self.save_seconds:
+                    if stop or self._is_to_save(time.monotonic() - saved_at):
                         self._save_all()
                         saved_at = time.monotonic()
                     if stop:
@@ -103,20 +114,18 @@ class FusedTraining:
     def _folder(self, data: JobData) -> Path:
         return self.output_dir / data.job.name
 
-    def _has_state(self, data: JobData) -> bool:
-        return any(self._folder(data).glob(f"state-*/{STATE_NAME}"))
-
-    def _start(self, data: JobData, need: MemoryNeed, resume: bool) -> None:
-        resumed = resume and self._has_state(data)
-        if resume and not resumed and self.processes.writes:
-            shutil.rmtree(self._folder(data), ignore_errors=True)  # begun, and killed before anything was saved
+    def _start(self, data: JobData, need: MemoryNeed) -> None:
+        number = self.round.active.get(data.job.name)
+        if number is None and self.processes.writes:
+            shutil.rmtree(self._folder(data), ignore_errors=True)  # begun after the round that the run goes on from
         (self._folder(data) / FAILED_NAME).unlink(missing_ok=True)
-        run = JobRun(data, self.fused, self._folder(data), self.processes, self.facts, self.score, resumed)
+        state = None if number is None else state_folder(self._folder(data), number)
+        run = JobRun(data, self.fused, self._folder(data), self.processes, self.facts, self.score, state)
         self.active.append((run, need))
         budget = f"{data.total_steps} steps of {len(data.train)} examples from {data.source}"
-        begins = f"goes on from step {run.step}" if resumed else f"starts; budget {budget}"
+        begins = f"starts; budget {budget}" if state is None else f"goes on from step {run.step}"
         self.say(f"{data.job.name}: {begins}.")
-        for notice in data.notices if not resumed else ():
+        for notice in data.notices if state is None else ():
             self.say(f"{data.job.name}: {notice}")
         run.score_start()
 
@@ -127,6 +136,9 @@ class FusedTraining:
 
     def _finish(self, run: JobRun) -> None:
         result = run.finish(run.data.tokenizer.save_pretrained)
+        self.round.active.pop(run.job.name, None)
+        self.round.ended.append(run.job.name)
+        self._ended.append(run.folder)
         if result:
             self.say(f"{result['name']}: {result['verdict']}")
             self.ended(result)
@@ -243,20 +255,44 @@ class FusedTraining:
 
     # -------------------------------------------------------------------------------------- states
 
-    def _random_state_file(self) -> Path:
-        return self.output_dir / (
-            RANDOM_STATE if self.processes.index == 0 else f"{self.processes.index}-{RANDOM_STATE}"
-        )
+    def _is_to_save(self, seconds: float) -> bool:
+        """Whether to save now, so long after the last time. The end of a job is a moment for it,
+        where that costs little: what has ended is not trained once more after a kill."""
+        cheap = self._saving_seconds < SAVING_SHARE * seconds
+        return seconds > self.save_seconds or (bool(self._ended) and cheap)
 
     def _save_all(self) -> None:
-        for run, _ in self.active:
-            run.save()
+        """Save the round of all jobs: their states first, then the file that names them, and only
+        then what came before is deleted."""
+        started = time.monotonic()
+        numbers = [(run, run.save()) for run, _ in self.active]
+        written = [(run, number) for run, number in numbers if number is not None]
+        self.round.active.update({run.job.name: number for run, number in written})
         # A base with dropout of its own draws from the global random state.
-        save_file({"cpu": torch.get_rng_state()}, str(self._random_state_file()))
+        self.round.random, self.round.passes = torch.get_rng_state().tolist(), self._cut_by()
+        self.round.write(self.output_dir, self.processes.index)
+        for run, number in written:
+            run.forget_older(number)
+        while self._ended and self.processes.writes:
+            forget_states(self._ended.pop())
+        self._ended.clear()
+        self._saving_seconds = time.monotonic() - started
 
-    def _restore_random_state(self) -> None:
-        if self._random_state_file().is_file():
-            torch.set_rng_state(load_file(str(self._random_state_file()))["cpu"])
+    def _cut_by(self) -> dict[str, Any]:
+        """What decides whose rows share a pass."""
+        return {**asdict(self.limits), "processes": self.processes.count, "together": self.processes.together}
+
+    def _go_on(self, saved: SavedRound) -> None:
+        """Draw random numbers as before, and say where the passes may be others than before."""
+        if saved.random:
+            torch.set_rng_state(torch.tensor(saved.random, dtype=torch.uint8))
+        spread = self.processes.count > 1 and not self.processes.together
+        if saved.active and (spread or saved.passes != self._cut_by()):
+            why = "jobs are spread over processes anew" if spread else "the bounds of a pass are others, or not known"
+            self.say(
+                f"Going on: {why}, so that rows of other jobs may share a pass. The results may differ in their last "
+                "bits from those of a run that was not interrupted."
+            )
 
 
 def refused_result(job: Job, reason: str) -> dict[str, Any]:
@@ -267,7 +303,7 @@ def refused_result(job: Job, reason: str) -> dict[str, Any]:
 def job_result(folder: Path) -> dict[str, Any]:
     """The result of a job that has ended, or the reason that it could not be trained."""
     failed = folder / FAILED_NAME
-    return json.loads(read_text(failed)) if failed.is_file() else finished_result(folder)
+    return parsed_json(read_text(failed)) if failed.is_file() else finished_result(folder)
 
 
 def finished_result(folder: Path) -> Optional[dict[str, Any]]:
@@ -275,8 +311,11 @@ def finished_result(folder: Path) -> Optional[dict[str, Any]]:
     file = folder / RESULT_NAME
     if not file.is_file():
         return None
-    result = json.loads(file.read_text(encoding="utf-8"))
-    if result.get("format") != RESULT_FORMAT:
+    try:
+        result = parsed_json(read_text(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete its folder to train this job anew") from None
+    if not isinstance(result, dict) or result.get("format") != RESULT_FORMAT:
         raise ValueError(
             f"{file} is of an earlier version: end that run with it, or start anew in another --output_dir"
         )

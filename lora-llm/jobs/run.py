@@ -6,7 +6,6 @@ clipped, the schedule moves a step, CS is measured, and a decision stops this jo
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,13 +22,13 @@ from es_lora.files import write_text_whole, write_whole
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.hugging_face.processes import DIVERGED, GO_ON, STOP
 from es_lora.monitor import EarlyStopMonitor
-from es_lora.outcome import Outcome, in_order
+from es_lora.outcome import RESULT_NAME, Outcome, in_order
 from es_lora.weights import refuse_nonfinite, stored_tensors
 from jobs.data import COMPONENT, Example, JobData
 from jobs.processes import Processes
+from jobs.states import STATE_NAME, clear_written_aside, forget_states, state_folder, state_folders, state_number
 from training.results import PACKAGES, write_run_report
 
-STATE_NAME = "job_state.json"  # written last: where it is, the state is whole
 TENSORS_NAME = "job_state.safetensors"
 Score = Callable[[str, Sequence[Example]], float]  # (adapter, held-out examples) -> mean loss a token
 
@@ -38,8 +37,8 @@ class JobRun:
     """A job whose turn it is.
 
     folder: where it leaves everything. facts: of the whole run (base, bits), for its files.
-    score: gives the held-out loss of the adapter as it is. resumed: go on from the state that
-    save() left in the folder. Raises ValueError for target modules that the base does not have,
+    score: gives the held-out loss of the adapter as it is. state: the folder of a state that save()
+    left, to go on from. Raises ValueError for target modules that the base does not have,
     FileExistsError where the folder holds another run."""
 
     def __init__(
@@ -50,7 +49,7 @@ class JobRun:
         processes: Processes,
         facts: dict[str, Any],
         score: Score,
-        resumed: bool = False,
+        state: Optional[Path] = None,
     ):
         job = data.job
         self.data, self.job, self.folder, self.fused, self.score = data, job, folder, fused, score
@@ -75,8 +74,10 @@ class JobRun:
         self.seconds, self.ended_as, self.diverged = 0.0, None, None
         self.heldout: dict[str, Optional[float]] = {}
         self._loss, self._measured_step = 0.0, 0
-        state = self._newest_state() if resumed else None
         if state is not None:
+            if processes.writes:
+                clear_written_aside(folder)
+                (folder / RESULT_NAME).unlink(missing_ok=True)  # it had ended after this state
             fix = f"delete the folder {folder} to train this job anew"
             refuse_nonfinite(stored_tensors(state / TENSORS_NAME), state / TENSORS_NAME, fix)
         self.monitor = self._open_monitor(state) if processes.writes else None
@@ -248,30 +249,21 @@ class JobRun:
         outcome.seconds, outcome.seed = self.seconds, self.job.seed
         outcome.extra = {"name": self.job.name, "group": self.job.group}
         settings = {**asdict(self.job), **self.facts}
-        result = outcome.write(self.folder, settings, PACKAGES)
-        self.monitor.close()
         write_run_report(self.folder, outcome, settings)
-        for state in self._states():
-            shutil.rmtree(state)
+        result = outcome.write(self.folder, settings, PACKAGES)  # last: where it is, all is there
+        self.monitor.close()
         return result
 
     # ---------------------------------------------------------------------- interrupted and resumed
 
-    def _states(self) -> list[Path]:
-        """Folders of saved states, whole or not, oldest first."""
-        return sorted(self.folder.glob("state-*"), key=lambda path: int(path.name.split("-")[1]))
-
-    def _newest_state(self) -> Optional[Path]:
-        whole = [path for path in self._states() if (path / STATE_NAME).is_file()]
-        return whole[-1] if whole else None
-
-    def save(self) -> None:
-        """All that a resumed run needs, in a folder of its own; older ones go when it is whole."""
+    def save(self) -> Optional[int]:
+        """All that a resumed run needs, in a folder of its own; -> its number, None where another
+        process writes it. The states before it stay: `forget_older`."""
         if self.monitor is None:
-            return
-        older = self._states()
-        number = int(older[-1].name.split("-")[1]) + 1 if older else 1
-        folder = self.folder / f"state-{number}"
+            return None
+        older = state_folders(self.folder)
+        number = state_number(older[-1]) + 1 if older else 1
+        folder = state_folder(self.folder, number)
         self.monitor.save_state(folder)
         tensors = {f"weight.{name}": tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
         for index, parameter in enumerate(self.parameters):
@@ -284,9 +276,13 @@ class JobRun:
         state = {**numbers, "passes": self.adapter.passes, "schedule": self.schedule.state_dict()}
         state["schedule"].pop("lr_lambdas", None)
         write_text_whole(folder / STATE_NAME, json.dumps(state))
+        return number
+
+    def forget_older(self, number: int) -> None:
+        """Delete the states before that one: the run as a whole now goes on from it."""
+        folder = state_folder(self.folder, number)
         self.monitor.state_saved(folder)
-        for path in older:
-            shutil.rmtree(path)
+        forget_states(self.folder, but=folder)
 
     _NUMBERS = ("step", "epoch", "micro_step", "seconds", "heldout", "_loss", "_measured_step")
 
