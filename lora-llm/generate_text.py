@@ -26,6 +26,7 @@ import torch
 from peft import PeftModel
 from transformers import TextStreamer, set_seed
 
+from adapters.fitting import check_adapters, put_adapters_on
 from adapters.folders import (
     CHAT,
     PLAIN,
@@ -36,11 +37,11 @@ from adapters.folders import (
     load_tokenizer_of,
     open_adapter,
     prompt_of,
-    put_adapters_on,
 )
 from base.layers import answer_tokens, positions_of
 from es_lora.command_line import reported
 from es_lora.files import read_text, split_lines, write_text_whole
+from es_lora.inputs.json_text import parsed_json
 from es_lora.outcome import RESULT_NAME
 from settings.checks import ABOVE_ZERO, AT_LEAST
 from settings.flags import GenerationArguments
@@ -103,7 +104,7 @@ def run_adapters(text: str) -> dict[str, AdapterFolder]:
     "last", or "average" and "last"."""
     kept = open_adapter(text).path
     result = kept.parent / RESULT_NAME
-    outcome = json.loads(read_text(result)).get("outcome") if result.is_file() else "stopped_early"
+    outcome = _outcome_of(result) if result.is_file() else "stopped_early"
     names = {"turning point": "adapter", "last": "adapter-last"}
     if outcome != "stopped_early":
         names = {"turning point": "adapter-turning-point", "average": "adapter", "last": "adapter-last"}
@@ -114,6 +115,14 @@ def run_adapters(text: str) -> dict[str, AdapterFolder]:
         for name, folder in names.items()
         if (kept.parent / folder).is_dir()
     }
+
+
+def _outcome_of(result: Path) -> Any:
+    """How a run ended, by its result.json. Raises ValueError where that is damaged."""
+    try:
+        return dict(parsed_json(read_text(result))).get("outcome")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{result} is damaged ({error}); name the adapters of the run one by one") from None
 
 
 def named_adapters(texts: Sequence[str]) -> dict[str, AdapterFolder]:
@@ -191,6 +200,7 @@ def load_speaker(adapters: dict[str, AdapterFolder], arguments: Any) -> Speaker:
     missing or does not fit."""
     folders = list(adapters.values())
     base_name = base_of(folders, arguments.base)
+    check_adapters(base_name, folders)
     base, _ = load_frozen_base(base_name, arguments.bits, folders)
     tokenizer = load_tokenizer_of(base_name, folders)
     model = put_adapters_on(base, tokenizer, folders) if folders else base

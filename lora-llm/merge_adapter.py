@@ -30,6 +30,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adapters.fitting import check_adapters, put_adapters_on
 from adapters.folders import (
     CHAT,
     PLAIN,
@@ -41,7 +42,6 @@ from adapters.folders import (
     load_tokenizer_of,
     open_adapter,
     prompt_of,
-    put_adapters_on,
     stored_dtype,
     trained_bits,
 )
@@ -344,7 +344,9 @@ def _merge(arguments: Any) -> int:
     check_files(arguments)
     adapters = [open_adapter(text) for text in arguments.adapter]
     check_together(adapters)
-    write_all(arguments, adapters, base_of(adapters, arguments.base))
+    base = base_of(adapters, arguments.base)
+    check_adapters(base, adapters)
+    write_all(arguments, adapters, base)
     for name in ("output", "gguf", "lora_gguf", "modelfile"):
         if getattr(arguments, name) is not None:
             print(f"{'merged' if name == 'output' else name}: {getattr(arguments, name).resolve()}")

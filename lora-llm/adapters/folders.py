@@ -2,7 +2,6 @@
 generate_text share."""
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -11,15 +10,15 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
-from base.loading import fit_embeddings, from_hub_or_folder, load_base
+from base.loading import from_hub_or_folder, load_base
 from base.origin import local_base
 from base.spec import BaseSpec
-from es_lora.command_line import nearest, plain_text
+from es_lora.command_line import nearest
 from es_lora.files import read_text
+from es_lora.inputs.json_text import parsed_json
 from es_lora.judge.adapter_files import PICKLE_NAME, QLORA_FOLDER
 from es_lora.weights import pickle_advice, refuse_nonfinite, stored_tensors
 from text.hub import offline_if_unreachable
@@ -72,15 +71,25 @@ def open_adapter(text: str) -> AdapterFolder:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"--adapter {folder} holds no {name}; give the adapter folder that a run left")
     try:
-        config = json.loads(read_text(folder / "adapter_config.json"))
+        config = _object(read_text(folder / "adapter_config.json"), "adapter_config.json")
         with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as handle:
-            facts = json.loads((handle.metadata() or {}).get("es_lora", "{}"))
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            facts = _object((handle.metadata() or {}).get("es_lora", "{}"), "its metadata")
+        if not isinstance(facts.get("base") or {}, dict):
+            raise ValueError("its metadata says of the base what is no object")
+    except (ValueError, SafetensorError) as error:
         raise ValueError(f"--adapter {folder} is damaged ({error}); take another checkpoint of the run") from error
     refuse_nonfinite(stored_tensors(folder / WEIGHTS_FILE), f"--adapter {folder}")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"--adapter {folder} is of type {config.get('peft_type')}; only LORA is supported")
     return AdapterFolder(folder, weight, config, facts)
+
+
+def _object(text: str, what: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for any other text."""
+    value = parsed_json(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is no JSON object")
+    return value
 
 
 def _folder_and_weight(text: str) -> tuple[Path, float]:
@@ -173,23 +182,3 @@ def load_tokenizer_of(base: str, adapters: Sequence[AdapterFolder]) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
-
-
-def put_adapters_on(base: torch.nn.Module, tokenizer: Any, adapters: Sequence[AdapterFolder]) -> PeftModel:
-    """The base with every adapter loaded as `adapter0`, `adapter1`, ..., the first one active.
-
-    PEFT's names cannot hold the dots and slashes of folders. Raises ValueError where an adapter
-    does not fit the base.
-    """
-    fit_embeddings(base, tokenizer)
-    model = None
-    for number, adapter in enumerate(adapters):
-        try:
-            if model is None:
-                model = PeftModel.from_pretrained(base, str(adapter.path), adapter_name="adapter0")
-            else:
-                model.load_adapter(str(adapter.path), f"adapter{number}")
-        except (RuntimeError, ValueError, KeyError) as error:
-            first_line = plain_text(str(error)).strip().splitlines()[0]
-            raise ValueError(f"--adapter {adapter.path} does not fit its base: {first_line}") from error
-    return model.eval()

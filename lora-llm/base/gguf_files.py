@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from gguf import Keys
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoTokenizer, GgufConfig
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from base.bases_folder import convert_once
 from base.gguf_vocabulary import PRE_TOKENIZERS, SOURCE_NAME, copied_vocabulary, set_pre_tokenizer
+from base.loading import from_hub_or_folder, whole_model
 from es_lora.files import link_or_copy
 
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -51,8 +52,10 @@ def check_gguf(file: Path) -> None:
 
 def load_gguf(file: Path, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a GGUF file, every weight dequantised into dtype, on the CPU."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model = from_hub_or_folder(
+        whole_model,
         str(file.parent),
+        f"model {file.name}",
         gguf_file=file.name,
         quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
         dtype=dtype,

@@ -1,5 +1,6 @@
 """The frozen base model and its tokenizer, in 4, 8, 16 or 32 bits."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -116,7 +117,7 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
     if quantisation is not None or not spec.on_cpu:
         options.update(_device_map(spec))
     options.update(dtype=spec.stored_dtype, quantization_config=quantisation)
-    base = from_hub_or_folder(AutoModelForCausalLM.from_pretrained, spec.name, "weights", **options)
+    base = from_hub_or_folder(whole_model, spec.name, "weights", **options)
     base.config.use_cache = False
     _check_finite(base, spec)
     if quantisation is not None:
@@ -128,6 +129,40 @@ def load_base(spec: BaseSpec) -> torch.nn.Module:
     if spec.checkpointing is not None and spec.for_lora:
         base.enable_input_require_grads()
     return base
+
+
+def whole_model(name: str, **options: Any) -> torch.nn.Module:
+    """A causal language model of which every tensor was in its files, in the model's shape.
+
+    transformers draws at random what is missing. Raises ValueError with the first names.
+    """
+    found = AutoModelForCausalLM.from_pretrained(
+        name, **options, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, told = found
+    where = f"--model_name_or_path {name}"
+    refuse_names(where, "of its tensors are missing", told["missing_keys"])
+    others = [f"{key} {tuple(given)} in place of {tuple(needed)}" for key, given, needed in told["mismatched_keys"]]
+    others += [f"{key}.weight {given} in place of {needed}" for key, given, needed in _unfit_quantised(model)]
+    refuse_names(where, "of its tensors have another shape than its config.json says", others)
+    return model
+
+
+def _unfit_quantised(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """(name, its shape, the layer's) of quantised weights, whose shape transformers does not look
+    at."""
+    for name, layer in model.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
+            yield name, tuple(state.shape), (layer.out_features, layer.in_features)
+
+
+def refuse_names(where: str, what: str, names: Iterable[str]) -> None:
+    """Raises ValueError, with the first names and how many, where there are any."""
+    names = sorted(names)
+    if names:
+        more = ", ..." if len(names) > 3 else ""
+        raise ValueError(f"{where}: {len(names)} {what} ({', '.join(names[:3])}{more}); copy or download it again")
 
 
 def _check_finite(base: torch.nn.Module, spec: BaseSpec) -> None:
@@ -174,5 +209,6 @@ def bf16_products() -> str:
 def fit_embeddings(base: torch.nn.Module, tokenizer: Any) -> None:
     """Grow the embeddings where the tokenizer has more tokens than the model; new rows are the mean
     of the old."""
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    weight = base.get_input_embeddings().weight
+    if len(tokenizer) > weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=not weight.is_meta)

@@ -146,7 +146,8 @@ def mmlu(run: Path, questions: Path) -> Iterator[str]:
     """
     from generate_text import run_adapters
 
-    from adapters.folders import load_frozen_base, load_tokenizer_of, put_adapters_on
+    from adapters.fitting import put_adapters_on
+    from adapters.folders import load_frozen_base, load_tokenizer_of
     from text.mmlu import read_prompts
     from training.scores import MMLUScorer
 

@@ -1,7 +1,8 @@
 """CS and the spectrum of saved adapters against their base on disk."""
 
 import math
-from typing import Any, Dict, Tuple
+import re
+from typing import Any, Dict, Sequence, Tuple
 
 import torch
 
@@ -32,8 +33,10 @@ class Measurer:
         """Columns cs_row, cs_matrix, delta_norm, stable_rank, update_norm ({component: value}).
 
         update_norm is the root of the summed squares of ||scale BA||, what is added to the weights.
-        Raises BaseMismatchError where the base lacks a weight or has it in another shape."""
+        Raises BaseMismatchError where the base lacks a weight or has it in another shape, and
+        ValueError where the adapter is not whole."""
         self._find_weights(adapter)
+        self._check_whole(adapter)
         layers, spectra = [], []
         for key, module in adapter.modules.items():
             component = self.base.component(key[0])
@@ -47,6 +50,26 @@ class Measurer:
             measured["stable_rank"][component] = math.fsum(row[3] for row in mine) / len(mine)
             measured["update_norm"][component] = math.sqrt(math.fsum(row[1] ** 2 * row[2] for row in mine))
         return measured
+
+    def _check_whole(self, adapter: Adapter) -> None:
+        """Raises ValueError where layers of the base are missing that its configuration names."""
+        found = {self.base.find(*key) for key in adapter.modules}
+        paths = [key[1] for key in found if key is not None]
+        kinds = {re.sub(r"\d+", "N", path) for path in paths}
+
+        def is_one(path: str, targets: Sequence[str]) -> bool:
+            return any(path == target or path.endswith("." + target) for target in targets)
+
+        missing = [target for target in adapter.targets if not any(is_one(path, [target]) for path in paths)]
+        for key in self.base.stored:  # of the same layers in other blocks
+            if key not in found and re.sub(r"\d+", "N", key[1]) in kinds and is_one(key[1], adapter.targets):
+                missing.append(key[1])
+        if missing:
+            missing = sorted(dict.fromkeys(missing))
+            raise ValueError(
+                f"it is not whole: {len(missing)} layers that its configuration names are missing "
+                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+            )
 
     def _find_weights(self, adapter: Adapter) -> None:
         missing, unfit = [], []

@@ -33,6 +33,7 @@ class Adapter:
     modules: Dict[Key, LoraModule]
     transposed: bool = False  # fan_in_fan_out: the base's weights are stored (in, out)
     left_out: List[str] = field(default_factory=list)  # tensors that are no part of a plain LoRA
+    targets: List[str] = field(default_factory=list)  # ends of the names of all layers that it is of, if known
 
     def unjudged(self) -> str:
         """What CS does not see of this adapter, in words; empty where it sees all."""
@@ -149,4 +150,11 @@ def read_adapter(file: Path) -> Adapter:
             raise ValueError(f"layer {key[1]}: its alpha is {tuple(sides['alpha'].shape)}, and no single number")
         scale = float(sides["alpha"]) / rank if "alpha" in sides else _peft_scale(config or own, key[1], rank)
         modules[key] = LoraModule(down, up, scale)
-    return Adapter(modules, bool(config.get("fan_in_fan_out")), left_out)
+    return Adapter(modules, bool(config.get("fan_in_fan_out")), left_out, _targets(config))
+
+
+def _targets(config: Dict[str, Any]) -> List[str]:
+    """The layers that a PEFT configuration names, where it means all of these names."""
+    targets = config.get("target_modules")
+    chosen = any(config.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    return [name for name in targets if isinstance(name, str)] if isinstance(targets, list) and not chosen else []

@@ -183,7 +183,7 @@ def damaged(adapters, tmp_path, how):
         ("baseless", "the base model /no/such/base cannot be found"),
         ("other", "only LORA is supported"),
         ("infinite", "merge_adapter: "),
-        ("wide", "does not fit its base"),
+        ("wide", "its configuration says rank 8, and its matrices have rank 4"),
     ],
 )
 def test_damaged_adapters_get_one_message(adapters, tmp_path, capsys, how, said):
