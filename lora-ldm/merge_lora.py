@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from base.files import read_json
-from base.tensor_files import read_tensors, refuse_not_finite
+from base.tensor_files import read_tensors, refuse_not_finite, write_tensors
 from es_lora.files import write_folder_whole, write_whole
 from network.folding import fold_into_tensors, fold_lora
 from network.lora_file import DTYPES, load_lora
@@ -62,7 +61,7 @@ def _merge_file(base, target, loras, args):
             metadata = file.metadata() or {}
     metadata["modelspec.merged_from"] = ", ".join(Path(path).stem for path in (base, *args.models))
     checkpoint = {name: value.contiguous() for name, value in checkpoint.items()}
-    write_whole(target, lambda aside: save_file(checkpoint, aside, metadata))
+    write_whole(target, lambda aside: write_tensors(aside, checkpoint, metadata))
 
 
 def _merge_folder(base, target, loras, args):

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from base.tensor_files import file_hashes, first_line, refuse_not_finite
 from es_lora.files import read_text
 from es_lora.inputs.hub import hub_answers
+from es_lora.inputs.json_text import parsed_json
 
 CLIP_VOCABULARY = "openai/clip-vit-large-patch14"
 SPECIAL_TOKENS = 3  # begin, end and padding, which a tokenizer without a vocabulary still has
@@ -113,7 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     with readable(path):
-        content = json.loads(read_text(path))
+        content = parsed_json(read_text(path))
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
         return content

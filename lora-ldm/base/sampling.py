@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from base.random_state import untouched_random_state
 from es_lora.files import read_text, split_lines
+from es_lora.inputs.json_text import parsed_json
+from settings.bounds import MOST_SIDE_PX, shown
 from settings.toml_files import read_toml
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 OPTIONS = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "scale", "s": "sample_steps",
            "ss": "sample_sampler"}  # fmt: skip
+MOST_PROMPTS = 1000
+MOST_OF = {"width": MOST_SIDE_PX, "height": MOST_SIDE_PX, "seed": 2**63 - 1, "scale": 1000, "sample_steps": 1000}
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -56,8 +60,12 @@ class Prompt:
             value = getattr(self, name)
             try:
                 setattr(self, name, value if value is None else kind(value))
-            except (TypeError, ValueError):
-                raise ValueError(f"prompt '{self.prompt}': {name} {value!r} is not a number") from None
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"prompt '{self.prompt:.80}': {name} {value!r:.40} is not a number") from None
+        for name, most in MOST_OF.items():
+            value = getattr(self, name)
+            if value is not None and not abs(value) <= most:
+                raise ValueError(f"prompt '{self.prompt:.80}': {name} {shown(value)} is not allowed: at most {most}")
         if self.sample_steps < 1 or (self.width or 8) < 8 or (self.height or 8) < 8:
             raise ValueError(f"prompt '{self.prompt}': steps must be at least 1, width and height at least 8 px")
         if self.sample_sampler is not None and self.sample_sampler not in SCHEDULERS:
@@ -98,6 +106,8 @@ def read_prompts(path: Union[str, Path]) -> list[Prompt]:
         prompts = [parse_prompt_line(line) for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ValueError(f"prompt file {path} has no prompts")
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(f"prompt file {path} has {len(prompts)} prompts: {MOST_PROMPTS} are the most")
     return prompts
 
 
@@ -113,7 +123,7 @@ def _entries(path, text):
         common = {key: value for key, value in table.items() if key != "subset"}
         return [{**common, **subset} for subset in subsets] or ([common] if "prompt" in common else [])
     try:
-        entries = json.loads(text)
+        entries = parsed_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"prompt file {path} is not valid JSON: {error}") from error
     return entries if isinstance(entries, list) else [entries]

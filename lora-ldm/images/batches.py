@@ -16,6 +16,7 @@ from images.augmentation import load_sample
 from images.buckets import Size
 from images.captions import process_caption
 from images.latent_cache import CachedLatents, LatentFiles
+from images.loading import UnreadableImageError
 from images.metadata import dataset_metadata
 from images.selection import BucketedDataset, PlacedImage, prepare_datasets, without_chance
 
@@ -169,7 +170,7 @@ class ImageBatches(torch.utils.data.Dataset):
         entry = self._on_disk.read(image.record, image.placement)
         if entry is None:
             path = self._on_disk.path(image.record, image.placement)
-            raise RuntimeError(f"latent cache {path} or its image changed during the run: start again")
+            raise UnreadableImageError(f"latent cache {path} or its image changed during the run: start again")
         return entry
 
     def cache_latents(

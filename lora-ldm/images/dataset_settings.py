@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
+from settings.bounds import MOST_SIDE_PX, problem_of
+from settings.bounds import shown as shown_as
 from settings.toml_files import read_toml
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
@@ -134,7 +136,9 @@ def checked_value(name: str, value: Any, checks: Mapping[str, Any]) -> Any:
     low, high, choices = checks["minimum"], checks["maximum"], checks["choices"]
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         limits = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{shown} must be {limits}")
+        raise ValueError(f"{name} = {shown_as(value)} must be {limits}")
+    if problem := problem_of(value, FLAG_NAMES.get(name, name).removeprefix("--")):
+        raise ValueError(f"{name} = {shown_as(value)} is not allowed: {problem}")
     if choices and value not in choices:
         raise ValueError(f"{shown} must be one of {', '.join(choices)}")
     return value
@@ -154,8 +158,10 @@ def numbers_in(value: Any, convert: Callable[[Any], Any]) -> list[Any]:
 def checked_resolution(name: str, value: Any) -> tuple[int, int]:
     try:
         numbers = numbers_in(value, int)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
+    if numbers and max(numbers) > MOST_SIDE_PX:
+        raise ValueError(f"{name} = {value!r:.60}: {MOST_SIDE_PX} px a side are the most")
     if len(numbers) not in (1, 2) or min(numbers) < 8:
         raise ValueError(f"{name} = {value!r} must be one or two whole numbers of pixels, such as 512 or 512,768")
     return numbers[0], numbers[-1]
@@ -166,7 +172,7 @@ def checked_range(name: str, value: Any) -> tuple[float, float]:
         numbers = numbers_in(value, float)
     except (TypeError, ValueError):
         numbers = []
-    if len(numbers) != 2 or not 1.0 <= numbers[0] <= numbers[1]:
+    if len(numbers) != 2 or not 1.0 <= numbers[0] <= numbers[1] <= 1000:
         raise ValueError(f"{name} = {value!r} must be two numbers of face sizes, 1 or more and rising, such as 2.0,4.0")
     return numbers[0], numbers[1]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Iterable, Iterator, Optional, Sequence
 
 from es_lora.files import read_text, split_lines
+from es_lora.inputs.json_text import parsed_json
 from images.dataset_settings import SubsetSettings
 
 logger = logging.getLogger(__name__)
@@ -312,7 +313,7 @@ def read_metadata(subset: SubsetSettings) -> dict[Path, str]:
     if path.suffix.lower() == ".jsonl":
         return read_image_list(path, subset)
     try:
-        content = json.loads(read_text(path))
+        content = parsed_json(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"metadata file {path} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
@@ -327,7 +328,7 @@ def read_image_list(path: Path, subset: SubsetSettings) -> dict[Path, str]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parsed_json(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not valid JSON: {error}") from error
         name = entry.get("file_name") or entry.get("image_path") if isinstance(entry, dict) else None

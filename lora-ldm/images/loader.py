@@ -3,9 +3,10 @@
 import os
 from argparse import Namespace
 from collections.abc import Iterator
+from typing import Union
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from images.batches import ImageBatches
 
@@ -23,6 +24,29 @@ class Order(Sampler):
         return len(self.indices)
 
 
+class Readable(Dataset):
+    """The batches, and in place of one that cannot be read the error: a worker process that raised
+    it would send a traceback along."""
+
+    def __init__(self, batches: ImageBatches):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Union[dict, Exception]:
+        try:
+            return self.batches[index]
+        except (ValueError, OSError) as error:
+            return type(error)(str(error))
+
+
+def _unless_unreadable(batch):
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
+
+
 class StepLoader:
     """The micro-batches of each optimizer step, for one process of several.
     args: the settings of a run. Workers only where there is something to decode or to read."""
@@ -34,7 +58,7 @@ class StepLoader:
         workers = 0 if latents_in_memory else min(args.max_data_loader_n_workers, os.cpu_count() or 1)
         self._order = Order()
         self._loader = DataLoader(
-            batches,
+            Readable(batches),
             batch_size=None,
             sampler=self._order,
             num_workers=workers,
@@ -53,7 +77,7 @@ class StepLoader:
         self._order.indices = [index for step in steps for index in step]
         batches = iter(self._loader)
         for step in steps:
-            yield [next(batches) for _ in step]
+            yield [_unless_unreadable(next(batches)) for _ in step]
 
 
 def step_indices(batch_count: int, processes: int, rank: int, accumulation: int) -> list[list[int]]:

@@ -24,6 +24,9 @@ CV2_INTERPOLATIONS = {
 }
 
 
+MOST_PIXELS = 120_000_000  # of a picture: 360 MB once decoded, and several are at a time
+
+
 class UnreadableImageError(ValueError):
     """A damaged file, or one that is no picture; the message names it."""
 
@@ -31,11 +34,13 @@ class UnreadableImageError(ValueError):
 def open_image(path: Path) -> Image.Image:
     """The decoded first frame, upright as its EXIF orientation says.
 
-    Raises UnreadableImageError, a ValueError that names the file, or FileNotFoundError."""
+    A picture of more than MOST_PIXELS is refused by its header, before a pixel is decoded. Raises
+    UnreadableImageError, a ValueError that names the file, or FileNotFoundError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged EXIF block is no reason to leave a picture out
             with Image.open(path) as image:
+                refuse_too_large(image.size)
                 image.load()
                 return ImageOps.exif_transpose(image)
     except FileNotFoundError:
@@ -44,6 +49,15 @@ def open_image(path: Path) -> Image.Image:
         raise UnreadableImageError(f"image {path} cannot be read: it is no picture in a known format") from None
     except IMAGE_ERRORS as error:
         raise UnreadableImageError(f"image {path} cannot be read: {error}") from error
+
+
+def refuse_too_large(size_px: Size) -> None:
+    """Raise ValueError where a picture of this size takes too much memory."""
+    width, height = size_px
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"it is {width} x {height} px, and {MOST_PIXELS // 10**6} million pixels are the most: make it smaller"
+        )
 
 
 def to_eight_bit(image: Image.Image) -> Image.Image:

@@ -25,9 +25,10 @@ from images.dataset_settings import (
     settings_from_toml,
 )
 from images.folders import ImageRecord, read_records, subsets_of_folder
-from images.loading import UnreadableImageError, open_image
+from images.loading import UnreadableImageError, open_image, refuse_too_large
 
 logger = logging.getLogger(__name__)
+MOST_OF_AN_EPOCH = 5_000_000  # pictures with their repeats
 
 
 @dataclass
@@ -53,6 +54,7 @@ def prepare_datasets(args: Namespace, seed: int) -> tuple[list[BucketedDataset],
         assert_supported(settings, args)
         report_unused_settings(settings, group)
     all_records = [record for group in records for record in group]
+    refuse_too_many(all_records)
     bad = set(check_images(all_records, bool(getattr(args, "skip_bad_images", False))))
     train, held_out = [], []
     for settings, group in zip(datasets, records):
@@ -81,6 +83,19 @@ def read_all_records(datasets: list[DatasetSettings]) -> list[list[ImageRecord]]
     if problems:
         raise ValueError("\n".join(str(problem) for problem in problems))
     return records
+
+
+def refuse_too_many(records: list[ImageRecord]) -> None:
+    """Raise ValueError where the repeats make more of an epoch than can be listed."""
+    total = sum(record.repeats for record in records)
+    if total > MOST_OF_AN_EPOCH:
+        most = max(records, key=lambda record: record.repeats)
+        others = sum(record.repeats for record in records if record.repeats < most.repeats)
+        count = sum(record.repeats == most.repeats for record in records)
+        raise ValueError(
+            f"{most.path.parent}: {most.repeats} repeats make an epoch of {total} pictures, and {MOST_OF_AN_EPOCH} are "
+            f"the most: give at most {max(1, (MOST_OF_AN_EPOCH - others) // count)} repeats"
+        )
 
 
 def report_unused_settings(settings: DatasetSettings, records: list[ImageRecord]) -> None:
@@ -141,11 +156,23 @@ def bucketed(settings: DatasetSettings, records: list[ImageRecord]) -> BucketedD
         step_px=settings.bucket_reso_steps,
         no_upscale=settings.bucket_no_upscale,
     )
-    images = [PlacedImage(record, selector.place(record.size_px)) for record in records]
+    images = [PlacedImage(record, _placed(selector, record)) for record in records]
     buckets = defaultdict(list)
     for index, image in enumerate(images):
         buckets[image.placement.bucket_px] += [index] * image.record.repeats
     return BucketedDataset(settings, images, dict(sorted(buckets.items())))
+
+
+def _placed(selector, record):
+    """The placement of a picture, which must not grow out of bounds where it is a thin stripe."""
+    placement = selector.place(record.size_px)
+    try:
+        refuse_too_large(placement.resized_px)
+    except ValueError as error:
+        width, height = record.size_px
+        message = f"image {record.path} is {width} x {height} px; scaled to cover its bucket {error}, or cut it"
+        raise ValueError(message) from None
+    return placement
 
 
 def check_images(records: list[ImageRecord], skip_bad: bool) -> list[Path]:

@@ -15,9 +15,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch.nn import functional
 
+from base.memory import refuse_rank
 from base.sd import SDModel
 from base.tensor_files import differences
 from cs_fluctuation import LoraLayer
+from es_lora.inputs.bounds import MOST
 from network.lora_file import group_modules, load_lora, rename_text_encoder
 
 ADAPTER = "default"
@@ -241,11 +243,25 @@ def create_network(
     sizes = {name: size for _, _, name, _ in candidates if (size := sizes.get(name))}
     if weights is not None:
         weights = _of_trained(weights, sizes, model, candidates, source)
+    if not dim_from_weights:
+        _refuse_ranks(candidates, sizes, rank, conv_rank)
     modules = _inject(model, candidates, sizes)
     network = LoraNetwork(modules, dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
     if weights is not None:
         network.load_tensors(weights)
     return network
+
+
+def _refuse_ranks(candidates, sizes, rank, conv_rank):
+    """Raise ValueError where a rank is more than layers have, or than there is room for."""
+    for flag, value, is_kind in (
+        ("--network_dim", rank, _is_pointwise),
+        ("--network_args conv_dim", conv_rank, lambda layer: not _is_pointwise(layer)),
+    ):
+        layers = [layer for _, _, name, layer in candidates if name in sizes and is_kind(layer)]
+        if layers and value:
+            sides = [tuple(layer.weight.flatten(1).shape) for layer in layers]
+            refuse_rank(flag, value, sides, layers[0].weight.device)
 
 
 def _of_trained(weights, sizes, model, candidates, source):
@@ -276,6 +292,8 @@ def create_network_beside(model: SDModel, network: LoraNetwork, adapter: str, ra
         places.update({id(layer): (component, path) for path, layer in root.named_modules()})
     candidates = [(*places[id(module.layer)], module.name, module.layer) for module in network.modules]
     sizes = {module.name: (rank, module.alpha) for module in network.modules}
+    sides = [tuple(module.weight.flatten(1).shape) for module in network.modules]
+    refuse_rank("--shadow_rank", rank, sides, network.modules[0].weight.device)
     trained = [weight for module in network.modules for weight in module.layer.parameters() if weight.requires_grad]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant here
@@ -302,9 +320,15 @@ def parse_network_args(arguments: Sequence[str] | None) -> dict[str, float]:
             problems.append(f"{argument!r}")
             continue
         try:
-            parsed["conv_rank" if name == "conv_dim" else name] = NETWORK_ARGS[name](text)
+            value = NETWORK_ARGS[name](text)
         except ValueError:
             problems.append(f"{argument!r} (not a number)")
+            continue
+        most = 1 if name.endswith("dropout") else MOST
+        if 0 <= value < most:
+            parsed["conv_rank" if name == "conv_dim" else name] = value
+        else:
+            problems.append(f"{argument!r:.80} (it must be at least 0 and below {most})")
     if "conv_rank" in parsed:
         parsed.setdefault("conv_alpha", 1.0)
     if problems:

@@ -6,6 +6,7 @@ r, ...) and the scalar ``NAME.alpha``; the update is ``alpha / r * up @ down``. 
 and the module's path with underscores."""
 
 import hashlib
+import io
 import json
 import logging
 import re
@@ -18,8 +19,9 @@ import torch
 from safetensors import safe_open
 
 from base.files import read_json
-from base.tensor_files import LEGACY_HASH_LENGTH_BYTES, LEGACY_HASH_OFFSET_BYTES, named, read_tensors
+from base.tensor_files import LEGACY_HASH_LENGTH_BYTES, LEGACY_HASH_OFFSET_BYTES, named, read_tensors, write_tensors
 from es_lora.files import write_whole
+from es_lora.inputs.json_text import parsed_json
 
 logger = logging.getLogger(__name__)
 DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,11 +58,18 @@ def save_lora(
     if path.suffix == ".safetensors":
         metadata = {name: str(value) for name, value in (metadata or {}).items()}
         metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = lora_hashes(tensors, metadata)
-        write_whole(path, lambda aside: safetensors.torch.save_file(tensors, aside, metadata))
+        write_whole(path, lambda aside: write_tensors(aside, tensors, metadata))
     elif path.suffix in (".pt", ".ckpt"):
-        write_whole(path, lambda aside: torch.save(tensors, aside))
+        write_whole(path, lambda aside: aside.write_bytes(_pickled(tensors)))
     else:
         raise ValueError(f"{path} ends in {path.suffix!r}; a LoRA is saved as .safetensors, .pt or .ckpt")
+
+
+def _pickled(tensors):
+    """torch.save's bytes; to a path it would write the file's name into them."""
+    content = io.BytesIO()
+    torch.save(tensors, content)
+    return content.getvalue()
 
 
 def load_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -158,7 +167,7 @@ def from_diffusers_names(
         raise ValueError(
             f"{len(unknown)} keys are neither kohya's nor diffusers' LoRA names, the first is {unknown[0]}"
         )
-    adapter = json.loads((metadata or {}).get(PEFT_SETTINGS, "{}"))
+    adapter = parsed_json((metadata or {}).get(PEFT_SETTINGS, "{}"))
     for kohya_name, (part, module) in modules.items():
         alpha = (adapter.get(f"{part}.alpha_pattern") or {}).get(module, adapter.get(f"{part}.lora_alpha"))
         if alpha is not None:

@@ -14,11 +14,13 @@ from lycoris.config import PRESET
 from lycoris.kohya import LycorisNetworkKohya, create_network_from_weights
 from lycoris.kohya import create_network as create_lycoris
 
+from base.memory import refuse_rank
 from base.sd import SDModel
 from base.tensor_files import differences
 from cs_fluctuation import LoraLayer
+from es_lora.inputs.bounds import MOST
 from es_lora.weights import DenseUpdateLayer, without_dropout
-from network.lora import RANK_ADVICE
+from network.lora import RANK_ADVICE, find_modules
 from network.lora_file import group_modules, load_lora, rename_text_encoder
 
 MEASURABLE = ("LoConModule", "LohaModule", "LokrModule")
@@ -31,6 +33,8 @@ OPTIONS = """
     algo preset conv_dim conv_alpha dropout rank_dropout module_dropout factor block_size constraint
     loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio
 """.split()
+
+NUMBERS = "conv_dim conv_alpha dropout rank_dropout module_dropout constraint".split()
 
 # lycoris-lora 4.1.3 lists the layers of Stable Diffusion's time embedding both by name and by the
 # class around them, and then fails on the duplicate; the names are enough.
@@ -172,6 +176,7 @@ def create_lycoris_network(
     if dim_from_weights:
         network = _network_like(weights, model, text_encoders)
     else:
+        _refuse_ranks(model, text_encoders, train_unet, rank, options)
         options = {"dropout": dropout or 0.0, "warn_on_unmatched": False, **options}
         network = create_lycoris(1.0, rank, alpha, model.vae, text_encoders, model.unet, **options)
     names = _unet_names(model)
@@ -190,6 +195,17 @@ def create_lycoris_network(
     if weights is not None and not dim_from_weights:
         wrapped.load_tensors(weights)
     return wrapped
+
+
+def _refuse_ranks(model, text_encoders, train_unet, rank, options):
+    """Raise ValueError for a rank that no layer has. A lokr of a large rank is a whole matrix."""
+    if options.get("algo", "lora").lower() == "lokr":
+        return
+    found = find_modules(model, train_unet, text_encoders is not None, everywhere=True)
+    sides = [tuple(layer.weight.flatten(1).shape) for _, _, _, layer in found]
+    for flag, value in (("--network_dim", rank), ("--network_args conv_dim", options.get("conv_dim"))):
+        if sides and value:
+            refuse_rank(flag, int(value), sides, found[0][3].weight.device)
 
 
 def _refuse_other_layers(network, weights, source):
@@ -214,11 +230,23 @@ def parse_lycoris_args(arguments: Sequence[str] | None) -> dict[str, Any]:
             problems.append(f"algo {text!r} is unknown; allowed are {', '.join(ALGORITHMS)}")
         elif name in SWITCHES and text.lower() not in ("true", "false"):
             problems.append(f"{argument!r}: only True or False is allowed")
+        elif name in NUMBERS and (problem := _number_problem(name, text)):
+            problems.append(f"{argument!r:.80}: {problem}")
         else:
             parsed[name] = text.lower() == "true" if name in SWITCHES else text
     if problems:
         raise ValueError(f"--network_args: {'; '.join(problems)}")
     return parsed
+
+
+def _number_problem(name, text):
+    """Why a text is no number for this option; None for one that is."""
+    try:
+        value = float(text)
+    except ValueError:
+        return "a number is expected"
+    most = 1 if name.endswith("dropout") else MOST
+    return None if 0 <= value < most else f"it must be at least 0 and below {most}"
 
 
 def _network_like(weights, model, text_encoders):

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
+from es_lora.inputs.json_text import parsed_json
 from prepare.caption_services import Answer
 
 
@@ -28,7 +29,7 @@ class AnswerCache:
         content = path.read_bytes() if path.exists() else b""
         for line in content.splitlines():
             try:
-                entry = json.loads(line)
+                entry = parsed_json(line)
                 key = entry.pop("key")
                 self.answers[key] = Answer(**entry)
             except (ValueError, KeyError, TypeError, AttributeError):

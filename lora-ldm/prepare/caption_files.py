@@ -12,6 +12,7 @@ from typing import Iterable, Iterator, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from es_lora.files import read_text, split_lines  # noqa: E402
+from es_lora.inputs.json_text import parsed_json  # noqa: E402
 from images.folders import IMAGE_EXTENSIONS, deeper_hint, deeper_images, report_unread, spelled  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class MetadataFile:
         for number, line in enumerate(split_lines(existing_caption(self.file) or ""), 1):
             if line.strip():
                 try:
-                    entry = json.loads(line)
+                    entry = parsed_json(line)
                     self.entries[entry["file_name"]] = entry
                 except (json.JSONDecodeError, TypeError, KeyError):
                     raise ValueError(

@@ -8,7 +8,10 @@ from typing import Any
 
 from es_lora.settings import StopSettings
 from es_lora.shadows import rate_is_adams
+from settings.bounds import out_of_bounds
 from settings.entry_point import missing_package
+from settings.key_values import key_values
+from settings.output_folder import output_problems
 
 SECRETS = ("wandb_api_key", "huggingface_token")
 
@@ -99,8 +102,12 @@ FOLDERS = "train_data_dir reg_data_dir conditioning_data_dir resume".split()
 
 
 def collect_problems(args: Namespace, stop: StopSettings, parser: ArgumentParser) -> list[str]:
-    """Every problem of the settings as a line, beyond those of `stop`; empty without any."""
+    """Every problem of the settings as a line, beyond those of `stop`; empty without any.
+    Where a number is out of all bounds only that is said."""
     args = Namespace(**{**vars(args), "stop": stop})
+    bounds = out_of_bounds(args, parser)
+    if bounds:
+        return _refused(args, parser) + list(bounds.values())
     checks = _missing, _ranges, _contradictions, _components, _rates, _shadows, _full_unet, _sdxl, _paths
     return _refused(args, parser) + [line for check in checks for line in check(args)]
 
@@ -144,6 +151,11 @@ def _ranges(args):
             lines.append(f"--{name} {value} is not allowed: it is a fraction, at least 0 and below 1")
         elif name.endswith("dropout_rate") and value > 1:
             lines.append(f"--{name} {value} is not allowed: it is a fraction, at least 0 and at most 1")
+    for name in ("optimizer_args", "lr_scheduler_args"):
+        try:
+            key_values(getattr(args, name))
+        except ValueError as error:
+            lines.append(f"--{name} {error}")
     for value in args.text_encoder_lr or []:
         if not 0 <= value < float("inf"):
             lines.append(f"--text_encoder_lr {value} is not allowed: it must be a finite number of at least 0")
@@ -266,8 +278,8 @@ def _paths(args):
         and not Path(getattr(args, name)).is_dir()
         and not (name == "reg_data_dir" and args.num_class_images)  # it is made then
     ]
-    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        lines.append(f"--output_dir {args.output_dir} is a file: name a folder")
+    if not args.debug_dataset:
+        lines += output_problems(args)
     if args.log_with in ("wandb", "tensorboard") and find_spec(args.log_with) is None:
         lines.append(f"--log_with {args.log_with}: {missing_package(args.log_with)}")
     base = args.pretrained_model_name_or_path
@@ -301,7 +313,7 @@ def complete(args: Namespace, stop: StopSettings) -> Namespace:
     if args.train_full_unet:
         args.save_model_as = "diffusers_safetensors"
     args.save_model_as = "safetensors" if args.use_safetensors else args.save_model_as or "safetensors"
-    args.output_name = args.output_name or "last"
+    args.output_name = "last" if args.output_name is None else args.output_name
     args.network_dim = args.network_dim or 4
     args.network_module = args.network_module or "networks.lora"
     args.log_with = args.log_with or ("tensorboard" if args.logging_dir else None)

@@ -23,7 +23,7 @@ def _of_input(error):
     if isinstance(error, ModuleNotFoundError):
         own = error.name is None or _is_own(error.name.partition(".")[0])
         return None if own else missing_package(error.name)
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) or "can't allocate memory" in str(error):  # torch's words on a CPU
         return f"out of memory: {SAVE_MEMORY} ({(str(error).strip() or 'of the machine').splitlines()[0]})"
     return fault_of_input(error)
 

@@ -4,6 +4,7 @@ Source of names and defaults: the public interface of sd-scripts' train_network.
 v0.10.1), SD 1.x / 2.x, and of its sdxl_train_network.py."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import NoReturn, Union
 
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ValueErrors: the entry point reports all in one way."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(re.sub(r"(\S{80})\S{80,}", r"\1...", message))  # a number of thousands of digits, say
 
 
 def int_or_float(text: str) -> Union[int, float]:

@@ -161,7 +161,7 @@ def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim
         return optimizer_class(groups, **settings)
     except TypeError as error:
         raise ValueError(
-            f"--optimizer_args {' '.join(args.optimizer_args or [])}: {class_name} refuses them: {error}"
+            f"--optimizer_args {' '.join(args.optimizer_args or []):.200}: {class_name} refuses them: {error}"
         ) from error
 
 

@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from base.attention import choose_attention, set_attention
 from base.families import StableDiffusion
 from base.files import weights_key
+from base.memory import picture_bytes, refuse_batch
 from base.random_state import untouched_random_state
 from base.sampling import Prompt
 from es_lora.gradient_evidence import GradientEvidence
@@ -25,6 +26,7 @@ from network.folding import fold_base_weights
 from network.full_unet import FullUnet
 from network.lora import LoraNetwork
 from network.metadata import FileFacts
+from settings.bounds import MOST_STEPS
 from training.checkpoints import CheckpointNames, WeightFiles
 from training.logs import start_trackers
 from training.objective import HeldOut, Objective
@@ -90,6 +92,7 @@ def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> 
     base = family(args, processes.weight_dtype)
     base.check(batches)
     parts = [part for part in (batches, held_out) if part is not None]
+    refuse_beyond_memory(args, base, batches, processes)
     processes.say(*base.notices(parts, [prompt.prompt for prompt in prompts]))
     fold_base_weights(args, base.model)
     network, network_args = make_network(args, base.model)
@@ -138,8 +141,13 @@ def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> 
 
 
 def length_of(args: Namespace, steps_per_epoch: int) -> Length:
-    """--max_train_epochs, or else --max_train_steps."""
+    """--max_train_epochs, or else --max_train_steps. Raises ValueError for more than can be."""
     total_steps = args.max_train_epochs * steps_per_epoch if args.max_train_epochs else args.max_train_steps
+    if total_steps > MOST_STEPS:
+        raise ValueError(
+            f"--max_train_epochs {args.max_train_epochs} of {steps_per_epoch} steps are {total_steps} steps, more than "
+            f"{MOST_STEPS}; give {MOST_STEPS // steps_per_epoch} at most"
+        )
     return Length(total_steps, steps_per_epoch)
 
 
@@ -164,6 +172,17 @@ def progress_of(args: Namespace, length: Length, resumed: Optional[Progress]) ->
             "--max_train_steps or --max_train_epochs"
         )
     return progress
+
+
+def refuse_beyond_memory(args: Namespace, base: StableDiffusion, batches: ImageBatches, processes: Processes) -> None:
+    """Raise ValueError where the batches certainly take more memory than there is."""
+    for dataset in batches.datasets:
+        for (width, height), indices in dataset.buckets.items():
+            trained, encoded = (picture_bytes(base.model, width, height, trained) for trained in (True, False))
+            count = min(dataset.settings.batch_size, len(indices))
+            refuse_batch("--train_batch_size", count, trained if args.cache_latents else encoded, processes.device)
+            if args.cache_latents:
+                refuse_batch("--vae_batch_size", min(args.vae_batch_size, len(indices)), encoded, processes.device)
 
 
 def make_optimization(

@@ -230,5 +230,5 @@ def test_an_entry_that_vanishes_during_the_run_is_said(tmp_path):
     batches, _ = cached(tmp_path)
     for path in folder.glob("*.npz"):
         path.unlink()
-    with pytest.raises(RuntimeError, match="changed during the run: start again"):
+    with pytest.raises(ValueError, match="changed during the run: start again"):
         batches[0]

@@ -117,7 +117,7 @@ def test_history_of_another_run_is_not_overwritten(base, images, tmp_path, capsy
     (tmp_path / "out").mkdir()
     (tmp_path / "out/cs_history.jsonl").write_text("{}\n")
     assert run(base, images, tmp_path / "out", calculate_cs=True) == 2
-    assert "history of another run; choose another output folder" in capsys.readouterr().err
+    assert "holds cs_history.jsonl of another run; choose another output folder" in capsys.readouterr().err
     assert (tmp_path / "out/cs_history.jsonl").read_text() == "{}\n"
 
 
