@@ -183,3 +183,12 @@ class FluctuationSeries:
             if centre is not None:
                 fluctuation = math.fsum((x - centre) ** 2 for x in self._mean_differences) / self.window
         return FluctuationPoint(mean_cs, difference, mean_difference, fluctuation)
+
+
+def __getattr__(name: str) -> Any:
+    """EarlyStopMonitor, which earlier versions had here."""
+    if name != "EarlyStopMonitor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from es_lora.monitor import EarlyStopMonitor
+
+    return EarlyStopMonitor

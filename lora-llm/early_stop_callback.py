@@ -52,22 +52,29 @@ class TrainingLoss:
     """The mean training loss of the optimizer steps since it was last asked for."""
 
     def __init__(self) -> None:
-        self._sum: Union[torch.Tensor, float] = 0.0
+        self._sum: Union[torch.Tensor, float, None] = None  # float32
         self._from_step = 0
 
     def add(self, loss: torch.Tensor) -> None:
         """Add one micro-step's share of a step's loss, a scalar."""
-        self._sum = self._sum + loss.detach()
+        self._sum = loss.detach().float() if self._sum is None else self._sum + loss.detach().float()
 
     def start(self, step: int) -> None:
         """Count from this completed optimizer step on."""
-        self._sum, self._from_step = 0.0, step
+        self._sum, self._from_step = None, step
 
     def mean(self, step: int) -> Optional[float]:
         """The mean up to this completed step, and start anew; None where nothing was added."""
-        mean = self._sum.item() / max(1, step - self._from_step) if isinstance(self._sum, torch.Tensor) else None
+        mean = None if self._sum is None else float(self._sum) / max(1, step - self._from_step)
         self.start(step)
         return mean
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run counts on from, as plain values."""
+        return {"sum": None if self._sum is None else float(self._sum), "from_step": self._from_step}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._sum, self._from_step = state["sum"], state["from_step"]
 
 
 class EarlyStopCallback(TrainerCallback):
@@ -82,8 +89,9 @@ class EarlyStopCallback(TrainerCallback):
     columns: {name: function} of further columns of the history, such as heldout_loss.
     training_loss: whose mean is the history's loss; None: the loss that the Trainer logs is taken.
     report: at the end write result.json and report.html and delete the snapshots; False: the caller
-    does. Raises TypeError for an unknown flag, ValueError for a bad value, and ValueError at the
-    start of training where the model has no LoRA layers."""
+    does.
+    Raises TypeError for an unknown flag, ValueError for a bad value, and ValueError at the start of
+    training where the model has no LoRA layers."""
 
     def __init__(
         self,
@@ -109,6 +117,7 @@ class EarlyStopCallback(TrainerCallback):
         self._heard: Optional[Decision] = None  # on every rank once training has ended
         self._learning_rate: Optional[float] = None
         self._logged_loss: Optional[float] = None
+        self._saved_in: Optional[str] = None  # the newest checkpoint that holds the state
         self._ended = False
 
     @property
@@ -133,10 +142,6 @@ class EarlyStopCallback(TrainerCallback):
         self._ended = False
         if self._training_loss is not None:
             self._training_loss.start(state.global_step)
-        # The last measurement of a resumed run.
-        measured = state.global_step - state.global_step % self.plan.cs_interval
-        logged = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] >= measured]
-        self._logged_loss = logged[-1] if logged else None
         error = None
         if state.is_world_process_zero:
             try:
@@ -144,6 +149,11 @@ class EarlyStopCallback(TrainerCallback):
             except (ValueError, OSError) as failure:  # the other ranks must hear of it before it is raised
                 error = failure
         self._raise_on_all(FAILED if error else GO_ON, error, args)
+        decided = self.settings.early_stop and decision_on_all(self.decision, args) is not None
+        if decided:  # resumed at its stop: nothing is left to train
+            control.should_training_stop = True
+            if self.monitor is not None:
+                save_adapter(model, Path(args.output_dir) / LAST, self.outcome(args, state).facts("last"))
 
     def _epoch(self, args: TrainingArguments, train_dataloader: Any) -> tuple[int, int]:
         """(batches, optimizer steps) of an epoch; without a length, what the window spans."""
@@ -171,6 +181,7 @@ class EarlyStopCallback(TrainerCallback):
             evidence=GradientEvidence(matrices, batches_per_epoch),
             columns=self.columns,
         )
+        self._load_notes(self.monitor.notes)
         self.say(
             f"CS is measured every {self.plan.cs_interval} steps, window M = {self.plan.window} measurements (an epoch "
             f"has {self.plan.steps_per_epoch} optimizer steps; rule {self.settings.stop_rule})."
@@ -182,6 +193,11 @@ class EarlyStopCallback(TrainerCallback):
             self.say(f"An average of the weights is kept, of width {self.plan.average:g} (--average 0: single steps).")
         for notice in self.plan.notices:
             self.say(notice)
+
+    def _load_notes(self, notes: dict[str, Any]) -> None:
+        self._logged_loss = notes.get("logged_loss")
+        if self._training_loss is not None and "training_loss" in notes:
+            self._training_loss.load_state(notes["training_loss"])
 
     # ------------------------------------------------------------------------------- while training
 
@@ -254,9 +270,21 @@ class EarlyStopCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The last thing written into a checkpoint: one that holds the monitor's state is whole."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._saved_in != checkpoint.name:  # a trainer may have asked for it, before the checkpoint had its name
+            self.save_state(checkpoint)
+            self.state_saved(checkpoint)
+
+    def save_state(self, checkpoint: Path) -> None:
+        """Write what a resumed run needs into a checkpoint's folder, on rank 0."""
+        self._saved_in = checkpoint.name
         if self.monitor is not None:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            self.monitor.save_state(checkpoint)
+            loss = {"training_loss": self._training_loss.state()} if self._training_loss is not None else {}
+            self.monitor.save_state(checkpoint, logged_loss=self._logged_loss, **loss)
+
+    def state_saved(self, checkpoint: Path) -> None:
+        """Hear that the checkpoint has its name and is whole."""
+        if self.monitor is not None:
             self.monitor.state_saved(checkpoint)
 
     # -------------------------------------------------------------------------------------- the end

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -24,7 +25,9 @@ from adapters.folders import CHAT
 from adapters.weights import trainable_parameters
 from base.layers import positions_of
 from base.loading import load_tokenizer
-from es_lora.command_line import reported
+from es_lora.command_line import last_state_named, reported, shown_path
+from es_lora.files import refuse_in_the_way, write_folder_whole
+from es_lora.folder_lock import locked
 from es_lora.hugging_face.peft_models import restore_finite, save_adapter
 from es_lora.outcome import Outcome, in_order
 from settings.flags import Settings
@@ -33,10 +36,17 @@ from text.collator import CausalCollator
 from text.conversations import with_chat_template
 from text.mmlu import Row
 from text.sources import Splits
-from training.checkpoints import checkpoint_to_resume, delete_earlier_run
+from training.checkpoints import (
+    FILES,
+    FOLDERS,
+    check_fits,
+    checkpoint_to_resume,
+    complete_checkpoints,
+    delete_earlier_run,
+)
 from training.heldout import WeightScores
 from training.predictions import write_predictions
-from training.results import forgetting_sentence, leave_results, next_commands
+from training.results import forgetting_sentence, go_on_command, leave_results, next_commands
 from training.scores import MMLUCallback, MMLUScorer
 from training.setup import (
     announcement,
@@ -107,6 +117,8 @@ def set_up(settings: Settings) -> Run:
     splits = ready.splits
     model = load_model(settings, tokenizer)
     check_positions(settings, ready.longest, model)
+    if resume is not None and not training.full_finetune:
+        check_fits(resume, model)
     if general_text is not None:
         general_text.cut(positions_of(model))
     if training.overwrite_output_dir and resume is None and training.do_train and training.process_index == 0:
@@ -142,7 +154,8 @@ def set_up(settings: Settings) -> Run:
             training_loss=loss,
             report=False,  # finish() writes this trainer's own
         )
-        trainer.add_callback(early_stop)  # after the shadows: its file marks a checkpoint as whole
+        trainer.add_callback(early_stop)
+        trainer.add_to_checkpoints(early_stop)
     mmlu = mmlu_callback(settings, trainer, tokenizer, mmlu_rows) if mmlu_rows is not None else None
     return Run(settings, splits, collator, trainer, scores, interrupt, early_stop, shadows, mmlu, resume, say)
 
@@ -259,8 +272,9 @@ def _save(run: Run, outcome: Outcome, what: str, name: str, step: int, averaged:
     outcome.saved(what, folder.name, step, averaged)
     if not run.is_main:
         return
+    save_tokenizer = run.collator.tokenizer.save_pretrained
     if training.full_finetune:
-        run.model.save_pretrained(str(folder))
+        write_folder_whole(folder, lambda aside: (run.model.save_pretrained(str(aside)), save_tokenizer(str(aside))))
     else:
         base = {"bits": training.bits, "quant_type": training.quant_type, "double_quant": training.double_quant}
         facts = {
@@ -268,8 +282,7 @@ def _save(run: Run, outcome: Outcome, what: str, name: str, step: int, averaged:
             "base": base,
             "prompt_template": CHAT if run.splits.chats else run.settings.data.prompt_template,
         }
-        save_adapter(run.model, folder, facts)
-    run.collator.tokenizer.save_pretrained(str(folder))
+        save_adapter(run.model, folder, facts, also=save_tokenizer)
 
 
 def _score_and_answer_test(run: Run) -> Optional[float]:
@@ -310,15 +323,35 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _run(argv: list[str]) -> int:
     started, code = time.monotonic(), 0
-    run = set_up(parse_arguments(argv))
-    if run.settings.training.do_train:
-        outcome = train(run)
-        finish(run, outcome, argv, time.monotonic() - started)
-        code = outcome.exit_code
-    else:
-        evaluate_only(run)
-    run.trainer.leave_process_group()
+    settings = parse_arguments(argv)
+    with output_folder_held(settings), last_state_named(lambda: how_to_go_on(settings, argv)):
+        run = set_up(settings)
+        if settings.training.do_train:
+            outcome = train(run)
+            finish(run, outcome, argv, time.monotonic() - started)
+            code = outcome.exit_code
+        else:
+            evaluate_only(run)
+        run.trainer.leave_process_group()
     return code
+
+
+def output_folder_held(settings: Settings) -> AbstractContextManager:
+    """The output folder is this run's alone, and nothing in it is in the way."""
+    training = settings.training
+    refuse_in_the_way(training.output_dir, FILES, FOLDERS)
+    if training.process_index or not (training.do_train or training.do_predict):
+        return nullcontext()
+    return locked(training.output_dir, "es_lora_llm", lambda text: tqdm.write(text))
+
+
+def how_to_go_on(settings: Settings, argv: Sequence[str]) -> str:
+    """What is said of the newest whole checkpoint when the machine has failed."""
+    whole = complete_checkpoints(Path(settings.training.output_dir), settings.stop.calculate_cs)
+    if not whole:
+        return "No checkpoint has been saved: start anew (--save_steps saves some)."
+    command = go_on_command(Path(__file__).resolve(), argv)
+    return f"The last whole state is {shown_path(whole[-1])}. Go on with: {command}"
 
 
 if __name__ == "__main__":

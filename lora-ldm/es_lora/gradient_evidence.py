@@ -88,6 +88,8 @@ class GradientEvidence:
 
     def load_state_tensors(self, state: Dict[str, torch.Tensor]) -> None:
         """Go on from state_tensors(). Raises ValueError where they belong to other parameters."""
+        if not self._means and not state:
+            return
         if len(state["counts"]) != len(self._counts) or state["means"].numel() != sum(m.numel() for m in self._means):
             raise ValueError("the saved gradient means belong to another LoRA (rank or layers differ); start anew")
         sizes = [mean.numel() for mean in self._means]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -9,16 +10,17 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from cs_fluctuation import FluctuationSeries, LoraLayer, measure_layers
 from es_lora.average import WeightAverage
-from es_lora.files import write_text_whole, write_whole
+from es_lora.files import read_text, write_text_whole, write_whole
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.history import HISTORY_FORMAT, HISTORY_NAME
 from es_lora.rules import AVERAGED, Decision
 from es_lora.settings import MeasurementPlan
 from es_lora.snapshots import SNAPSHOT_FOLDER, SnapshotStore
+from es_lora.weights import stored_tensors
 
 STATE_NAME = "cs_state.json"
 GRADIENTS_NAME = "cs_gradients.safetensors"
@@ -77,6 +79,7 @@ class EarlyStopMonitor:
         self.decision: Optional[Decision] = None
         self.series = FluctuationSeries(plan.window)
         self.measurements = 0
+        self.notes: Dict[str, Any] = {}  # what the trainer saved beside the state it goes on from
         self._state_folder: Optional[Path] = None  # the newest whole checkpoint
         self.last_record: Optional[Dict[str, Any]] = None  # the history line written last
         self.average: Optional[WeightAverage] = None
@@ -200,7 +203,7 @@ class EarlyStopMonitor:
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Go on from a saved state: series and rule see the records again; history is rewritten."""
-        self._lines = [line for line in state["lines"] if not line.get("at_end")]  # a longer budget decides anew
+        self._lines = [line for line in state["lines"] if not self._decides_anew(line)]
         for line in self._lines:
             if line.get("event") == "turning_point":
                 self.decision = Decision(line["step"], line["detected_at"], tuple(line["usable"]), line["reason"])
@@ -212,22 +215,30 @@ class EarlyStopMonitor:
         lines = [self.header, *self._lines] if self._lines else []
         write_text_whole(self.history_path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def save_state(self, folder: Union[str, Path]) -> None:
-        """Put the state and hard links to the snapshots into a checkpoint's folder."""
+    def _decides_anew(self, line: Dict[str, Any]) -> bool:
+        """Whether it is a decision at the end of a budget, and this run's is a longer one."""
+        return bool(line.get("at_end")) and not self.plan.is_last(line["detected_at"])
+
+    def save_state(self, folder: Union[str, Path], **notes: Any) -> None:
+        """Put the state and hard links to the snapshots into a checkpoint's folder.
+        notes: plain values of the trainer's own, which `notes` holds after a resume."""
         if self.snapshots is not None:
             self.snapshots.copy_to(Path(folder) / SNAPSHOT_FOLDER)
         for name, part in ((GRADIENTS_NAME, self.evidence), (AVERAGE_NAME, self.average)):
             if part is not None:
                 write_whole(Path(folder) / name, partial(save_file, part.state_tensors()))
-        write_text_whole(Path(folder) / STATE_NAME, json.dumps(self.state_dict()))
+        write_text_whole(Path(folder) / STATE_NAME, json.dumps({**self.state_dict(), "notes": notes}))
 
     def state_saved(self, folder: Union[str, Path]) -> None:
         """Say that the checkpoint in `folder` is whole: the one before it loses its snapshots.
 
         Else every checkpoint would hold a window of snapshots. An older checkpoint can still be
         resumed; its run then keeps a later step if the turning point lies before the resumption."""
-        if self._state_folder is not None and self._state_folder != Path(folder):
-            shutil.rmtree(self._state_folder / SNAPSHOT_FOLDER, ignore_errors=True)
+        before = self._state_folder
+        if before is not None and before != Path(folder) and before.is_dir():
+            times = before.stat()
+            shutil.rmtree(before / SNAPSHOT_FOLDER, ignore_errors=True)
+            os.utime(before, ns=(times.st_atime_ns, times.st_mtime_ns))  # trainers rotate by these
         self._state_folder = Path(folder)
 
     def _load_state(self, folder: Path) -> None:
@@ -236,16 +247,23 @@ class EarlyStopMonitor:
                 f"{folder} holds no {STATE_NAME}: that run did not measure CS; go on without it (--calculate_cs False) "
                 "or start anew"
             )
-        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-        if self.snapshots is not None:
-            self.snapshots.copy_from(folder / SNAPSHOT_FOLDER, state["snapshots"])
-        if self.evidence is not None and (folder / GRADIENTS_NAME).is_file():
-            self.evidence.load_state_tensors(load_file(str(folder / GRADIENTS_NAME)))
-        if self.average is not None:
-            if not (folder / AVERAGE_NAME).is_file():
-                raise ValueError(f"{folder} holds no averaged weights; go on with --average 0, or start anew")
-            self.average.load_state_tensors(load_file(str(folder / AVERAGE_NAME)))
-        self.load_state_dict(state)
+        lacking = "take an older checkpoint, or start anew"
+        if self.evidence is not None and not (folder / GRADIENTS_NAME).is_file():
+            raise ValueError(f"{folder} holds no {GRADIENTS_NAME}, the means of the gradients: {lacking}")
+        if self.average is not None and not (folder / AVERAGE_NAME).is_file():
+            raise ValueError(f"{folder} holds no averaged weights; go on with --average 0, or start anew")
+        try:
+            state = json.loads(read_text(folder / STATE_NAME))
+            self.notes = dict(state.get("notes", {}))
+            if self.snapshots is not None:
+                self.snapshots.copy_from(folder / SNAPSHOT_FOLDER, state["snapshots"])
+            for name, part in ((GRADIENTS_NAME, self.evidence), (AVERAGE_NAME, self.average)):
+                if part is not None:
+                    part.load_state_tensors(dict(stored_tensors(folder / name)))
+            self.load_state_dict(state)
+        except (AttributeError, KeyError, TypeError, IndexError, json.JSONDecodeError, RecursionError) as error:
+            words = f"{type(error).__name__}: {error}"
+            raise ValueError(f"the state of the measurements in {folder} is damaged ({words}): {lacking}") from error
         self._state_folder = folder
         if self.snapshots is not None and self.decision is not None:
             self.snapshots.load(self.decision.keep_step)  # found now rather than missed at the end

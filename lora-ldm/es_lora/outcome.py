@@ -33,7 +33,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from es_lora.command_line import shown_path
+from es_lora.command_line import shown_path, without_secret_flags
 from es_lora.files import write_text_whole
 from es_lora.rules import Decision
 from es_lora.settings import MeasurementPlan
@@ -229,7 +229,7 @@ class Outcome:
             "seconds": None if self.seconds is None else round(self.seconds, 1),
             "seed": self.seed,
             **self.extra,
-            "settings": settings,
+            "settings": without_secret_flags(settings),
             "versions": installed_versions(packages),
         }
 

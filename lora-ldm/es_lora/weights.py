@@ -6,11 +6,13 @@ backward pass: training that goes on after an evaluation would send no gradient 
 without an error. `keep_as_loaded` prevents that and undoes it."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple, Union
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from cs_fluctuation import BLOCK_VALUES, DenseWeight
 
@@ -177,10 +179,28 @@ def quantisation_scales(model: torch.nn.Module) -> Iterator[Tuple[str, torch.Ten
 
 
 def stored_tensors(file: Union[str, Path]) -> Iterator[Tuple[str, torch.Tensor]]:
-    """(name, tensor) of a safetensors file, one at a time."""
-    with safe_open(str(file), framework="pt") as handle:
-        for name in handle.keys():
-            yield name, handle.get_tensor(name)
+    """(name, tensor) of a safetensors file, one at a time. Raises ValueError for a damaged one."""
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            for name in handle.keys():
+                yield name, handle.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); take another, or make it anew") from error
+
+
+def save_tensors(tensors: Dict[str, torch.Tensor], file: Union[str, Path], metadata: Dict[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its content alone.
+
+    The library writes metadata in an order of its own, another one each time; here it is sorted."""
+    save_file(tensors, str(file), metadata=metadata)
+    with open(file, "rb+") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(length)
+        if len(text) == length:  # else the library escapes otherwise: then its own order stays
+            handle.seek(8)
+            handle.write(text)
 
 
 def pickle_advice(file: Union[str, Path]) -> str:

@@ -1,10 +1,14 @@
 """Files and folders that appear whole or not at all, and text files as people write them."""
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, List, Union
+from typing import Any, Callable, Iterable, List, Union
+
+OURS = r"adapter.*|checkpoint.*|model|.+-state|state.*|cs_.+|.+\.(?:safetensors|json|jsonl|html|png)"  # what runs leave
+ASIDE = re.compile(rf"\.({OURS})(?:\.\d+\.tmp|(?:\.[a-z0-9_]{{8}})?\.part|\.old)")  # and how it is called until then
 
 
 def read_text(path: Union[str, Path]) -> str:
@@ -66,8 +70,7 @@ def write_folder_whole(folder: Union[str, Path], write: Callable[[Path], Any]) -
     aside = Path(tempfile.mkdtemp(dir=str(folder.parent), prefix=f".{folder.name}.", suffix=".part"))
     try:
         write(aside)
-        for file in filter(Path.is_file, aside.rglob("*")):
-            flush(file)
+        flush_all(aside)
         os.chmod(aside, 0o755)
         replace_folder(aside, folder)
     finally:
@@ -84,7 +87,39 @@ def replace_folder(aside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def flush_all(folder: Path) -> None:
+    """Return when every file of a folder is on the disk."""
+    for file in filter(Path.is_file, folder.rglob("*")):
+        flush(file)
+
+
 def flush(file: Path) -> None:
     """Return when the file's bytes are on the disk."""
     with open(file, "rb+") as handle:
         os.fsync(handle.fileno())
+
+
+def sweep(folder: Union[str, Path]) -> None:
+    """Clear away what a killed run left half written in its output folder and just below it.
+
+    A folder that had stepped aside for one that never came gets its name back."""
+    for path in [*Path(folder).glob(".*"), *Path(folder).glob("*/.*")]:
+        found = ASIDE.fullmatch(path.name)
+        if found is None or not path.exists():
+            continue
+        if path.name.endswith(".old") and not path.with_name(found.group(1)).exists():
+            os.replace(path, path.with_name(found.group(1)))
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def refuse_in_the_way(folder: Union[str, Path], files: Iterable[str], folders: Iterable[str] = ()) -> None:
+    """Raises ValueError where a folder lies at the place of a file, or a file at a folder's."""
+    for name in files:
+        if (Path(folder) / name).is_dir():
+            raise ValueError(f"{Path(folder) / name} is a folder and in the way of a file: move it, or choose another")
+    for name in folders:
+        if (Path(folder) / name).is_file():
+            raise ValueError(f"{Path(folder) / name} is a file and in the way of a folder: move it, or choose another")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from cs_fluctuation import FluctuationSeries
+from es_lora.command_line import without_secret_flags
 from es_lora.files import write_text_whole
 from es_lora.history import History, read_history, redecide, rule_for
 from es_lora.rules import AVERAGED, RULES, Decision, GradientAgreement
@@ -207,7 +208,7 @@ def write_report(
     if history.records:
         head = ["rule", "window M", "verdict", "detected at step"]
         parts.append(_table("The same run under other rules and windows", head, _redecided_rows(history)))
-    facts = {**{key: value for key, value in header.items() if key != "format"}, **(settings or {})}
+    facts = {**{key: value for key, value in header.items() if key != "format"}, **without_secret_flags(settings or {})}
     parts.append(_table("Settings", ["setting", "value"], sorted(facts.items(), key=lambda item: item[0])))
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     page_head = f"{meta}<title>{html.escape(title)}</title><style>{STYLE}</style>"

@@ -1,8 +1,8 @@
 """Copies of the LoRA weights on disk, bounded, and safe under a kill at any time."""
 
 import math
-import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -12,6 +12,14 @@ from safetensors.torch import load_file, save_file
 from es_lora.files import link_or_copy, write_whole
 
 SNAPSHOT_FOLDER = "cs_snapshots"
+
+
+def clear_snapshots(folder: Path) -> None:
+    """Remove snapshots, and their folder if nothing else lies in it."""
+    for file in [*folder.glob("step-*.safetensors"), *folder.glob(".step-*.tmp")]:
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # there is no folder, or something else lies in it
+        folder.rmdir()
 
 
 class SnapshotStore:
@@ -34,7 +42,7 @@ class SnapshotStore:
         self.kept: List[Tuple[int, int]] = []  # (measurement, step), oldest first
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._pending: Any = None
-        shutil.rmtree(folder, ignore_errors=True)  # left there by a run that was killed
+        clear_snapshots(folder)  # left there by a run that was killed
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"
@@ -100,4 +108,4 @@ class SnapshotStore:
     def delete(self) -> None:
         """Remove every snapshot: the run has ended and what it keeps has been saved."""
         self._writer.shutdown()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        clear_snapshots(self.folder)

@@ -110,7 +110,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> Settings:
     given = _given_flags(argv)
     try:
         parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except ValueError as error:  # transformers' own checks, some of several lines
+    except Exception as error:  # transformers' own checks, some of several lines; a package that is missing
         raise ValueError(" ".join(str(error).split())) from error
     model, data, training, generation, _, others = parsed
     generation_use_cache = training.use_cache if "use_cache" in given else True

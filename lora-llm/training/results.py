@@ -51,10 +51,15 @@ def forgetting_sentence(outcome: Outcome) -> str:
     return forgetting["sentence"] or "General text: nothing was scored after training."
 
 
+def go_on_command(program: Path, argv: Sequence[str]) -> str:
+    """The command that goes on from the newest checkpoint. program: the trainer's file."""
+    return command_line(sys.executable, program, [*without_flag(argv, RESUME), RESUME, "true"])
+
+
 def next_commands(outcome: str, folder: Path, program: Path, argv: Sequence[str]) -> dict[str, str]:
     """{what for: command}: try the adapter, go on with the run. program: the trainer's file."""
     if outcome == "interrupted":
-        return {"go on": command_line(sys.executable, program, [*without_flag(argv, RESUME), RESUME, "true"])}
+        return {"go on": go_on_command(program, argv)}
     if not (folder / "adapter").exists():
         return {}
     words = ["--adapter", shown_path(folder / "adapter"), "--prompt"]

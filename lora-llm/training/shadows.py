@@ -11,12 +11,12 @@ from typing import Any, Optional
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapters.fused_lora import FusedLora
-from es_lora.files import write_whole
 from es_lora.shadows import ShadowTraining, auto_interval, make_folds, seed_of
+from es_lora.weights import stored_tensors
 from settings.flags import Settings
 from text.collator import IGNORE_INDEX, CausalCollator, pad_batch
 from training.losses import Batch, predicted, row_losses
@@ -58,9 +58,8 @@ class ShadowAdapters(TrainerCallback):
 
     settings: the trainer's. rows: the training examples with their column EXAMPLE. trained: how
     many rows an epoch has; fewer where they are packed. resume: a checkpoint's folder to go on
-    from. As a callback it takes the optimizer steps and writes into the checkpoints; let it stand
-    before the callback whose file marks a checkpoint as whole. Raises ValueError where the
-    checkpoint's shadows are others or none."""
+    from. As a callback it takes the optimizer steps. Raises ValueError where the checkpoint's
+    shadows are others or none."""
 
     def __init__(
         self,
@@ -109,7 +108,7 @@ class ShadowAdapters(TrainerCallback):
             raise ValueError(
                 f"{checkpoint} holds no {STATE_NAME}: that run had no shadows; go on without, or start anew"
             )
-        self.training.load_state_tensors(load_file(str(checkpoint / STATE_NAME)))
+        self.training.load_state_tensors(dict(stored_tensors(checkpoint / STATE_NAME)))
 
     @contextmanager
     def _passing(self, rows_of_each: Sequence[int]) -> Iterator[None]:
@@ -143,6 +142,13 @@ class ShadowAdapters(TrainerCallback):
             losses, tokens = self._losses(chosen)
             counts = [int(part.sum()) for part in tokens.split([len(own) for own in rows])]
             self.training.backward(losses.sum(), counts)
+
+    def save_state(self, checkpoint: Path) -> None:
+        """Write what a resumed run needs into a checkpoint's folder, on rank 0."""
+        save_file(self.training.state_tensors(), str(checkpoint / STATE_NAME))
+
+    def state_saved(self, checkpoint: Path) -> None:
+        """The checkpoint has its name; nothing is left to do."""
 
     def score(self) -> Optional[float]:
         """The mean of the folds' losses a token, of the shadows' averages where they have some;
@@ -178,11 +184,6 @@ class ShadowAdapters(TrainerCallback):
     ) -> None:
         self.training.step(kwargs["optimizer"])
         self.training.average()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_NAME
-            write_whole(path, lambda temporary: save_file(self.training.state_tensors(), str(temporary)))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.fused.close()

@@ -1,6 +1,9 @@
 """The Hugging Face Trainer of a LoRA, and the callbacks that end its training."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -9,19 +12,33 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from es_lora.command_line import NotedSignals
+from es_lora.files import flush_all, replace_folder
+from training.checkpoints import check_optimizer, first_line, forget_checkpoints
 from training.epoch_order import EpochSeededLengthSampler
 from training.losses import predicted
 from training.shadows import EXAMPLE, ShadowAdapters
+
+ASIDE = ".checkpoint.part"  # a checkpoint until it is whole; a later run clears it away
 
 
 class TrainingDiverged(RuntimeError):
     """The loss is NaN or infinite."""
 
 
+@contextmanager
+def settings_named(flags: str) -> Iterator[None]:
+    """What a library makes of settings that it alone knows: its failure is theirs, a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{flags} cannot be used: {first_line(error)}") from error
+
+
 class LoraTrainer(Seq2SeqTrainer):
     """The Hugging Face Trainer that watches its loss: for the history, and for divergence.
 
-    observe_loss: is given every micro-step's loss. shadows: trained on its micro-batches."""
+    observe_loss: is given every micro-step's loss. shadows: trained on its micro-batches.
+    A checkpoint gets its name when it is whole, and older ones are deleted after that."""
 
     def __init__(
         self,
@@ -32,6 +49,12 @@ class LoraTrainer(Seq2SeqTrainer):
     ):
         super().__init__(*args, **options)
         self._observe_loss, self._shadows = observe_loss, shadows
+        self._written_in: Optional[str] = None  # while a checkpoint has no name yet
+        self._checkpoint_parts: list[Any] = [shadows] if shadows is not None else []
+
+    def add_to_checkpoints(self, part: Any) -> None:
+        """Have `part` save_state(folder) into every checkpoint, and hear when it is state_saved."""
+        self._checkpoint_parts.append(part)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -74,6 +97,62 @@ class LoraTrainer(Seq2SeqTrainer):
         if self._shadows is not None:
             self._shadows.backward(self._prepare_inputs(inputs), examples)
         return loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The same, where anything is left to train: a run may be resumed at its end."""
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        with settings_named("--optim and --optim_args"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with settings_named("--lr_scheduler_type and --lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Optional[str]) -> None:
+        if checkpoint is not None:
+            check_optimizer(checkpoint, self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._written_in or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, name it, then delete those beyond --save_total_limit."""
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        aside = folder / ASIDE
+        self._written_in = str(aside)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self._name_checkpoint(aside / name, folder / name)
+        finally:
+            self._written_in = None
+            if self.is_world_process_zero():
+                shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _name_checkpoint(self, aside: Path, checkpoint: Path) -> None:
+        for part in self._checkpoint_parts:
+            part.save_state(aside)
+        flush_all(aside)
+        replace_folder(aside, checkpoint)
+        for part in self._checkpoint_parts:
+            part.state_saved(checkpoint)
+        forget_checkpoints(checkpoint.parent, self.args.save_total_limit)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """The same; the pickled training arguments beside the weights hold no token."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args.hub_token = token
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The same; zero for a batch without a learnt token, whose mean would be that of none."""

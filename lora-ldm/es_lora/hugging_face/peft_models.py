@@ -3,16 +3,16 @@
 import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cs_fluctuation import LoraLayer
 from es_lora.files import write_folder_whole
 from es_lora.monitor import EarlyStopMonitor
-from es_lora.weights import copies, frozen_weight, put_in
+from es_lora.weights import copies, frozen_weight, put_in, save_tensors
 
 
 def peft_lora_layers(model: torch.nn.Module, component: str = "lm") -> List[LoraLayer]:
@@ -77,9 +77,10 @@ def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlySto
     return newest
 
 
-def save_adapter(model: Any, folder: Path, facts: Dict[str, Any]) -> None:
+def save_adapter(model: Any, folder: Path, facts: Dict[str, Any], also: Optional[Callable[[str], Any]] = None) -> None:
     """Save the active adapter as a folder, whole or not at all, with JSON facts in its metadata.
-    The layout is PEFT's: an adapter not called "default" lies in a subfolder of its name."""
+    The layout is PEFT's: an adapter not called "default" lies in a subfolder of its name.
+    also: puts more into the folder, such as a tokenizer, before it gets its name."""
     from peft import PeftModel
 
     chosen = {"selected_adapters": list(model.active_adapters)} if isinstance(model, PeftModel) else {}
@@ -89,6 +90,8 @@ def save_adapter(model: Any, folder: Path, facts: Dict[str, Any]) -> None:
         for file in aside.rglob("adapter_model.safetensors"):
             with safe_open(str(file), framework="pt") as handle:
                 metadata = handle.metadata() or {}
-            save_file(load_file(str(file)), str(file), metadata={**metadata, "es_lora": json.dumps(facts)})
+            save_tensors(load_file(str(file)), file, {**metadata, "es_lora": json.dumps(facts)})
+        if also is not None:
+            also(str(aside))
 
     write_folder_whole(folder, write)
