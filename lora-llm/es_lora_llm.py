@@ -29,6 +29,7 @@ from es_lora.command_line import last_state_named, reported, shown_path
 from es_lora.files import refuse_in_the_way, write_folder_whole
 from es_lora.folder_lock import locked
 from es_lora.hugging_face.peft_models import restore_finite, save_adapter
+from es_lora.hugging_face.processes import check_same_on_all
 from es_lora.outcome import Outcome, in_order
 from settings.flags import Settings
 from settings.parsing import parse_arguments
@@ -115,6 +116,8 @@ def set_up(settings: Settings) -> Run:
     mmlu_rows, general_text = read_mmlu(settings), read_general_text(settings, tokenizer)
     ready = ready_splits(settings, splits, collator)
     splits = ready.splits
+    if hasattr(splits.train, "__len__"):  # of a stream every process reads its own part
+        check_same_on_all("training examples", splits.train, training)
     model = load_model(settings, tokenizer)
     check_positions(settings, ready.longest, model)
     if resume is not None and not training.full_finetune:

@@ -13,7 +13,7 @@ from typing import Any, Optional, Union
 
 from transformers import HfArgumentParser
 
-from es_lora.command_line import nearest
+from es_lora.command_line import nearest, without_secrets
 from es_lora.settings import StopSettings, add_stop_arguments, stop_values
 from settings.checks import collect_problems
 from settings.flags import (
@@ -64,7 +64,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class Parser(HfArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"es_lora_llm: {message}; see --help\n")
+        self.exit(2, f"es_lora_llm: {without_secrets(message, sys.argv)}; see --help\n")
 
 
 def build_parser() -> HfArgumentParser:

@@ -94,7 +94,7 @@ def check_fits(checkpoint: str, model: PeftModel) -> None:
     """Raises ValueError where a checkpoint's adapter is not one of this model, by name or shape."""
     file = Path(checkpoint) / "adapter_model.safetensors"
     if not file.is_file():
-        return
+        raise ValueError(f"--resume_from_checkpoint {checkpoint} lacks {file.name}; {ANOTHER}")
     own = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     with safe_open(str(file), framework="pt") as handle:
         saved = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}

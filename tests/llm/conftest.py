@@ -17,27 +17,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a hub, and asking for one co
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory) -> Path:
     """A seeded random Llama of two layers, hidden size 64, with the embedded base's tokenizer."""
-    import quiet_libraries  # noqa: F401
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from short_runs import random_llama
 
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = AutoTokenizer.from_pretrained(TREE / "tiny_base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,  # rows of whole blocks of 64, as 4 bits need them
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return random_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")

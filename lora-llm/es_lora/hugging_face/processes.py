@@ -1,6 +1,7 @@
 """Several processes: all hear what the first one says, and none waits for one that has stopped."""
 
-from typing import Any, Optional
+import hashlib
+from typing import Any, Iterable, Optional
 
 import torch
 
@@ -36,6 +37,25 @@ def heard_by_all(answer: int, args: Any) -> int:
     tensor = torch.tensor([answer], device=_device(args))
     _broadcast(tensor)
     return int(tensor.item())
+
+
+def check_same_on_all(what: str, values: Iterable[Any], args: Any) -> None:
+    """Raises ValueError, on every rank, where the ranks do not hold the same values in this order.
+    what: for the message."""
+    if args.world_size == 1:
+        return
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(repr(value).encode("utf-8", "surrogatepass"))
+    own = torch.tensor([int.from_bytes(digest.digest()[:7], "big")], device=_device(args))
+    every = [torch.zeros_like(own) for _ in range(args.world_size)]
+    torch.distributed.all_gather(every, own)
+    others = [rank for rank, theirs in enumerate(every) if int(theirs) != int(every[0])]
+    if others:
+        raise ValueError(
+            f"the processes do not have the same {what}: process {others[0]} differs from process 0; give all of them "
+            "the same files and flags"
+        )
 
 
 def decision_on_all(decision: Optional[Decision], args: Any) -> Optional[Decision]:

@@ -2,14 +2,12 @@
 behind."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,35 +16,9 @@ from es_lora_llm import main
 from generate_text import run_adapters
 from literal_average import is_average
 from safetensors import safe_open
-from safetensors.torch import load_file
+from short_runs import ENVIRONMENT, PROGRAM, adapter_of, flags, result_of, same, start
 
 from es_lora.history import read_history
-
-PROGRAM = Path(__file__).resolve().parents[3] / "lora-llm" / "es_lora_llm.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def flags(base, files, output, *more):
-    """A run of 6 epochs of 4 steps that measures after every step, M = 2."""
-    return [
-        *("--model_name_or_path", str(base), "--dataset", str(files["train"]), "--output_dir", str(output)),
-        *("--bits", "32", "--lora_r", "4", "--learning_rate", "5e-3", "--per_device_train_batch_size", "4"),
-        *("--gradient_accumulation_steps", "1", "--gradient_checkpointing", "False", "--num_train_epochs", "6"),
-        *("--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "2"),
-        *("--save_strategy", "no", "--use_cpu", *more),
-    ]
-
-
-def result_of(output):
-    return json.loads((output / "result.json").read_text())
-
-
-def adapter_of(folder):
-    return load_file(str(folder / "adapter_model.safetensors"))
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -284,16 +256,6 @@ def test_accumulation_gives_the_same_trajectory_as_the_batch_at_once(random_base
 # ----------------------------------------------------------------------------- kills and resumption
 
 
-def start(arguments):
-    return subprocess.Popen(
-        [sys.executable, str(PROGRAM), *arguments],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def wait_for(path, process, timeout_sec=120):
     end = time.monotonic() + timeout_sec
     while not path.exists():
@@ -341,6 +303,45 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, random_base, tex
     for name in ("adapter", "adapter-last"):
         assert same(adapter_of(output / name), adapter_of(uninterrupted / name))
     assert (output / "cs_history.jsonl").read_text() == (uninterrupted / "cs_history.jsonl").read_text()
+
+
+def in_two_processes(*programs):
+    """What each of two ranks of one gloo group ended with: (exit code, output)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    runs = []
+    for rank, words in enumerate(programs):
+        environment = {**ENVIRONMENT, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        runs.append(subprocess.Popen([sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True))
+    said = [run.communicate(timeout=300)[1] for run in runs]
+    return [(run.returncode, text) for run, text in zip(runs, said)]
+
+
+def test_processes_with_different_examples_are_told_before_the_first_step(random_base, text_files, tmp_path):
+    words = [str(PROGRAM), *flags(random_base, text_files, tmp_path / "run", "--ddp_backend", "gloo")]
+    ended = in_two_processes(words, [*words, "--dataset", str(text_files["heldout"])])
+    for code, said in ended:
+        assert code == 2 and "the processes do not have the same training examples" in said and "Traceback" not in said
+    assert not (tmp_path / "run" / "cs_history.jsonl").exists()
+
+
+def test_a_process_that_dies_is_one_message_on_the_other(random_base, text_files, tmp_path):
+    words = [str(PROGRAM), *flags(random_base, text_files, tmp_path / "run", "--ddp_backend", "gloo")]
+    dies = (
+        "import os, sys; sys.path.insert(0, os.path.dirname(sys.argv[1])); import es_lora_llm as program\n"
+        "step = program.LoraTrainer.training_step\n"
+        "def training_step(self, *words, **more):\n"
+        "    if self.state.global_step == 3: os._exit(9)\n"
+        "    return step(self, *words, **more)\n"
+        "program.LoraTrainer.training_step = training_step\n"
+        "sys.exit(program.main(sys.argv[2:]))"
+    )
+    (code, said), (died, _) = in_two_processes(words, ["-c", dies, *words])
+    assert died == 9 and code == 1
+    told = [line for line in said.splitlines() if line.startswith("es_lora_llm:")]
+    assert len(told) == 1 and "another process of this run has ended" in told[0] and "Traceback" not in said
 
 
 def test_two_processes_stop_together(random_base, text_files, tmp_path):
