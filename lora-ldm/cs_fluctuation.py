@@ -9,6 +9,7 @@ The same file stands in lora-ldm/ and lora-llm/ and is copied into other trainer
 with the folder es_lora/. Both run on Python 3.8, torch 1.13 and numpy 1.24 as well.
 """
 
+import importlib
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -189,6 +190,4 @@ def __getattr__(name: str) -> Any:
     """EarlyStopMonitor, which earlier versions had here."""
     if name != "EarlyStopMonitor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from es_lora.monitor import EarlyStopMonitor
-
-    return EarlyStopMonitor
+    return importlib.import_module("es_lora.monitor").EarlyStopMonitor

@@ -23,7 +23,12 @@ from pathlib import Path
 from run_kinds import KINDS, digest, left_over, settings_of
 from tqdm import tqdm
 
-RUNS = {"text": 2, "image": 3, "jobs": 0}  # the rounds of kills.py whose settings are taken
+# The rounds of kills.py whose settings are taken, and what makes their runs short.
+RUNS = {
+    "text": (2, ["--max_steps", 8, "--max_train_samples", 12]),
+    "image": (2, ["--max_train_steps", 8, "--sample_every_n_steps", 5]),
+    "jobs": (0, []),
+}
 WRITES = os.O_WRONLY | os.O_RDWR
 PLACES = {"os.rename": (1, 3), "os.link": (1, 3), "os.remove": (0, 1), "os.rmdir": (0, 1), "os.mkdir": (0, 2)}
 
@@ -153,7 +158,8 @@ def main(argv=None):
     scratch = Path(tempfile.mkdtemp(prefix=f"writes-{arguments.kind}-"))
     kind, folder, copies = KINDS[arguments.kind](scratch), scratch / "run", scratch / "copies"
     copies.mkdir()
-    words = settings_of(kind, 0, RUNS[arguments.kind])
+    number, shorter = RUNS[arguments.kind]
+    words = [*settings_of(kind, 0, number), *shorter]
     kind.forked.run(kind.program, [*words, "--output_dir", folder])
     expected = kind.facts(folder)
     shutil.rmtree(folder)
