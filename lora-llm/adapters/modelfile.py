@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from jinja2.exceptions import TemplateError
 
 from adapters.folders import CHAT
 from es_lora.files import read_text
+from text.conversations import Chat
 
 CONTEXT_TOKENS = 4096  # at most: a longer context costs memory whether it is used or not
 _SYSTEM, _USER, _ANSWER, _NEXT = "Ssystemtext", "Uusertext", "Aanswertext", "Nnexttext"
@@ -70,9 +70,9 @@ def _between(tokenizer: Any, contents: Sequence[str]) -> list[str]:
 
 def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses a conversation ({error}); {FIX}") from error
+        return Chat(tokenizer).text(messages, prompt=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; {FIX}") from error
 
 
 def _system_turn(tokenizer: Any, opening: str, user: str, tail: str) -> Optional[tuple[str, str]]:

@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from es_lora.inputs.json_text import parsed_json
 from text.formats import Format, Row, system_turn
+from text.rendering import TemplateBoundsError, check_length, check_operators, within_bounds
 
 LEARN_TURNS = ("all", "last")
 ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ("system", "user", "assistant", "tool")}}
@@ -85,6 +86,8 @@ def _message(turn: Any, number: int) -> Message:
             "allowed are system, user (human), assistant (gpt) and tool"
         )
     calls = given.get("tool_calls") or []
+    if not isinstance(calls, (list, tuple)):
+        raise ValueError(f"turn {number}: tool_calls holds {calls!r:.60}: give a list of calls")
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
@@ -181,7 +184,11 @@ class Chat:
         options: dict[str, Any] = {"add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
         options |= {"tools": self.tools, "chat_template": self.template, **self.tokenizer.special_tokens_map}
         try:
-            rendered: Any = render_jinja_template([list(messages)], **options)
+            check_operators(self.template)
+            rendered: Any = within_bounds(lambda: render_jinja_template([list(messages)], **options))
+            check_length(rendered[0][0])
+        except TemplateBoundsError as error:
+            raise ValueError(f"{self._named} cannot be used: {error}; correct the template") from None
         except Exception as error:  # whatever the template's own code fails with
             raise ValueError(f"{self._named} refuses the conversation: {' '.join(str(error).split())}") from None
         return rendered[0][0], [list(span) for span in rendered[1][0]] if marked else []
