@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-
 from adapters.folders import CHAT
 from es_lora.files import read_text
 from text.conversations import Chat

@@ -111,7 +111,7 @@ def turns_of(row: Row) -> list[dict[str, str]]:
 def _turn(turn: Any) -> dict[str, str]:
     given = turn if isinstance(turn, Mapping) else {}
     role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
-    if role not in ROLES or not isinstance(content, str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
         raise ValueError(f"{turn!r:.60} is no turn: write a text, or a role (of {', '.join(ROLES)}) and its content")
     return {"role": ROLES[role], "content": content}
 

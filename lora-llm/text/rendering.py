@@ -29,7 +29,7 @@ class TemplateBoundsError(ValueError):
 
 
 def within_bounds(render: Callable[[], Result]) -> Result:
-    """What a template renders. Raises TemplateBoundsError where it does not end, or fills the memory.
+    """What a template renders. Raises TemplateBoundsError where it does not end or fills memory.
 
     The clock runs in the main thread only: others hear no signals.
     """
