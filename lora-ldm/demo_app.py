@@ -31,7 +31,17 @@ if __name__ == "__main__" and not st.runtime.exists():
     say("demo_app", f"this is a page, which streamlit shows: streamlit run {shown_path(__file__)}")
     sys.exit(2)
 
-from demo.process import LIMITS, OFFERED_RULES, PRECISIONS, TrainingProcess, TrainingSettings, command, is_sdxl_base
+from demo.process import (
+    LIMITS,
+    MOST_RUNNING,
+    OFFERED_RULES,
+    PRECISIONS,
+    TrainingProcess,
+    TrainingSettings,
+    command,
+    is_sdxl_base,
+    refuse_picture,
+)
 from demo.run_folders import TREE, Places, Run, decision_of, offered
 from es_lora.history import HISTORY_NAME, History
 from es_lora.report import draw
@@ -42,6 +52,7 @@ EXAMPLES = ("portraits", "architecture", "landscape", "stills")
 EXAMPLE_PROMPT = "portrait, boy, fluent 3d style --d 1 --l 5 --s 20"
 REFRESH_SEC = 2
 THUMBNAIL_PX = 128
+MOST_GROUPS = 20  # of pictures in a session
 STYLE = """
 <style>
 .block-container { padding-top: 3.2rem; max-width: 78rem }
@@ -83,7 +94,7 @@ def trainings() -> dict[Path, TrainingProcess]:
     return {}
 
 
-@st.cache_resource(show_spinner="Loading the base ...")
+@st.cache_resource(show_spinner="Loading the base ...", max_entries=1)
 def picture_maker(base: str, v2: bool, v_parameterization: bool, clip_skip: int | None) -> Any:
     from demo.pictures import PictureMaker
 
@@ -113,6 +124,14 @@ def choose_run(places: Places, key: str) -> Run | None:
 
 
 def show_run(run: Run) -> None:
+    """A run, or the one message that says why it cannot be shown; drawn anew by itself."""
+    try:
+        show_whole_run(run)
+    except (ValueError, OSError) as error:
+        st.error(str(error))
+
+
+def show_whole_run(run: Run) -> None:
     process, result = trainings().get(run.folder), run.result()
     if process and result and process.exit_code is not None and not st.session_state.get(f"ended {run.name}"):
         st.session_state[f"ended {run.name}"] = True
@@ -120,6 +139,8 @@ def show_run(run: Run) -> None:
     outcome = result["outcome"] if result else "running"
     kind = {"stopped_early": st.success, "diverged": st.error, "interrupted": st.warning}.get(outcome, st.info)
     kind(run.verdict())
+    for line in run.damage():
+        st.warning(line)
     if process and process.exit_code not in (None, 0):
         st.error(f"The trainer ended with exit code {process.exit_code}.")
         st.code("\n".join(run.log_lines()), language=None)
@@ -165,6 +186,8 @@ def curves(folder: Path, history_bytes: int) -> bytes:
 
 
 def show_previews(run: Run) -> None:
+    from images.loading import open_image
+
     previews = run.previews()
     if not previews:
         return
@@ -176,7 +199,10 @@ def show_previews(run: Run) -> None:
             st.caption(f"{prompts[number]} · seed {row[0].seed}")
         with st.container(horizontal=True):
             for preview in row:
-                st.image(preview.path.read_bytes(), caption=preview.moment, width=THUMBNAIL_PX)
+                try:
+                    st.image(open_image(preview.path), caption=preview.moment, width=THUMBNAIL_PX)
+                except (ValueError, OSError) as error:
+                    st.caption(str(error))
 
 
 def prompts_of(run: Run) -> list[str]:
@@ -186,7 +212,7 @@ def prompts_of(run: Run) -> list[str]:
 
     try:
         return [prompt.prompt for prompt in read_prompts(run.folder / PROMPTS_NAME)]
-    except ValueError:
+    except (ValueError, OSError):
         return []
 
 
@@ -232,7 +258,8 @@ def make_pictures(base: str, run: Run, picked: dict[str, Path | None], wanted: A
 
     settings, group = run.settings() if run else {}, []
     try:
-        clip_skip = settings.get("clip_skip")
+        refuse_picture({**wanted, "strength": strength})
+        clip_skip = settings.get("clip_skip") if isinstance(settings.get("clip_skip"), int) else None
         maker = picture_maker(base, bool(settings.get("v2")), bool(settings.get("v_parameterization")), clip_skip)
         with st.spinner("Drawing ..."):
             for label, lora in picked.items():
@@ -243,7 +270,7 @@ def make_pictures(base: str, run: Run, picked: dict[str, Path | None], wanted: A
         st.error(str(error))
         return
     title = f"{wanted['prompt']} · seed {wanted['seed']} · {wanted['sample_steps']} steps · strength {strength:g}"
-    st.session_state.setdefault("pictures", []).insert(0, (title, group))
+    st.session_state["pictures"] = [(title, group), *st.session_state.get("pictures", [])][:MOST_GROUPS]
 
 
 def show_pictures() -> None:
@@ -275,7 +302,10 @@ def start(places: Places) -> None:
     pressed = st.button("Start", type="primary")
     st.caption("The command that will run")
     st.code(shlex.join(words), language="bash", wrap_lines=True)
-    if pressed:
+    running = sum(process.exit_code is None for process in trainings().values())
+    if pressed and running >= MOST_RUNNING:
+        st.error(f"{running} trainings run already: wait for one, or stop one")
+    elif pressed:
         try:
             trainings()[folder] = TrainingProcess(settings, places, folder)
         except OSError as error:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from base.sampling import SCHEDULERS, Sampler, parse_prompt_line, read_prompts
+from base.sampling import MOST_PROMPTS, SCHEDULERS, Sampler, parse_prompt_line, read_prompts
 from settings.entry_point import ended
 
 SCHEDULERS.update({f"k_{name}": SCHEDULERS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")})
@@ -39,6 +39,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _check(args, count):
+    """Raise ValueError for numbers of the command line that no picture can be made with."""
+    if count > MOST_PROMPTS:
+        raise ValueError(f"{count} prompts: {MOST_PROMPTS} are the most")
+    if not 0 <= args.seed <= 2**63 - 1 - count:
+        raise ValueError(f"--seed {args.seed} is not allowed: it must be at least 0 and below {2**63 - count}")
+    if args.clip_skip is not None and not 1 <= args.clip_skip <= 12:
+        raise ValueError(
+            f"--clip_skip {args.clip_skip} is not allowed: the text encoder has 12 layers; 1 or 2 is usual"
+        )
+
+
 def split_weight(text: str) -> tuple[str, float]:
     """("file", weight) of FILE or FILE:WEIGHT."""
     path, colon, weight = text.rpartition(":")
@@ -56,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sample(args: argparse.Namespace) -> int:
     """Make the pictures and print their paths; -> 0."""
     prompts = [parse_prompt_line(line) for line in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
+    _check(args, len(prompts))
     from base.loading import load_base_model
     from base.text_encoding import what_is_cut
     from network.folding import fold_lora

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from base.loading import is_sdxl
 from base.sampling import parse_prompt_line
@@ -16,6 +17,7 @@ from es_lora.files import split_lines
 from es_lora.rules import DEFAULT_RULE, RULES
 
 PROMPTS_NAME = "preview_prompts.txt"
+WHOLE = ("resolution_px", "rank", "epochs", "batch_size", "pictures_every_epochs", "cs_interval", "window", "seed")
 PRECISIONS = ("no", "fp16", "bf16")
 # name: (least, most) of what a form may ask for
 LIMITS = {
@@ -30,6 +32,17 @@ LIMITS = {
     "cs_interval": (0, 100_000),
     "window": (0, 1000),
     "seed": (0, 2**31 - 1),
+}
+
+MOST_PROMPTS, MOST_LETTERS, MOST_RUNNING = 20, 2000, 4
+# What a picture may be asked for; prompts of a training are held to the same.
+PICTURE_LIMITS = {
+    "sample_steps": (1, 150),
+    "scale": (0, 30),
+    "seed": (0, 2**31 - 1),
+    "width": (0, 2048),
+    "height": (0, 2048),
+    "strength": (0, 2),
 }
 
 # The rules that need no held-out pictures, the default first.
@@ -68,15 +81,17 @@ class TrainingSettings:
             problems.append(f"name {self.name!r}: letters, digits, - and _ only, at most 61")
         for name, (least, most) in LIMITS.items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not least <= value <= most:
-                problems.append(f"{name} {value!r} must be from {least} to {most}")
+            if not _within(value, least, most) or (isinstance(value, float) and name in WHOLE):
+                problems.append(f"{name} {value!r:.60} must be from {least} to {most}{', whole' * (name in WHOLE)}")
         if self.precision not in PRECISIONS:
             problems.append(f"precision {self.precision!r} must be one of {', '.join(PRECISIONS)}")
         if self.stop_rule not in OFFERED_RULES:
             problems.append(f"stop rule {self.stop_rule!r} must be one of {', '.join(OFFERED_RULES)}")
-        for line in self.prompt_lines():
+        if len(self.prompt_lines()) > MOST_PROMPTS:
+            problems.append(f"{len(self.prompt_lines())} prompts: {MOST_PROMPTS} are the most")
+        for line in self.prompt_lines()[:MOST_PROMPTS]:
             try:
-                parse_prompt_line(line)
+                refuse_picture(vars(parse_prompt_line(line)))
             except ValueError as error:
                 problems.append(str(error))
         if problems:
@@ -84,6 +99,27 @@ class TrainingSettings:
 
     def prompt_lines(self) -> list[str]:
         return [line.strip() for line in split_lines(self.prompts) if line.strip() and not line.strip().startswith("#")]
+
+
+def _within(value, least, most):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def refuse_picture(wanted: dict[str, Any]) -> None:
+    """Raise ValueError where a picture is asked for beyond what the page makes. wanted: by the
+    names of PICTURE_LIMITS and of a prompt's texts; None: what the base takes."""
+    problems = [
+        f"{name} {wanted[name]!r:.60} must be from {least} to {most}"
+        for name, (least, most) in PICTURE_LIMITS.items()
+        if wanted.get(name) is not None and not _within(wanted[name], least, most)
+    ]
+    for name in ("prompt", "negative_prompt"):
+        if len(wanted.get(name, "")) > MOST_LETTERS:
+            problems.append(
+                f"the {name.replace('_', ' ')} has {len(wanted[name])} letters: {MOST_LETTERS} are the most"
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def command(settings: TrainingSettings, places: Places, folder: str | Path) -> list[str]:

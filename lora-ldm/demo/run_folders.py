@@ -3,18 +3,26 @@
 A browser chooses by the names that are offered here. A name that was not offered is refused,
 whatever it spells: no path that comes from a browser is ever opened."""
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from es_lora.files import read_text
 from es_lora.history import HISTORY_NAME, History, read_history, replay, rule_for
+from es_lora.inputs.json_text import parsed_json
+from es_lora.outcome import RESULT_NAME
 from es_lora.rules import Decision
 
 TREE = Path(__file__).resolve().parents[1]
 LOG_NAME = "train.log"
+LOG_BYTES = 2**16  # of its end are read
+MOST_BYTES = 2**24  # of a result
+# Of result.json, what the page reads: its kind, where it is there.
+RESULT_FIELDS = {"outcome": str, "verdict": str, "reason": str, "settings": dict, "files": dict}
+RESULT_FIELDS.update(last_step=int, total_steps=int)
+OF_EARLIER_VERSIONS = ("outcome", "last_step", "turning_step", "total_steps", "reason")  # which wrote no verdict
 DEPTH = 3  # folders below a root in which runs are looked for
 _PREVIEW = re.compile(
     r".+?-(?P<part>base|turning-point|last|step(?P<step>\d{8})|(?P<epoch>\d{6}))_(?P<number>\d+)_(?P<seed>\d+)\.png"
@@ -41,11 +49,28 @@ class Run:
     folder: Path
 
     def result(self) -> Optional[dict[str, Any]]:
-        """The content of result.json as a dictionary, None while there is none."""
+        """The content of result.json as a dictionary, None while there is none that is whole."""
         try:
-            return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+            return read_result(self.folder)
         except (OSError, ValueError):
             return None
+
+    def damage(self) -> list[str]:
+        """What of the folder cannot be read, a line each; empty where all that is there can."""
+        lines = []
+        for read in (read_result, read_history):
+            try:
+                read(self.folder)
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError) as error:
+                lines.append(f"{self.name}: {error}")
+        for name in (HISTORY_NAME, RESULT_NAME):
+            if (self.folder / name).is_dir():
+                lines.append(f"{self.name}: {name} is a folder, not a file")
+        missing = [name for name in self._named_weights().values() if not (self.folder / name).exists()]
+        lines += [f"{self.name}: {RESULT_NAME} names {name}, which is not there" for name in dict.fromkeys(missing)]
+        return lines
 
     def settings(self) -> dict[str, Any]:
         return (self.result() or {}).get("settings", {})
@@ -60,27 +85,32 @@ class Run:
 
     def weights(self) -> dict[str, Path]:
         """{what they are: path} of the LoRA files, those of the end first."""
-        result, found = self.result() or {}, {}
+        found = {}
+        for label, name in self._named_weights().items():
+            path = self.folder / name
+            if path.is_file() and not path.is_symlink():
+                found[label] = path
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path not in found.values() and path.is_file() and not path.is_symlink():
+                found[path.stem] = path
+        return found
+
+    def _named_weights(self) -> dict[str, str]:
+        """{what they are: file name} of the weights that result.json names."""
+        result = self.result() or {}
         files = result.get("files", {})
         kept_is = "turning point" if result.get("outcome") == "stopped_early" else "last"
         if kept_is == "last" and "last" in files:
             kept_is = "average"
-        for key, label in (("kept", kept_is), ("turning_point", "turning point"), ("last", "last")):
-            saved = files.get(key) or "none"  # a name before the format es-lora-result/1
-            path = self.folder / Path(saved["path"] if isinstance(saved, dict) else saved).name
-            if path.is_file() and not path.is_symlink():
-                found[label] = path
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path not in found.values() and not path.is_symlink():
-                found[path.stem] = path
-        return found
+        labels = {"kept": kept_is, "turning_point": "turning point", "last": "last"}
+        return {label: _file_name(files[key]) for key, label in labels.items() if files.get(key)}
 
     def previews(self) -> list[Preview]:
         """Previews in the order of training."""
         found = []
         for path in (self.folder / "sample").glob("*.png"):
             match = _PREVIEW.fullmatch(path.name)
-            if match and not path.is_symlink():
+            if match and path.is_file() and not path.is_symlink():
                 moment, order = _moment(match)
                 found.append(Preview(path, moment, order, int(match["number"]), int(match["seed"])))
         return sorted(found, key=lambda preview: (preview.order, preview.number))
@@ -88,7 +118,9 @@ class Run:
     def log_lines(self, count: int = 12) -> list[str]:
         """The last lines that the trainer printed; of a progress bar its last state."""
         try:
-            text = (self.folder / LOG_NAME).read_bytes().decode(errors="replace")
+            with open(self.folder / LOG_NAME, "rb") as file:
+                file.seek(max(0, os.path.getsize(file.name) - LOG_BYTES))
+                text = file.read(LOG_BYTES).decode(errors="replace")
         except OSError:
             return []
         return [line.rsplit("\r", 1)[-1] for line in text.rstrip("\r\n ").split("\n") if line.strip()][-count:]
@@ -105,6 +137,38 @@ class Run:
         if decision is None:
             return f"{done} No evidence of overfitting yet."
         return f"{done} The turning point was step {decision.keep_step}. {decision.reason}"
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The content of result.json. Raises FileNotFoundError, or ValueError for one that is none."""
+    path = folder / RESULT_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{RESULT_NAME} is damaged: it is {path.stat().st_size} bytes long")
+    try:
+        result = parsed_json(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{RESULT_NAME} is damaged: {error}") from error
+    if not isinstance(result, dict):
+        raise ValueError(f"{RESULT_NAME} is damaged: it holds a {type(result).__name__}, no object")
+    result = {name: value for name, value in result.items() if value is not None or name == "turning_step"}
+    wrong = [name for name, kind in RESULT_FIELDS.items() if not isinstance(result.get(name, kind()), kind)]
+    files = result.get("files", {})
+    wrong += ["files"] if "files" not in wrong and not all(map(_names_a_file, files.values())) else []
+    wrong += [name for name in OF_EARLIER_VERSIONS if "verdict" not in result and name not in result]
+    if wrong:
+        raise ValueError(f"{RESULT_NAME} is damaged: {', '.join(wrong)} missing or of another kind")
+    return result
+
+
+def _names_a_file(saved):
+    path = saved.get("path") if isinstance(saved, dict) else saved  # a name before the format es-lora-result/1
+    return path is None or isinstance(path, str)
+
+
+def _file_name(saved):
+    return Path((saved.get("path") if isinstance(saved, dict) else saved) or "none").name or "none"
 
 
 def verdict_of(result: dict) -> str:
@@ -157,7 +221,7 @@ class Places:
         found = []
         for root in self.roots:
             for folder in _folders_below(root):
-                if any((folder / name).is_file() for name in (HISTORY_NAME, "result.json", LOG_NAME)):
+                if any((folder / name).is_file() for name in (HISTORY_NAME, RESULT_NAME, LOG_NAME)):
                     found.append((folder.stat().st_mtime, Run(self.name_of(folder), folder)))
         return {run.name: run for _, run in sorted(found, key=lambda pair: -pair[0])}
 
@@ -178,7 +242,7 @@ class Places:
 
     def base_of(self, run: Run) -> Optional[str]:
         """The name of the offered base that a run was trained on, None where it is not offered."""
-        wanted = run.settings().get("pretrained_model_name_or_path")
+        wanted = str(run.settings().get("pretrained_model_name_or_path") or "")
         same = [name for name, base in self.bases.items() if wanted and _same_base(base, wanted)]
         return same[0] if same else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
@@ -15,6 +14,7 @@ from network.lora_file import group_modules, load_lora, rename_text_encoder
 if TYPE_CHECKING:
     from base.sd import SDModel
 
+MOST_STRENGTH = 1000
 UNET_PREFIX = "model.diffusion_model."
 # {prefix in a single file: component} of text encoders in CLIP's and in OpenCLIP's layout.
 CLIP_PREFIXES = {"cond_stage_model.transformer.": "te", "conditioner.embedders.0.transformer.": "te1"}
@@ -102,8 +102,8 @@ def update_of(parts: dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def _fold(tensors, weight, weights, lora):
-    if not math.isfinite(weight):
-        raise ValueError(f"{lora} cannot be laid on with strength {weight}: give a finite number")
+    if not abs(weight) <= MOST_STRENGTH:
+        raise ValueError(f"{lora} cannot be laid on with strength {weight}: give a number up to {MOST_STRENGTH}")
     modules = group_modules(rename_text_encoder(tensors, weights))
     updates, problems = {}, []
     for name, parts in modules.items():

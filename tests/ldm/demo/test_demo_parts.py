@@ -190,6 +190,14 @@ def test_command_is_accepted_by_the_trainer(places, tmp_path):
         ({"unet_rate": float("nan")}, "unet_rate nan must be from 0 to 1"),
         ({"precision": "no --config_file x"}, "precision"),
         ({"prompts": "a cat --z 1"}, "--z is unknown"),
+        ({"prompts": "a cat --s 151"}, "sample_steps 151 must be from 1 to 150"),
+        ({"prompts": "a cat --w 4096"}, "width 4096 must be from 0 to 2048"),
+        ({"prompts": "a cat\n" * 21}, "21 prompts: 20 are the most"),
+        ({"prompts": "a" * 3000}, "3000 letters: 2000 are the most"),
+        ({"rank": 1.5}, "rank 1.5 must be from 1 to 1024, whole"),
+        ({"epochs": True}, "epochs True must be from 1"),
+        ({"batch_size": float("inf")}, "batch_size inf must be from 1 to 256"),
+        ({"alpha": float("nan")}, "alpha nan must be from"),
     ],
 )
 def test_a_command_of_other_settings_is_refused(places, tmp_path, changes, words):
@@ -330,3 +338,74 @@ def test_the_page_started_as_a_program_names_the_command_that_shows_it():
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("demo_app: this is a page, which streamlit shows: streamlit run ")
+
+
+# ------------------------------------------------------------------------------- what is damaged
+
+
+DAMAGED = {
+    "torn": '{"outcome": ',
+    "a list": "[1, 2]",
+    "a word": '"x"',
+    "nested": "[" * 10_000 + "]" * 10_000,
+    "no fields": "{}",
+    "files are a list": json.dumps({**RESULT, "files": [1]}),
+    "files are numbers": json.dumps({**RESULT, "files": {"kept": {"path": 3}}}),
+    "settings are a word": json.dumps({**RESULT, "settings": "x"}),
+    "the verdict is a number": json.dumps({"verdict": 1}),
+    "the step is a word": json.dumps({**RESULT, "last_step": "nine"}),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_result_is_one_line_and_the_run_is_shown_without_it(places, tmp_path, kind):
+    run = make_run(tmp_path / "root/run", [0.1, 0.2])
+    (run.folder / "result.json").write_text(DAMAGED[kind])
+    (line,) = run.damage()
+    assert "result.json is damaged" in line and len(line) < 500
+    assert run.result() is None and run.settings() == {} and run.weights() == {}
+    assert run.verdict() == "Step 2 of 40. No evidence of overfitting yet." and places.base_of(run) is None
+
+
+def test_folders_in_place_of_files_and_missing_weights_are_a_line_each(tmp_path):
+    run = make_run(tmp_path / "run", [0.1], {**RESULT, "verdict": "Good."})
+    assert [line.split(": ")[1] for line in run.damage()] == [
+        f"result.json names {name}, which is not there" for name in ("a.safetensors", "a-last.safetensors")
+    ]
+    for name in ("result.json", "cs_history.jsonl", "train.log"):
+        (run.folder / name).unlink(missing_ok=True)
+        (run.folder / name).mkdir()
+    (run.folder / "sample/x-last_00_1.png").mkdir(parents=True)
+    (run.folder / "x.safetensors").mkdir()
+    assert [line.split(": ")[1] for line in run.damage()] == [
+        f"{name} is a folder, not a file" for name in ("cs_history.jsonl", "result.json")
+    ]
+    assert run.history() is None and run.log_lines() == [] and run.previews() == [] and run.weights() == {}
+    assert run.verdict() == "Nothing is measured yet."
+
+
+@pytest.mark.parametrize("content", ["[]\n", "{\n{\n", "\x00\x00", json.dumps({**HEADER, "window": None}) + "\n"])
+def test_a_damaged_history_is_one_line(tmp_path, content):
+    run = make_run(tmp_path / "run")
+    (run.folder / "cs_history.jsonl").write_text(content)
+    (line,) = run.damage()
+    assert line.startswith("run: ") and run.history() is None
+
+
+def test_a_whole_run_has_no_damage(tmp_path):
+    run = make_run(tmp_path / "run", [0.1], RESULT, ["a.safetensors", "a-last.safetensors"])
+    assert run.damage() == [] and Run("none", tmp_path).damage() == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sample_steps": 151}, {"width": 4096}, {"height": -8}, {"scale": float("nan")}, {"seed": 2**40},
+     {"strength": 1e9}, {"prompt": "a" * 2001}, {"sample_steps": "20"}],
+)  # fmt: skip
+def test_a_picture_beyond_what_the_page_makes_is_refused(changes):
+    from demo.process import refuse_picture
+
+    usual = {"prompt": "a cat", "negative_prompt": "", "seed": 1, "sample_steps": 20, "scale": 5.0, "width": None}
+    refuse_picture({**usual, "strength": 1.0})
+    with pytest.raises(ValueError, match="must be from|the most"):
+        refuse_picture({**usual, **changes})
