@@ -136,7 +136,7 @@ def show_whole_run(run: Run) -> None:
     if process and result and process.exit_code is not None and not st.session_state.get(f"ended {run.name}"):
         st.session_state[f"ended {run.name}"] = True
         st.rerun()  # the whole page: nothing is left to follow
-    outcome = result["outcome"] if result else "running"
+    outcome = result.get("outcome", "") if result else "running"
     kind = {"stopped_early": st.success, "diverged": st.error, "interrupted": st.warning}.get(outcome, st.info)
     kind(run.verdict())
     for line in run.damage():
