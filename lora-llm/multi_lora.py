@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
@@ -32,7 +33,18 @@ from base.layers import linear_layers, linear_shape, positions_of
 from base.loading import compute_dtype, fit_embeddings, load_base, load_tokenizer
 from base.origin import local_base
 from base.spec import BaseSpec
-from es_lora.command_line import command_line, nearest, reported, truth, without_flag
+from es_lora.command_line import (
+    command_line,
+    fault_of_machine,
+    last_state_named,
+    nearest,
+    reported,
+    truth,
+    without_flag,
+)
+from es_lora.files import refuse_in_the_way
+from es_lora.folder_lock import LOCK_NAME, locked
+from es_lora.inputs.bounds import number, whole
 from es_lora.outcome import RESULT_NAME
 from jobs.config import Job, folder_key, read_jobs
 from jobs.data import JobData, prepare_job
@@ -40,7 +52,7 @@ from jobs.loop import FusedTraining, finished_result, job_result, memory_need, r
 from jobs.overview import write_overview
 from jobs.processes import Processes
 from jobs.scheduler import PASS_TOKENS, Limits, MemoryNeed, token_bytes
-from jobs.states import SavedRound, clear_ended, clear_written_aside, earlier_round, read_round
+from jobs.states import ROUND_NAME, SavedRound, clear_ended, earlier_round, last_state, read_round
 from training.results import next_commands
 
 __all__ = ["Job", "main", "train_jobs"]
@@ -135,7 +147,6 @@ def _train_the_rest(training: FusedTraining, ready: Sequence[tuple[JobData, Memo
     if training.processes.is_first:
         for name in done:
             clear_ended(output_dir / name)
-        clear_written_aside(output_dir)
     training.processes.wait()  # all have read the round before any of them saves another
     costs = [data.total_steps * data.job.batch_size * data.job.accumulation for data, _ in to_train]
     own = training.processes.own_jobs(costs)
@@ -171,7 +182,8 @@ def _check_run(jobs: Sequence[Job], output_dir: Path, bits: int, max_rows: int, 
         raise ValueError("; ".join(problems))
     if output_dir.exists() and not output_dir.is_dir():
         raise FileExistsError(f"--output_dir {output_dir} is a file: choose a folder")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not resume:
+    refuse_in_the_way(output_dir, ("overview.html", "overview.json", ROUND_NAME), [job.name for job in jobs])
+    if output_dir.is_dir() and any(path.name != LOCK_NAME for path in output_dir.iterdir()) and not resume:
         raise FileExistsError(
             f"--output_dir {output_dir} is not empty: choose a new folder, or go on with its run by --resume"
         )
@@ -210,6 +222,8 @@ def _prepare(
                 )
             ready.append((data, need))
         except (ValueError, OSError) as error:
+            if fault_of_machine(error) is not None:
+                raise
             say(f"{job.name}: not trained: {error}")
             refused.append(refused_result(job, str(error)))
     if not ready:
@@ -241,12 +255,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--load_8bit", help="the same as --bits 8", **switch)
     add("--bf16", help="compute in bf16", **switch)
     add("--gradient_checkpointing", help="recompute activations to save memory", **switch)
-    add("--max_rows", type=int, default=32, help="examples in one pass, of all jobs together (default 32)")
-    add("--max_jobs", type=int, default=16, help="adapters that train at once; others wait (default 16)")
-    add("--memory_gb", type=float, help="bound on the estimated memory of base, adapters and activations, in GB")
+    add("--max_rows", type=whole(1), default=32, help="examples in one pass, of all jobs together (default 32)")
+    add("--max_jobs", type=whole(1), default=16, help="adapters that train at once; others wait (default 16)")
+    add("--memory_gb", type=number(), help="bound on the estimated memory of base, adapters and activations, in GB")
     together = "several processes train every job together; default: only where there are fewer jobs than processes"
     add("--data_parallel", **{**switch, "default": None}, help=together)
-    add("--save_minutes", type=float, default=10.0, help="save everything for --resume so often (default 10)")
+    add(
+        "--save_minutes",
+        type=number(zero=True),
+        default=10.0,
+        help="save everything for --resume so often (default 10)",
+    )
     add("--resume", help="go on with the run in --output_dir", **switch)
     add("--use_cpu", help="train on the CPU even where there is a GPU", **switch)
     add("--cache_dir", default=None, help="where hub downloads are kept")
@@ -286,11 +305,13 @@ def _run(argv: list[str]) -> int:
     jobs = read_jobs(options.pop("config"))
     output_dir = Path(options["output_dir"])
     options = {name: value for name, value in options.items() if name not in ("load_4bit", "load_8bit")}
+    words = [*without_flag(argv, "--resume"), "--resume", "true"]
+    go_on = command_line(sys.executable, Path(__file__).resolve(), words)
     try:
-        overview = train_jobs(jobs, **options)
+        with _held(output_dir, options["resume"]), last_state_named(lambda: _how_to_go_on(output_dir, go_on)):
+            overview = train_jobs(jobs, **options)
     except Interrupted as error:
-        words = [*without_flag(argv, "--resume"), "--resume", "true"]
-        print(f"\n{error}\ngo on:  {command_line(sys.executable, Path(__file__).resolve(), words)}")
+        print(f"\n{error}\ngo on:  {go_on}")
         return 130
     finally:
         if torch.distributed.is_initialized():
@@ -299,6 +320,21 @@ def _run(argv: list[str]) -> int:
         _last_words(overview, output_dir)
     outcomes = {result["outcome"] for result in overview["jobs"]}
     return 3 if "diverged" in outcomes else 2 if "refused" in outcomes else 0
+
+
+def _held(output_dir: Path, resume: bool) -> AbstractContextManager:
+    """The output folder for this run alone; of several processes the first one holds it."""
+    if int(os.environ.get("RANK", "0")) or (output_dir.exists() and not output_dir.is_dir()):
+        return nullcontext()
+    if output_dir.is_dir() and any(path.name != LOCK_NAME for path in output_dir.iterdir()) and not resume:
+        return nullcontext()  # it is refused
+    return locked(output_dir, "multi_lora")
+
+
+def _how_to_go_on(output_dir: Path, command: str) -> str:
+    """What is said of the newest whole state when the machine has failed."""
+    told = last_state(output_dir)
+    return f"{told} Go on with: {command}" if told else "Nothing has been saved: start anew."
 
 
 def _last_words(overview: dict[str, Any], output_dir: Path) -> None:

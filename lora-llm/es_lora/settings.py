@@ -10,11 +10,13 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from es_lora.average import DEFAULT_WIDTH, width_or_auto
 from es_lora.command_line import auto_word, number_or_auto, truth
+from es_lora.inputs.bounds import MOST
 from es_lora.rules import DEFAULT_RULE, RULES, RuleSettings, StopRule, check_rule, make_rule, value_of_valley
 from es_lora.shadows import DEFAULT_SHADOWS
 
 VALLEY_HELP = "N of the rule nth-valley: another name of its --rule_value"
 LEAST = {"shadows": 0, "shadow_rank": 1}
+LARGEST = {"shadows": 1000, "shadow_rank": 65_536}  # others: MOST
 KNOW_AUTO = (number_or_auto, width_or_auto)
 
 
@@ -68,15 +70,15 @@ class StopSettings:
                 continue
             try:
                 read[entry.name] = entry.metadata["read"](value)
-            except (ValueError, TypeError) as error:
-                problems.append(f"--{entry.name} {value}: {error}")
+            except (ValueError, TypeError, OverflowError) as error:
+                problems.append(f"--{entry.name} {value!s:.60}: {str(error):.200}")
         settings = replace(self, **read)
         if values.get("valley") is not None:
             try:
                 number = value_of_valley(settings.stop_rule, int(values["valley"]))
                 settings = settings if number is None else replace(settings, rule_value=number)
-            except ValueError as error:
-                problems.append(f"--valley {values['valley']}: {error}")
+            except (ValueError, TypeError, OverflowError) as error:
+                problems.append(f"--valley {values['valley']!s:.60}: {str(error):.200}")
         settings = replace(settings, calculate_cs=settings.calculate_cs or settings.early_stop)
         return settings, problems + settings.problems()
 
@@ -95,6 +97,10 @@ class StopSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 found.append(f"--{name} {value}: must be at least {least}")
+        for entry in fields(self):
+            value, most = getattr(self, entry.name), LARGEST.get(entry.name, MOST)
+            if isinstance(value, (int, float)) and most < value < math.inf:
+                found.append(f"--{entry.name} {value:g}: must be at most {most}")
         if not (math.isfinite(self.snapshot_disk_gb) and self.snapshot_disk_gb > 0):
             found.append(f"--snapshot_disk_gb {self.snapshot_disk_gb:g}: must be above 0")
         if self.average and not self.calculate_cs:

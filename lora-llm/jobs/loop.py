@@ -14,7 +14,7 @@ import torch
 
 from adapters.fused_lora import FusedLora
 from base.layers import linear_layers, linear_shape, lora_target_names
-from es_lora.command_line import NotedSignals, told
+from es_lora.command_line import NotedSignals, fault_of_machine, told
 from es_lora.files import read_text, write_text_whole
 from es_lora.inputs.json_text import parsed_json
 from es_lora.outcome import RESULT_FORMAT, RESULT_NAME
@@ -144,8 +144,11 @@ class FusedTraining:
             self.ended(result)
 
     def _try(self, job: Job, act: Callable[[], Any]) -> None:
-        """Do something for a job; where it fails, it ends alone, and the others go on."""
+        """Do something for a job; where it fails, it ends alone, and the others go on. Raises what
+        is a fault of the machine, which is none of this job."""
         failure = self.processes.failure(act)
+        if failure is not None and fault_of_machine(failure) is not None:
+            raise failure
         if failure is not None:
             self._end_failed(job, failure)
 
@@ -180,6 +183,8 @@ class FusedTraining:
         failure = self.processes.failure(lambda: self._pass(runs, batches))
         if failure is None:
             return
+        if fault_of_machine(failure) is not None:
+            raise failure
         cause = failure.__cause__ if isinstance(failure, ForwardFailed) else None
         if cause is None or len(runs) == 1:
             for run in runs:

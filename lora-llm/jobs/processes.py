@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
-from es_lora.command_line import told
+from es_lora.command_line import MachineFault, fault_of_machine, told
 
 LONGEST_WAIT = timedelta(days=7)  # processes end their jobs at different times
 
@@ -73,7 +73,7 @@ class Processes:
         None."""
         try:
             act()
-        except KnownToAll as error:
+        except (KnownToAll, MachineFault) as error:
             return error
         except Exception as error:
             return self._first_failure(error)
@@ -82,9 +82,12 @@ class Processes:
     def _first_failure(self, own: Optional[Exception]) -> Optional[Exception]:
         if not self.together or not self.any(own is not None):
             return own
-        reasons: list[Optional[str]] = [None] * self.count
-        torch.distributed.all_gather_object(reasons, None if own is None else told(own))
-        return KnownToAll(next(reason for reason in reasons if reason is not None))
+        machine = None if own is None else fault_of_machine(own)
+        reasons: list[Optional[tuple[bool, str]]] = [None] * self.count
+        mine = None if own is None else (machine is not None, machine or told(own))
+        torch.distributed.all_gather_object(reasons, mine)
+        is_machine, reason = next(reason for reason in reasons if reason is not None)
+        return MachineFault(reason) if is_machine else KnownToAll(reason)
 
     def _none_failed(self) -> None:
         failure = self._first_failure(None)

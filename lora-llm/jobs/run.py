@@ -26,7 +26,7 @@ from es_lora.outcome import RESULT_NAME, Outcome, in_order
 from es_lora.weights import refuse_nonfinite, stored_tensors
 from jobs.data import COMPONENT, Example, JobData
 from jobs.processes import Processes
-from jobs.states import STATE_NAME, clear_written_aside, forget_states, state_folder, state_folders, state_number
+from jobs.states import STATE_NAME, forget_states, state_folder, state_folders, state_number
 from training.results import PACKAGES, write_run_report
 
 TENSORS_NAME = "job_state.safetensors"
@@ -76,7 +76,6 @@ class JobRun:
         self._loss, self._measured_step = 0.0, 0
         if state is not None:
             if processes.writes:
-                clear_written_aside(folder)
                 (folder / RESULT_NAME).unlink(missing_ok=True)  # it had ended after this state
             fix = f"delete the folder {folder} to train this job anew"
             refuse_nonfinite(stored_tensors(state / TENSORS_NAME), state / TENSORS_NAME, fix)

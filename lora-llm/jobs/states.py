@@ -16,7 +16,6 @@ from es_lora.snapshots import SNAPSHOT_FOLDER
 
 ROUND_NAME = "states.json"  # in the output folder; of further processes 1-states.json, ...
 STATE_NAME = "job_state.json"  # in a state's folder, written last: where it is, the state is whole
-LEFT_BY_A_KILL = (".*.tmp", ".*.part", ".*.old")  # what es_lora/files.py writes aside
 
 
 @dataclass
@@ -113,13 +112,16 @@ def clear_ended(folder: Path) -> None:
     """Delete what a kill after the end of a job has left in its folder."""
     forget_states(folder)
     shutil.rmtree(folder / SNAPSHOT_FOLDER, ignore_errors=True)
-    clear_written_aside(folder)
 
 
-def clear_written_aside(folder: Path) -> None:
-    """Delete what a killed run was writing in a folder."""
-    for path in [path for pattern in LEFT_BY_A_KILL for path in folder.glob(pattern)]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+def last_state(output_dir: Path) -> str:
+    """What is said of the states of a run that the machine has ended; empty where it has none."""
+    try:
+        saved = read_round(output_dir, 0)
+    except ValueError:
+        saved = None
+    if saved is None or not (saved.active or saved.ended):
+        return ""
+    places = [str(state_folder(output_dir / job, number)) for job, number in saved.active.items()]
+    told = f"{', '.join(places[:3])}{', ...' if len(places) > 3 else ''}" if places else "between two jobs"
+    return f"The last whole state is {told}; {len(saved.ended)} jobs have ended before it."

@@ -19,16 +19,17 @@ def whole(least: int = 0, most: int = MOST) -> Callable[[str], int]:
     return read
 
 
-def number(above: float = 0.0, most: float = float(MOST)) -> Callable[[str], float]:
-    """A type for argparse: a number above `above`, and at most `most`. NaN is none."""
+def number(most: float = float(MOST), zero: bool = False) -> Callable[[str], float]:
+    """A type for argparse: a number above 0, or 0 itself where it is allowed; NaN is none."""
+    least = "of 0 or more" if zero else "above 0"
 
     def read(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
-        if not above < value <= most:
-            raise argparse.ArgumentTypeError(f"{text:.60} is no number above {above:g} and at most {most:g}")
+        if not (0 < value <= most or (zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"{text:.60} is no number {least}, and at most {most:g}")
         return value
 
     return read
