@@ -18,6 +18,7 @@ import quiet_libraries  # noqa: F401  (before diffusers)
 import torch
 
 from base.loading import load_base_model
+from base.memory import checked_device
 from base.sd import SDModel
 from network.lora import component_roots, find_modules
 from network.lora_file import DTYPES, save_lora
@@ -168,6 +169,7 @@ def _run(args):
     selection = Selection.parse(args.select)
     if args.rank < 1:
         raise ValueError(f"--rank {args.rank} is not allowed: it must be at least 1")
+    checked_device(args.device)
     settings = {"v2": args.v2, "v_parameterization": args.v_parameterization}
     loading = {**settings, "vae": args.vae, "tokenizer_cache_dir": args.tokenizer_cache_dir}
     models = [load_base_model(path, **loading) for path in (args.model_org, args.model_tuned)]

@@ -70,10 +70,12 @@ def sample(args: argparse.Namespace) -> int:
     prompts = [parse_prompt_line(line) for line in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
     _check(args, len(prompts))
     from base.loading import load_base_model
+    from base.memory import checked_device
     from base.text_encoding import what_is_cut
     from network.folding import fold_lora
     from network.lora_file import load_lora
 
+    checked_device(args.device)
     dtype = torch.float32 if args.device == "cpu" else torch.float16
     settings = {"v2": args.v2, "v_parameterization": args.v_parameterization, "vae": args.vae}
     model = load_base_model(args.base, **settings, dtype=dtype)

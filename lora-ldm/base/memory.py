@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from base.tensor_files import first_line
+
 if TYPE_CHECKING:
     from base.sd import SDModel
 
@@ -32,6 +34,16 @@ def memory_bytes(device: str | torch.device) -> int:
     limits += [int(text) for text in texts if text.isdigit()]
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return min([*limits, *([soft] if soft != resource.RLIM_INFINITY else [])])
+
+
+def checked_device(name: str) -> str:
+    """The name of a device that is there. Raises ValueError for another one."""
+    try:
+        torch.zeros(1, device=torch.device(name)).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
+        message = f"--device {name:.60} is not to be had here ({first_line(error):.200}): give cpu, or cuda for a GPU"
+        raise ValueError(message) from None
+    return name
 
 
 def refuse_batch(flag: str, count: int, bytes_each: int, device: str | torch.device) -> None:

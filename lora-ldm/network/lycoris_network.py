@@ -16,8 +16,9 @@ from lycoris.kohya import create_network as create_lycoris
 
 from base.memory import refuse_rank
 from base.sd import SDModel
-from base.tensor_files import differences
+from base.tensor_files import differences, first_line
 from cs_fluctuation import LoraLayer
+from es_lora.command_line import is_out_of_memory
 from es_lora.inputs.bounds import MOST
 from es_lora.weights import DenseUpdateLayer, without_dropout
 from network.lora import RANK_ADVICE, find_modules
@@ -178,7 +179,7 @@ def create_lycoris_network(
     else:
         _refuse_ranks(model, text_encoders, train_unet, rank, options)
         options = {"dropout": dropout or 0.0, "warn_on_unmatched": False, **options}
-        network = create_lycoris(1.0, rank, alpha, model.vae, text_encoders, model.unet, **options)
+        network = _created(network_args, model, text_encoders, rank, alpha, options)
     names = _unet_names(model)
     for module in network.text_encoder_loras + network.unet_loras:
         module.lora_name = _file_name(names.get(module.lora_name, module.lora_name))
@@ -195,6 +196,17 @@ def create_lycoris_network(
     if weights is not None and not dim_from_weights:
         wrapped.load_tensors(weights)
     return wrapped
+
+
+def _created(network_args, model, text_encoders, rank, alpha, options):
+    """LyCORIS' network. Raises ValueError where it stumbles on the options, however it does."""
+    try:
+        return create_lycoris(1.0, rank, alpha, model.vae, text_encoders, model.unet, **options)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        words = " ".join(network_args or [])
+        raise ValueError(f"--network_args {words:.200}: LyCORIS refuses them ({first_line(error)})") from error
 
 
 def _refuse_ranks(model, text_encoders, train_unet, rank, options):

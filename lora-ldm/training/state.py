@@ -162,8 +162,11 @@ def load_state(
             raise ValueError(f"--resume {folder}: that run had no shadows; resume without --shadows, or start anew")
         with fits(folder, "shadows"):
             shadows.training.load_state_tensors(read_tensors(folder / SHADOWS_NAME))
+    for file in sorted(folder.glob("*.safetensors")):
+        read_tensors(file)  # which refuses those of the measurements too where they are not finite
+    random = _read_pickle(folder / files[-1])
     with readable(folder / files[-1]):
-        restore_random_state(_read_pickle(folder / files[-1]))
+        restore_random_state(random)
 
 
 @contextlib.contextmanager

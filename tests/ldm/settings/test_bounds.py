@@ -104,6 +104,24 @@ def test_settings_of_the_optimizer_and_the_network_are_numbers_too(refused):
         refused(word, network_args=[word], network_module="lycoris.kohya")
 
 
+@pytest.mark.parametrize("words", [["preset=nope"], ["algo=dylora", "block_size=0"], ["algo=lokr", "factor=x"]])
+def test_options_that_lycoris_stumbles_on_are_one_message(refused, words):
+    refused("--network_args", words[0], network_args=words, network_module="lycoris.kohya")
+
+
+@pytest.mark.parametrize("name", ["nope", "cuda:77", "meta"])
+def test_a_device_that_is_not_there_is_one_message(base, tmp_path, capsys, name):
+    import extract_lora
+    import sample_images
+
+    prompt = ["--base", base, "--prompt", "a", "--out", str(tmp_path / "out")]
+    assert sample_images.main([*prompt, "--device", name]) == 2
+    models = ["--model_org", base, "--model_tuned", base, "--save_to", str(tmp_path / "x.safetensors")]
+    assert extract_lora.main([*models, "--device", name]) == 2
+    message = capsys.readouterr().err
+    assert message.count(f"--device {name} is not to be had here") == 2 and "Traceback" not in message
+
+
 def test_a_rank_that_no_layer_has_is_refused_by_the_largest(refused):
     for more in ({}, {"network_module": "lycoris.kohya"}, {"network_args": ["conv_dim=100000"], "network_dim": 2}):
         refused("100000: no layer of this base has a rank above", **{"network_dim": 100_000, **more})

@@ -72,6 +72,20 @@ def test_weights_must_have_exactly_the_networks_names_and_shapes(refused, state,
     refused(edited_weights(edit), "does not fit this network", *words)
 
 
+@pytest.mark.parametrize("name", ["cs_average.safetensors", "cs_gradients.safetensors", "shadows.safetensors"])
+def test_what_was_measured_must_be_finite(base, images, tmp_path, capsys, name):
+    settings = dict(early_stop=True, cs_interval=1, shadows=2, average=0.2, save_state=True)
+    train(base, images, tmp_path / "first", **settings, max_train_steps=2)
+    state = tmp_path / "first/lora-state"
+    tensors = load_file(state / name)
+    broken = {key: value * float("nan") if value.is_floating_point() else value for key, value in tensors.items()}
+    save_file(broken, state / name)
+    capsys.readouterr()
+    assert run(base, images, tmp_path / "out", **settings, max_train_steps=4, resume=state) == 2
+    message = capsys.readouterr().err
+    assert name in message and "NaN or Inf" in message and "Traceback" not in message
+
+
 def edited_optimizer(edit):
     def change(folder):
         content = torch.load(folder / "optimizer.pt", weights_only=True)
