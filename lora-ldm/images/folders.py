@@ -27,6 +27,7 @@ CONVERT_FIRST = """
     .raw .cr2 .cr3 .nef .arw .dng .orf .rw2
 """.split()
 CAPTION_EXTENSIONS = (".caption", ".txt")
+MOST_LETTERS = 100_000  # of a caption; at most some hundred words of it are encoded
 REPEAT_FOLDER = re.compile(r"(\d+)(?:_(.*))?")
 
 
@@ -152,7 +153,11 @@ def read_records(subset: SubsetSettings) -> list[ImageRecord]:
     else:
         captions = read_folder_captions(subset)
     captions = first_lines(captions, subset)
-    problems: list[str] = []
+    problems = [
+        f"the caption of {path} has {len(text)} letters, and {MOST_LETTERS} are the most: shorten it"
+        for path, text in captions.items()
+        if len(text) > MOST_LETTERS
+    ]
     masks = find_masks(list(captions), subset, problems)
     if problems:
         raise ValueError("\n".join(problems))

@@ -197,6 +197,12 @@ def test_numbers_of_prompt_files_and_their_count_have_bounds(tmp_path):
         read_prompts(tmp_path / "p.json")
 
 
+def test_a_caption_without_end_is_named(refused, tmp_path):
+    make_pictures(tmp_path / "images", count=2)
+    (tmp_path / "images/1_cat/1.txt").write_text("a " * 60_000)
+    refused("1_cat/1.png", "100000 are the most", images=str(tmp_path / "images"))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", ["gone", "torn"])
 def test_a_picture_that_is_lost_while_training_is_one_message(base, tmp_path, capsys, monkeypatch, workers, damage):

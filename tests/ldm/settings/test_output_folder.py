@@ -131,3 +131,22 @@ def test_equal_runs_give_equal_files_but_for_the_times(tmp_path, kind):
         assert [header.index(f"ss_key_{n}") for n in range(10, 40)] == sorted(
             header.index(f"ss_key_{n}") for n in range(10, 40)
         )
+
+
+TIMES = {"ss_training_started_at", "ss_training_finished_at", "modelspec.date"}
+
+
+def test_the_files_of_equal_runs_differ_in_their_times_only(base, images, tmp_path):
+    import json
+
+    headers, bodies = [], []
+    for name in ("a", "b"):
+        train(base, images, tmp_path / name, max_train_steps=2, calculate_cs=True)
+        content = (tmp_path / name / "lora.safetensors").read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:end])
+        assert set(header["__metadata__"]) >= TIMES
+        header["__metadata__"] = {k: v for k, v in header["__metadata__"].items() if k not in TIMES}
+        headers.append(json.dumps(header))  # in the order of the file
+        bodies.append(content[end:])
+    assert headers[0] == headers[1] and bodies[0] == bodies[1]
