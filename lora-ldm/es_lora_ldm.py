@@ -7,19 +7,23 @@ Flags, folders and files are those of sd-scripts' train_network.py; see `--help`
 optimizer steps. Exit codes: 0 trained or stopped early, 2 bad input, 3 diverged, 130 interrupted.
 """
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Optional
 
 import quiet_libraries  # noqa: F401  (before diffusers)
 
 from base.families import StableDiffusion
+from es_lora.command_line import last_state_named
+from es_lora.folder_lock import locked
 from images.batches import build_datasets
 from settings.entry_point import ended
 from settings.parsing import parse_arguments
 from training.loop import train
-from training.results import finish, last_lines
+from training.results import finish, how_to_go_on, last_lines
 from training.setup import set_up
 
 
@@ -30,13 +34,20 @@ def main(argv: Optional[Sequence[str]] = None, family: type[StableDiffusion] = S
         args = parse_arguments(argv, family.is_sdxl)
         if args.debug_dataset:
             return show_data(args)
-        run = set_up(args, family)
-        outcome = finish(run, train(run))
-        if run.processes.is_main:
-            print("\n".join(last_lines(outcome, run)))
+        with output_folder_held(args, family.program), last_state_named(lambda: how_to_go_on(args)):
+            run = set_up(args, family)
+            outcome = finish(run, train(run))
+            if run.processes.is_main:
+                print("\n".join(last_lines(outcome, run)))
         return outcome.exit_code
 
     return ended(family.program, work, "interrupted at once; what was saved before is whole")
+
+
+def output_folder_held(args: Namespace, program: str) -> AbstractContextManager:
+    """The output folder is this run's alone; its first process holds it for all."""
+    first = os.environ.get("RANK", "0") == "0"
+    return locked(args.output_dir, program) if first else nullcontext()
 
 
 def show_data(args: Namespace) -> int:

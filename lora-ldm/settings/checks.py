@@ -6,14 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from es_lora.command_line import without_secret_flags
 from es_lora.settings import StopSettings
 from es_lora.shadows import rate_is_adams
 from settings.bounds import out_of_bounds
 from settings.entry_point import missing_package
 from settings.key_values import key_values
 from settings.output_folder import output_problems
-
-SECRETS = ("wandb_api_key", "huggingface_token")
 
 HUB = "the trainer does not talk to a hub; upload the finished file with `hf upload`"
 DEEPSPEED = "a LoRA and its optimizer state fit on one device without DeepSpeed"
@@ -329,7 +328,7 @@ def complete(args: Namespace, stop: StopSettings) -> Namespace:
 def plain_settings(args: Namespace) -> dict[str, Any]:
     """Every setting as a plain value, for logs and results; without keys and tokens."""
     values = {**vars(args), **args.stop.as_flags()}
-    values = {name: value for name, value in values.items() if name not in (*SECRETS, "stop")}
+    values = without_secret_flags({name: value for name, value in values.items() if name != "stop"})
     return {name: v if isinstance(v, (int, float, str, list)) or v is None else str(v) for name, v in values.items()}
 
 

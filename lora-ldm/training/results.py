@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,6 +16,7 @@ from es_lora.report import write_report
 from settings.checks import plain_settings
 from training.loop import Ending, save_run
 from training.setup import Run
+from training.state import newest_state
 
 PACKAGES = "torch diffusers transformers peft accelerate safetensors".split()
 TREE = Path(__file__).resolve().parents[1]
@@ -146,11 +148,7 @@ def next_commands(outcome: Outcome, run: Run) -> dict[str, str]:
     """{what for: the exact command}."""
     args, folder = run.args, run.files.names.folder
     if outcome.name == "interrupted":
-        state = shown_path(folder / outcome.files["state"].path)
-        script, *words = sys.argv
-        return {
-            "Carry on with": command_line(sys.executable, script, [*without_flag(words, "--resume"), "--resume", state])
-        }
+        return {"Carry on with": go_on_command(folder / outcome.files["state"].path)}
     if "kept" not in outcome.files:
         return {}
     kind = (["--v2"] if args.v2 else []) + (["--v_parameterization"] if args.v_parameterization else [])
@@ -165,6 +163,20 @@ def next_commands(outcome: Outcome, run: Run) -> dict[str, str]:
         words = ["--model_org", base, "--model_tuned", kept, *kind, "--save_to", f"{kept}-lora.safetensors"]
         commands["Make a LoRA of it, which stage two trains on"] = _script("extract_lora.py", *words)
     return commands
+
+
+def go_on_command(state: Path) -> str:
+    """The command that goes on from a state folder."""
+    script, *words = sys.argv
+    return command_line(sys.executable, script, [*without_flag(words, "--resume"), "--resume", shown_path(state)])
+
+
+def how_to_go_on(args: Namespace) -> str:
+    """What is said of the newest whole state when the machine has failed."""
+    state = newest_state(Path(args.output_dir))
+    if state is None:
+        return "No state has been saved: start anew (--save_state saves some)."
+    return f"The last whole state is {shown_path(state)}. Go on with: {go_on_command(state)}"
 
 
 def short_prompt(text: str) -> str:

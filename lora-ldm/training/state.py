@@ -20,7 +20,7 @@ from base.files import read_json, readable
 from base.random_state import random_state, restore_random_state
 from base.tensor_files import differences, first_line, read_tensors, shapes_of
 from es_lora.command_line import is_out_of_memory
-from es_lora.files import flush, replace_folder
+from es_lora.files import flush_all, replace_folder
 from es_lora.monitor import EarlyStopMonitor
 from training.optimizers import Optimization
 from training.processes import Processes
@@ -77,31 +77,38 @@ def save_state(
 ) -> None:
     """Write a state folder; every process calls it; it gets its name when all have written."""
     aside = folder.with_name(f".{folder.name}.part")
-    accelerator = processes.accelerator
-    if processes.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.tensors().items()}
-        save_file(tensors, aside / "lora.safetensors")
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        torch.save(_plain({**optimization.state(), "scaler": scaler}), aside / "optimizer.pt")
-        content = {"format": FORMAT, "processes": processes.count, **asdict(progress)}
-        (aside / "progress.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        if monitor is not None:
-            monitor.save_state(aside)
-        if shadows is not None:
-            save_file(shadows.training.state_tensors(), aside / SHADOWS_NAME)
-    accelerator.wait_for_everyone()
-    torch.save(random_state(), aside / f"random-{processes.rank}.pt")
-    accelerator.wait_for_everyone()
-    if processes.is_main:
-        for file in aside.rglob("*"):
-            if file.is_file():
-                flush(file)
-        replace_folder(aside, folder)
-        if monitor is not None:
-            monitor.state_saved(folder)
-    accelerator.wait_for_everyone()
+    try:
+        if processes.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            _write_parts(aside, processes, progress, network, optimization, monitor, shadows)
+        processes.accelerator.wait_for_everyone()
+        torch.save(random_state(), aside / f"random-{processes.rank}.pt")
+        processes.accelerator.wait_for_everyone()
+        if processes.is_main:
+            flush_all(aside)
+            replace_folder(aside, folder)
+            if monitor is not None:
+                monitor.state_saved(folder)
+    finally:
+        if processes.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+    processes.accelerator.wait_for_everyone()
+
+
+def _write_parts(aside, processes, progress, network, optimization, monitor, shadows):
+    """What the first process writes."""
+    aside.mkdir(parents=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.tensors().items()}
+    save_file(tensors, aside / "lora.safetensors")
+    scaler = processes.accelerator.scaler
+    parts = {**optimization.state(), "scaler": scaler.state_dict() if scaler is not None else None}
+    torch.save(_plain(parts), aside / "optimizer.pt")
+    content = {"format": FORMAT, "processes": processes.count, **asdict(progress)}
+    (aside / "progress.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    if monitor is not None:
+        monitor.save_state(aside)
+    if shadows is not None:
+        save_file(shadows.training.state_tensors(), aside / SHADOWS_NAME)
 
 
 def read_progress(folder: Union[str, Path]) -> Progress:
@@ -126,6 +133,12 @@ def read_progress(folder: Union[str, Path]) -> Progress:
     if problems:
         raise ValueError(f"--resume {folder}: progress.json is damaged: {'; '.join(problems)}; use an earlier state")
     return Progress(**content)
+
+
+def newest_state(folder: Path) -> Optional[Path]:
+    """The state of the most steps in an output folder, or None."""
+    states = [state for state in folder.glob("*-state") if (state / "progress.json").is_file()]
+    return max(states, key=lambda state: read_progress(state).step, default=None)
 
 
 def load_state(
