@@ -50,6 +50,7 @@ from text.conversations import Chat, end_tokens
 from text.tables import TABLE_SUFFIXES, read_table
 
 BASE = "base"
+MOST_PROMPTS = 100_000
 CHAT_HELP = (
     "A line is a message. /use NAME answers with another adapter, /new forgets the talk, /quit (or Ctrl-D) ends."
 )
@@ -230,8 +231,14 @@ def read_requests(path: Path) -> list[dict[str, Any]]:
         for number, row in rows:
             if not isinstance(row.get("input"), str):
                 raise ValueError(f'--prompts {path}, line {number} needs an input column: {{"input": "..."}}')
-        return [row for _, row in rows]
-    return [{"input": line} for line in split_lines(text) if line.strip()]
+        return _bounded([row for _, row in rows], path)
+    return _bounded([{"input": line} for line in split_lines(text) if line.strip()], path)
+
+
+def _bounded(requests: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    if len(requests) > MOST_PROMPTS:
+        raise ValueError(f"--prompts {path} holds {len(requests)} prompts; give {MOST_PROMPTS} at most")
+    return requests
 
 
 def side_by_side(titles: Sequence[str], texts: Sequence[str], width: int) -> str:

@@ -18,9 +18,11 @@ from base.origin import local_base
 from base.spec import BaseSpec
 from es_lora.command_line import nearest
 from es_lora.files import read_text
+from es_lora.inputs.bounds import bound_numbers
 from es_lora.inputs.json_text import parsed_json
 from es_lora.judge.adapter_files import PICKLE_NAME, QLORA_FOLDER
 from es_lora.weights import pickle_advice, refuse_nonfinite, stored_tensors
+from settings.checks import LARGEST
 from text.hub import offline_if_unreachable
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -33,6 +35,7 @@ class OneLineParser(HfArgumentParser):
 
     def parse(self, argv: Optional[Sequence[str]]) -> argparse.Namespace:
         argv = list(sys.argv[1:] if argv is None else argv)
+        bound_numbers(self, LARGEST)
         known = sorted(option for option in self._option_string_actions if option.startswith("--"))
         for word in argv:
             flag = word.split("=")[0]

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
-from base.layers import lora_target_names
+from base.layers import check_rank, lora_target_names
 
 
 def attach_lora(
@@ -17,6 +17,7 @@ def attach_lora(
     Only it is trained, and the biases that `bias` chooses: none, all or lora_only.
     """
     targets = lora_target_names(base, modules)
+    check_rank(base, targets, rank, "--lora_r")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

@@ -1,7 +1,9 @@
 """The linear layers of a base: which take a LoRA, and their shapes."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -10,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from es_lora.weights import dequantised
 
+TRAINED_BYTES = 16  # of a LoRA parameter: weight, gradient and two moments in float32
+_FAR_BEYOND = 8  # times the positions of a base: nothing it writes there is of use
 _SPARE_POSITIONS = 8  # OPT's table has two more than it has positions
 
 
@@ -94,12 +98,49 @@ def positions_notices(positions: Optional[Positions], longest: int, flags: str) 
     return [f"Beyond its positions: {told}. It computes others too, but has not been trained on them."]
 
 
+def check_rank(base: torch.nn.Module, names: Iterable[str], rank: int, flag: str) -> None:
+    """Raises ValueError, with the rank that would do, for a LoRA of these layers that is larger
+    than any of them, or that this machine's memory cannot hold in training."""
+    layers = linear_layers(base)
+    sizes = [linear_shape(layers[name]) for name in names]
+    largest = max(min(size) for size in sizes)
+    if rank > largest:
+        raise ValueError(
+            f"{flag} {rank}: the layers have {largest} rows or columns at most, and a LoRA of that rank already holds "
+            f"any change of them; give {largest} or less"
+        )
+    a_rank = TRAINED_BYTES * sum(map(sum, sizes))
+    free = free_bytes(base.device)
+    if free is not None and rank * a_rank > free:
+        raise ValueError(
+            f"{flag} {rank}: training it takes {rank * a_rank / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; give "
+            f"{max(1, free // a_rank)} or less, or fewer layers"
+        )
+
+
+def free_bytes(device: torch.device) -> Optional[int]:
+    """Memory of a device that is free; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def answer_tokens(model: torch.nn.Module, prompt_tokens: int, most: int) -> int:
     """How many of `most` tokens the base has positions for after a prompt.
 
-    Raises ValueError where a table of positions leaves none.
+    Raises ValueError where a table of positions leaves none, and for many times what a base
+    without a table has been trained on.
     """
     positions = positions_of(model)
+    if positions is not None and not positions.hard and most > _FAR_BEYOND * positions.count:
+        raise ValueError(
+            f"--max_new_tokens {most}: the base was trained on {positions.count} positions; give "
+            f"{_FAR_BEYOND * positions.count} or less"
+        )
     if positions is None or not positions.hard:
         return most
     if prompt_tokens >= positions.count:

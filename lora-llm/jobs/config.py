@@ -32,7 +32,7 @@ from transformers import SchedulerType
 
 from es_lora.command_line import nearest
 from es_lora.files import read_text
-from es_lora.inputs.bounds import MOST
+from es_lora.inputs.bounds import LARGEST_FLOAT32, MOST
 from es_lora.inputs.json_text import not_too_deep, parsed_json
 from es_lora.inputs.toml_text import parsed_toml
 from es_lora.settings import StopSettings
@@ -162,7 +162,6 @@ _RANGES = {  # what is allowed: (names, whether a value is); NaN is in none of t
     "at least 0 and below 1": (("dropout", "warmup_ratio"), lambda value: 0 <= value < 1),
 }
 _MOST = {"seed": 2**32 - 1, "rank": 2**20, "epochs": MOST, "eval_dataset_size": MOST}
-LARGEST_FLOAT32 = 3.4e38
 # Schedules that need nothing but the number of warm-up and of all steps.
 SCHEDULES = [kind.value for kind in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP, SchedulerType.LINEAR)]
 SCHEDULES += [

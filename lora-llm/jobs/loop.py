@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 
 from adapters.fused_lora import FusedLora
-from base.layers import linear_layers, linear_shape, lora_target_names
+from base.layers import check_rank, linear_layers, linear_shape, lora_target_names
 from es_lora.command_line import NotedSignals, fault_of_machine, told
 from es_lora.files import read_text, write_text_whole
 from es_lora.inputs.json_text import parsed_json
@@ -34,6 +34,7 @@ def memory_need(base: torch.nn.Module, data: JobData) -> MemoryNeed:
     """What this job takes while it trains. Raises ValueError for target modules the base lacks."""
     layers, targets = linear_layers(base), data.job.target_modules
     names = lora_target_names(base, targets if isinstance(targets, str) else ",".join(targets))
+    check_rank(base, names, data.job.rank, "rank")
     parameters = data.job.rank * sum(sum(linear_shape(layers[name])) for name in names)
     rows = min(data.job.batch_size, len(data.train))
     return MemoryNeed(LORA_BYTES * parameters, rows * data.longest)

@@ -18,6 +18,17 @@ _AT_LEAST_1 = """
     source_max_len target_max_len mmlu_source_max_len
 """.split()
 AT_LEAST = {**dict.fromkeys(_AT_LEAST_1, 1), "seq_length": 2, "weight_decay": 0, "max_grad_norm": 0}
+# The largest values that make sense; others: es_lora.inputs.bounds.
+LARGEST = {
+    **dict.fromkeys(("seed", "data_seed"), 2**32 - 1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 65_536),
+    **dict.fromkeys(("per_gpu_train_batch_size", "per_gpu_eval_batch_size", "lora_r"), 65_536),
+    **dict.fromkeys(("num_train_epochs", "seq_length"), 1_000_000),
+    **dict.fromkeys(("max_new_tokens", "min_new_tokens"), 131_072),
+    **dict.fromkeys(("num_beams", "dataloader_num_workers", "dataloader_prefetch_factor", "dataset_num_proc"), 256),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "warmup_steps"), 10**9),
+    **dict.fromkeys(("eval_dataset_size", "test_dataset_size"), 10**9),
+}
 ABOVE_ZERO = ("lora_alpha", "learning_rate", "num_train_epochs", "save_steps", "temperature", "top_p")
 
 

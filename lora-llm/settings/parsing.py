@@ -14,8 +14,9 @@ from typing import Any, Optional, Union
 from transformers import HfArgumentParser
 
 from es_lora.command_line import nearest, without_secrets
+from es_lora.inputs.bounds import bound_numbers
 from es_lora.settings import StopSettings, add_stop_arguments, stop_values
-from settings.checks import collect_problems
+from settings.checks import LARGEST, collect_problems
 from settings.flags import (
     PRESETS,
     USUAL_STOP,
@@ -80,6 +81,7 @@ def build_parser() -> HfArgumentParser:
         "help": "the same as --calculate_cs False",
     }
     group.add_argument("--no_calculate_cs", **no_cs)
+    bound_numbers(parser, LARGEST)
     return parser
 
 

@@ -2,9 +2,10 @@
 
 import argparse
 import re
-from typing import Any, Callable
+from typing import Callable, Mapping
 
 MOST = 10**9  # of a count: more makes no sense, and what lists it would fill the memory
+LARGEST_FLOAT32 = 3.4e38
 
 
 def whole(least: int = 0, most: int = MOST) -> Callable[[str], int]:
@@ -35,6 +36,26 @@ def number(most: float = float(MOST), zero: bool = False) -> Callable[[str], flo
     return read
 
 
-def out_of_bounds(value: Any) -> bool:
-    """Whether it is a number that no setting takes: not finite, or too large to count with."""
-    return isinstance(value, (int, float)) and not abs(value) <= 1e18
+def bound_numbers(parser: argparse.ArgumentParser, largest: Mapping[str, float]) -> None:
+    """Let every flag of a parser that reads a number refuse NaN, infinity, and what is too large.
+
+    largest: {flag: its largest value}; others: MOST of a count, LARGEST_FLOAT32 of any number."""
+    for action in parser._actions:
+        if action.type is int:
+            action.type = _within(int, largest.get(action.dest, MOST))
+        elif action.type is float:
+            action.type = _within(float, largest.get(action.dest, LARGEST_FLOAT32))
+
+
+def _within(kind: Callable[[str], float], most: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            words = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is no {words}") from None
+        if not abs(value) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number of at most {most:.10g}")
+        return value
+
+    return read

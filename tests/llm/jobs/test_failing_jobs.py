@@ -36,7 +36,7 @@ def test_a_job_beyond_the_positions_is_refused_and_the_other_is_trained(base_wit
     (tmp_path / "long.jsonl").write_text(json.dumps({"input": "word " * 90, "output": "answer " * 90}) + "\n")
     (tmp_path / "short.jsonl").write_text(json.dumps({"input": "q", "output": "a"}) + "\n")
     jobs = "".join(f'[[jobs]]\nname = "{name}"\ndataset = "{name}.jsonl"\n' for name in ("long", "short"))
-    (tmp_path / "jobs.toml").write_text(f"[defaults]\nmax_steps = 2\n{jobs}")
+    (tmp_path / "jobs.toml").write_text(f"[defaults]\nmax_steps = 2\nrank = 4\n{jobs}")
     flags = ["--base_model", str(base_with_a_table), "--config", str(tmp_path / "jobs.toml"), "--bits", "32"]
     assert main([*flags, "--output_dir", str(tmp_path / "out"), "--use_cpu"]) == 2
     assert "long: not trained: " in (told := capsys.readouterr().out) and "the base has 64 positions" in told

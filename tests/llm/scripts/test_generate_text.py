@@ -204,7 +204,7 @@ def test_columns_keep_to_the_width():
         (["--adapter", "RUN", "--prompt", "x", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
         (
             ["--adapter", "RUN", "--prompt", "x", "--do_sample", "--temperature", "nan"],
-            "--temperature nan: must be above 0",
+            "argument --temperature: 'nan' is not a number",
         ),
         (["--adapter", "RUN", "--prompt", "x", "--penalty_alpha", "0.6"], "transformers has dropped"),
         (["--adapter", "/no/run", "--prompt", "x"], "/no/run holds no adapter_config.json"),

@@ -384,7 +384,7 @@ BAD_VALUES = {
     "--lora_alpha 0": "above 0",
     "--lora_dropout 1": "below 1",
     "--lora_bias some": "none, all, lora_only",
-    "--learning_rate nan": "above 0",
+    "--learning_rate 0": "above 0",
     "--mmlu_split train": "eval or test",
     "--mmlu_dataset mmlu": "mmlu-zs or mmlu-fs",
     "--source_max_len 0": "at least 1",
@@ -402,8 +402,8 @@ BAD_VALUES = {
     "--num_train_epochs 0": "above 0",
     "--max_eval_samples 0": "at least 1",
     "--max_new_tokens 0": "at least 1",
-    "--weight_decay nan": "at least 0",
-    "--max_grad_norm nan": "at least 0",
+    "--weight_decay -1": "at least 0",
+    "--max_grad_norm -1": "at least 0",
     "--save_steps 0": "above 0",
     "--top_p 0": "above 0",
     "--warmup_ratio 2": "below 1",
@@ -440,6 +440,19 @@ def test_a_word_where_a_number_belongs_exits_with_2_and_one_line(parse, capsys):
     assert caught.value.code == 2
     said = capsys.readouterr().err.strip()
     assert "--lora_r" in said and "'many'" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "9" * 400])
+def test_no_flag_takes_a_number_without_end(parse, capsys, text):
+    """Every flag that reads a number, those of transformers too."""
+    numeric = [action for action in build_parser()._actions if getattr(action.type, "__name__", "") == "read"]
+    assert len(numeric) > 50
+    for action in numeric:
+        flag = action.option_strings[0]
+        with pytest.raises(SystemExit) as ended:
+            parse(f"{flag}={text}")
+        said = capsys.readouterr().err.strip()
+        assert ended.value.code == 2 and flag in said and len(said.splitlines()) == 1
 
 
 def test_help_names_every_flag(parse, capsys):
