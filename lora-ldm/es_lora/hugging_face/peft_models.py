@@ -77,6 +77,15 @@ def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlySto
     return newest
 
 
+def _sort_sets(config: Path) -> None:
+    """PEFT writes sets of module names in the order of their hashes, another one in each process."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(content.get(name), list):
+            content[name].sort()
+    config.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+
+
 def save_adapter(model: Any, folder: Path, facts: Dict[str, Any], also: Optional[Callable[[str], Any]] = None) -> None:
     """Save the active adapter as a folder, whole or not at all, with JSON facts in its metadata.
     The layout is PEFT's: an adapter not called "default" lies in a subfolder of its name.
@@ -91,6 +100,8 @@ def save_adapter(model: Any, folder: Path, facts: Dict[str, Any], also: Optional
             with safe_open(str(file), framework="pt") as handle:
                 metadata = handle.metadata() or {}
             save_tensors(load_file(str(file)), file, {**metadata, "es_lora": json.dumps(facts)})
+        for file in aside.rglob("adapter_config.json"):
+            _sort_sets(file)
         if also is not None:
             also(str(aside))
 
