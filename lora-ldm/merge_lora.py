@@ -18,8 +18,9 @@ import torch
 from safetensors import safe_open
 
 from base.files import read_json
-from base.tensor_files import read_tensors, refuse_not_finite, write_tensors
+from base.tensor_files import read_tensors, refuse_not_finite
 from es_lora.files import write_folder_whole, write_whole
+from es_lora.weights import save_tensors
 from network.folding import fold_into_tensors, fold_lora
 from network.lora_file import DTYPES, load_lora
 from settings.entry_point import ended
@@ -61,7 +62,7 @@ def _merge_file(base, target, loras, args):
             metadata = file.metadata() or {}
     metadata["modelspec.merged_from"] = ", ".join(Path(path).stem for path in (base, *args.models))
     checkpoint = {name: value.contiguous() for name, value in checkpoint.items()}
-    write_whole(target, lambda aside: write_tensors(aside, checkpoint, metadata))
+    write_whole(target, lambda aside: save_tensors(checkpoint, aside, metadata))
 
 
 def _merge_folder(base, target, loras, args):

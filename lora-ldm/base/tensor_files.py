@@ -1,13 +1,12 @@
 """Files of named tensors, read without running code."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from es_lora.weights import is_finite
 
@@ -86,24 +85,6 @@ def _read(path):
     if not tensors:
         raise ValueError(f"{path} holds no named tensors; give a model checkpoint")
     return tensors
-
-
-def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file: equal tensors and metadata, {text: text}, give equal bytes.
-
-    safetensors orders the metadata anew each time; here they are put in the order of their keys.
-    Not whole or not at all: see es_lora.files.write_whole."""
-    save_file(tensors, path, metadata)
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        if "__metadata__" not in header:
-            return
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) <= length:  # else another way to write a sign; the file is right as it is
-            file.seek(8)
-            file.write(text.ljust(length))
 
 
 def tensor_names(path: str | Path) -> Iterable[str]:

@@ -255,6 +255,8 @@ class EarlyStopMonitor:
         try:
             state = json.loads(read_text(folder / STATE_NAME))
             self.notes = dict(state.get("notes", {}))
+            if not all(list(map(type, pair)) == [int, int] for pair in state["snapshots"]):
+                raise TypeError("its snapshots are no pairs of numbers")
             if self.snapshots is not None:
                 self.snapshots.copy_from(folder / SNAPSHOT_FOLDER, state["snapshots"])
             for name, part in ((GRADIENTS_NAME, self.evidence), (AVERAGE_NAME, self.average)):

@@ -188,7 +188,9 @@ def stored_tensors(file: Union[str, Path]) -> Iterator[Tuple[str, torch.Tensor]]
         raise ValueError(f"{file} is damaged ({error}); take another, or make it anew") from error
 
 
-def save_tensors(tensors: Dict[str, torch.Tensor], file: Union[str, Path], metadata: Dict[str, str]) -> None:
+def save_tensors(
+    tensors: Dict[str, torch.Tensor], file: Union[str, Path], metadata: Optional[Dict[str, str]] = None
+) -> None:
     """Write a safetensors file whose bytes depend on its content alone.
 
     The library writes metadata in an order of its own, another one each time; here it is sorted."""
@@ -196,7 +198,9 @@ def save_tensors(tensors: Dict[str, torch.Tensor], file: Union[str, Path], metad
     with open(file, "rb+") as handle:
         length = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(length))
-        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8").ljust(length)
         if len(text) == length:  # else the library escapes otherwise: then its own order stays
             handle.seek(8)

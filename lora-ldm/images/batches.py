@@ -248,6 +248,11 @@ class ImageBatches(torch.utils.data.Dataset):
         batches._in_memory, batches._on_disk = self._in_memory, self._on_disk
         return batches
 
+    def described(self) -> list[tuple[str, str]]:
+        """(file name, caption) of every picture: the same in every process of a run."""
+        records = [image.record for dataset in self.datasets for image in dataset.images]
+        return [(record.path.name, record.caption) for record in records]
+
     def whole_captions(self) -> list[str]:
         """A caption an image as it is trained on where nothing of it is varied or left out."""
         records = [image.record for dataset in self.datasets for image in dataset.images]

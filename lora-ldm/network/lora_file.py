@@ -19,9 +19,10 @@ import torch
 from safetensors import safe_open
 
 from base.files import read_json
-from base.tensor_files import LEGACY_HASH_LENGTH_BYTES, LEGACY_HASH_OFFSET_BYTES, named, read_tensors, write_tensors
+from base.tensor_files import LEGACY_HASH_LENGTH_BYTES, LEGACY_HASH_OFFSET_BYTES, named, read_tensors
 from es_lora.files import write_whole
 from es_lora.inputs.json_text import parsed_json
+from es_lora.weights import save_tensors
 
 logger = logging.getLogger(__name__)
 DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,7 +59,7 @@ def save_lora(
     if path.suffix == ".safetensors":
         metadata = {name: str(value) for name, value in (metadata or {}).items()}
         metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = lora_hashes(tensors, metadata)
-        write_whole(path, lambda aside: write_tensors(aside, tensors, metadata))
+        write_whole(path, lambda aside: save_tensors(tensors, aside, metadata))
     elif path.suffix in (".pt", ".ckpt"):
         write_whole(path, lambda aside: aside.write_bytes(_pickled(tensors)))
     else:

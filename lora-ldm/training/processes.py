@@ -6,12 +6,15 @@ import random
 import sys
 import time
 from argparse import Namespace
-from typing import Optional
+from collections.abc import Iterable
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast
 from tqdm import tqdm
+
+from es_lora.hugging_face.processes import digest_of, refuse_different
 
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,6 +58,12 @@ class Processes:
         """The first process's answer, on all of them."""
         told = torch.tensor([float(answer)], device=self.device)
         return (broadcast(told) if self.count > 1 else told).item()
+
+    def check_same(self, what: str, values: Iterable[Any]) -> None:
+        """Raises ValueError, on all of them, where they do not hold the same values in order."""
+        if self.count > 1:
+            own = torch.tensor([digest_of(values)], device=self.device)
+            refuse_different(what, self.accelerator.gather(own).tolist())
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over the processes, the same on all of them."""

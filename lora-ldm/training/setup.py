@@ -86,6 +86,7 @@ def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> 
     if args.num_class_images:
         make_class_images(args, family, processes)
     batches, held_out = build_datasets(args, processes.count)
+    processes.check_same("training pictures and captions", batches.described())
     loader = StepLoader(args, batches, processes.count, processes.rank)
     length = length_of(args, len(loader))
     progress = progress_of(args, length, resumed)

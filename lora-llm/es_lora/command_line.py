@@ -98,6 +98,7 @@ def reported(
     of_input: an error's fault of the input in words, None where it has none.
     """
     try:
+        _refuse_bare_dashes(sys.argv[1:])
         return run()
     except KeyboardInterrupt:
         if interrupted is None:
@@ -110,6 +111,13 @@ def reported(
         machine = fault_of_machine(error)
         say(program, machine or told(error, of_input))
         return 1 if machine or of_input(error) is None else 2
+
+
+def _refuse_bare_dashes(words: Sequence[str]) -> None:
+    """Raises ValueError for `--flag=--`, which argparse takes for a flag with an empty list."""
+    for word in words:
+        if re.fullmatch(r"--[\w-]+=--", word):
+            raise ValueError(f"{word[:-3]} has no value: give it one, or leave it out")
 
 
 def end_progress_bars() -> None:

@@ -256,6 +256,11 @@ class ShadowTraining:
             start = f"{AVERAGE}{shadow}/"
             average.load_state_tensors({k[len(start) :]: part for k, part in averages.items() if k.startswith(start)})
         self._steps, self._measurements = int(state["steps"]), int(state["measurements"])
+        for shadow in range(self.count):  # one that has not stepped yet has none
+            needed = {f"{name}.{key}" for name in names if name.startswith(f"{shadow}.") for key in MOMENTS}
+            if not needed.isdisjoint(state) and not needed <= set(state):
+                lacking = min(needed - set(state))
+                raise ValueError(f"the saved shadows lack {lacking}: take an older checkpoint, or start anew")
         for name, parameter, moments in self._named():
             parameter.copy_(state[f"{name}.weight"])
             for key in (key for key in MOMENTS if f"{name}.{key}" in state):

@@ -92,6 +92,12 @@ def test_a_secret_is_not_in_the_command_to_go_on_with_nor_in_a_message(words, mo
     assert SECRET not in told.err + told.out and HIDDEN in told.err
 
 
+def test_a_flag_whose_value_is_two_dashes_has_none(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--rank=--"])
+    assert reported("program", lambda: 0) == 2
+    assert "--rank has no value" in capsys.readouterr().err
+
+
 def test_what_is_no_secret_stays():
     words = ["--use_auth_token", "True", "--hub_token", "--bits", "4"]
     assert command_line("python", "x.py", words).endswith("x.py --use_auth_token True --hub_token --bits 4")

@@ -78,7 +78,7 @@ def restore_finite(model: torch.nn.Module, step: int, monitor: Optional[EarlySto
 
 
 def _sort_sets(config: Path) -> None:
-    """PEFT writes sets of module names in the order of their hashes, another one in each process."""
+    """PEFT writes sets of module names in the order of their hashes, anew in each process."""
     content = json.loads(config.read_text(encoding="utf-8"))
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(content.get(name), list):

@@ -1,7 +1,7 @@
 """Several processes: all hear what the first one says, and none waits for one that has stopped."""
 
 import hashlib
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable, Optional, Sequence
 
 import torch
 
@@ -42,15 +42,24 @@ def heard_by_all(answer: int, args: Any) -> int:
 def check_same_on_all(what: str, values: Iterable[Any], args: Any) -> None:
     """Raises ValueError, on every rank, where the ranks do not hold the same values in this order.
     what: for the message."""
-    if args.world_size == 1:
-        return
+    if args.world_size > 1:
+        own = torch.tensor([digest_of(values)], device=_device(args))
+        every = [torch.zeros_like(own) for _ in range(args.world_size)]
+        torch.distributed.all_gather(every, own)
+        refuse_different(what, [int(theirs) for theirs in every])
+
+
+def digest_of(values: Iterable[Any]) -> int:
+    """A number of 56 bits that tells other values, or another order, apart."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(repr(value).encode("utf-8", "surrogatepass"))
-    own = torch.tensor([int.from_bytes(digest.digest()[:7], "big")], device=_device(args))
-    every = [torch.zeros_like(own) for _ in range(args.world_size)]
-    torch.distributed.all_gather(every, own)
-    others = [rank for rank, theirs in enumerate(every) if int(theirs) != int(every[0])]
+    return int.from_bytes(digest.digest()[:7], "big")
+
+
+def refuse_different(what: str, digests: Sequence[int]) -> None:
+    """Raises ValueError where the digests of all ranks, in order, are not the same."""
+    others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
     if others:
         raise ValueError(
             f"the processes do not have the same {what}: process {others[0]} differs from process 0; give all of them "

@@ -8,8 +8,8 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from base import tensor_files  # noqa: E402
 from base.tensor_files import file_hashes  # noqa: E402
+from es_lora import weights  # noqa: E402
 from network.lora_file import from_diffusers_names, load_lora, rename_text_encoder, save_lora  # noqa: E402
 from network.metadata import build_metadata, minimum_metadata  # noqa: E402
 
@@ -81,7 +81,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_remains(tmp_path, monkeypatch
     def disk_full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tensor_files, "save_file", disk_full)
+    monkeypatch.setattr(weights, "save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
         save_lora(path, {name: value + 1 for name, value in one_module().items()})
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [path.name]

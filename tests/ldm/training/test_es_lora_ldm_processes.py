@@ -1,6 +1,8 @@
 """Runs in processes of their own: interruption, a kill at any time, and two processes that stop
 together."""
 
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -110,3 +112,47 @@ def test_two_processes_share_gradients_and_stop_together(base, images, tmp_path)
     assert result["last_step"] == one["step"] and Path(tmp_path / "out/lora.safetensors").exists()
     header = (tmp_path / "out/cs_history.jsonl").read_text().splitlines()[0]
     assert '"steps_per_epoch": 3' in header  # six pictures, two processes
+
+
+def in_two_processes(*programs):
+    """What each of two ranks of one gloo group ended with: (exit code, what it said)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    runs = []
+    for rank, program in enumerate(programs):
+        environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        runs.append(subprocess.Popen([sys.executable, *program], env=environment, stderr=subprocess.PIPE, text=True))
+    said = [run.communicate(timeout=300)[1] for run in runs]
+    return [(run.returncode, text) for run, text in zip(runs, said)]
+
+
+def test_processes_with_different_captions_are_told_before_the_first_step(base, images, tmp_path):
+    others = tmp_path / "others"
+    shutil.copytree(images, others)
+    next(others.rglob("*.txt")).write_text("another caption")
+    script = str(TREE / "es_lora_ldm.py")
+    mine, theirs = (words(base, folder, tmp_path / "out", **SETTINGS) for folder in (images, others))
+    for code, said in in_two_processes([script, *mine], [script, *theirs]):
+        assert code == 2 and "the processes do not have the same training pictures and captions" in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "out" / "cs_history.jsonl").exists()
+
+
+def test_a_process_that_dies_is_one_message_on_the_other(base, images, tmp_path):
+    flags = words(base, images, tmp_path / "out", **SETTINGS, max_train_steps=20, train_batch_size=1)
+    dies = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import es_lora_ldm as program\n"
+        "from training.loop import Loop\n"
+        "backward = Loop.backward\n"
+        "def dying(self, batches):\n"
+        "    if self.run.progress.step == 3: os._exit(9)\n"
+        "    return backward(self, batches)\n"
+        "Loop.backward = dying\n"
+        "sys.exit(program.main(sys.argv[2:]))"
+    )
+    (code, said), (died, _) = in_two_processes([str(TREE / "es_lora_ldm.py"), *flags], ["-c", dies, str(TREE), *flags])
+    assert died == 9 and code == 1 and "Traceback" not in said
+    told = [line for line in said.splitlines() if line.startswith("es_lora_ldm:")]
+    assert len(told) == 1 and "another process of this run has ended" in told[0]
