@@ -104,6 +104,7 @@ class Image:
             ([], ["--sample_prompts", self.prompts, "--sample_every_n_steps", 8]),
             ([], ["--save_state_on_train_end"]),
         )
+        more = ["AdamW" if word == "Lion" and "shadow" in more else word for word in more]  # shadows learn by AdamW
         return [
             *("--pretrained_model_name_or_path", self.base, "--train_data_dir", self.pictures),
             *("--caption_extension", ".txt", "--resolution", 32, "--cache_latents", "--output_name", "lora"),
