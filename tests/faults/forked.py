@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional, Sequence, Union
@@ -130,7 +131,10 @@ def _watch(child: int, started: float, kill_after: Optional[float], with_signal:
             return code, usage.ru_maxrss / 1024, killed
         if kill_after is not None and not killed and passed >= kill_after:
             killed = True
-            (os.killpg if with_signal == signal.SIGKILL else os.kill)(child, with_signal)
+            os.kill(child, with_signal)
+            if with_signal == signal.SIGKILL:
+                with suppress(ProcessLookupError):  # it had no group of its own yet
+                    os.killpg(child, with_signal)
         if passed > longest_sec:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
