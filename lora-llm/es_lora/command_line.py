@@ -20,8 +20,8 @@ SECRET_FLAGS = ("hub_token", "use_auth_token", "huggingface_token", "wandb_api_k
 HIDDEN = "(hidden)"
 # What the disk answers: to Python, and in the words of libraries that write by themselves.
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-SAYS_FULL = ("No space left on device", "Disk quota exceeded", "os error 28")
-SAYS_FULL += ("PytorchStreamWriter failed writing", "inline_container.cc")  # torch.save knows no better
+NO_SPACE = ("No space left on device", "Disk quota exceeded", "os error 28")
+SAYS_FULL = (*NO_SPACE, "PytorchStreamWriter failed writing", "inline_container.cc")  # torch.save knows no better
 SAYS_CLOSED = ("Read-only file system", "os error 30", "Permission denied (os error 13)")
 # What collectives say where another process has gone.
 SAYS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Socket Timeout")
