@@ -81,6 +81,7 @@ class EarlyStopMonitor:
         self.measurements = 0
         self.notes: Dict[str, Any] = {}  # what the trainer saved beside the state it goes on from
         self._state_folder: Optional[Path] = None  # the newest whole checkpoint
+        self._state_measurements = 0  # those that it holds
         self.last_record: Optional[Dict[str, Any]] = None  # the history line written last
         self.average: Optional[WeightAverage] = None
         if tensors is not None and plan.average:
@@ -233,9 +234,11 @@ class EarlyStopMonitor:
         """Say that the checkpoint in `folder` is whole: the one before it loses its snapshots.
 
         Else every checkpoint would hold a window of snapshots. An older checkpoint can still be
-        resumed; its run then keeps a later step if the turning point lies before the resumption."""
-        before = self._state_folder
-        if before is not None and before != Path(folder) and before.is_dir():
+        resumed; its run then keeps a later step if the turning point lies before the resumption. Of
+        two of the same measurement both can be resumed."""
+        before, measured = self._state_folder, self._state_measurements
+        self._state_measurements = self.measurements
+        if before is not None and before != Path(folder) and before.is_dir() and measured != self.measurements:
             times = before.stat()
             shutil.rmtree(before / SNAPSHOT_FOLDER, ignore_errors=True)
             os.utime(before, ns=(times.st_atime_ns, times.st_mtime_ns))  # trainers rotate by these
@@ -266,9 +269,13 @@ class EarlyStopMonitor:
         except (AttributeError, KeyError, TypeError, IndexError, json.JSONDecodeError, RecursionError) as error:
             words = f"{type(error).__name__}: {error}"
             raise ValueError(f"the state of the measurements in {folder} is damaged ({words}): {lacking}") from error
-        self._state_folder = folder
+        self._state_folder, self._state_measurements = folder, self.measurements
         if self.snapshots is not None and self.decision is not None:
-            self.snapshots.load(self.decision.keep_step)  # found now rather than missed at the end
+            if not self.snapshots.path(self.decision.keep_step).is_file():  # found now rather than missed at the end
+                raise ValueError(
+                    f"{folder} no longer holds the weights of its turning point, step {self.decision.keep_step}: a "
+                    "newer checkpoint took them over; go on from the newest one, or start anew"
+                )
             self.snapshots.pin(self.decision.keep_step)
 
     def close(self) -> None:

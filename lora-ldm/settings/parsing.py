@@ -54,9 +54,11 @@ def read_config(parser: Parser, path: Union[str, Path], has_length: bool = False
     has_length: the command line says how long to train."""
     path = Path(path) if Path(path).is_file() else Path(path if str(path).endswith(".toml") else f"{path}.toml")
     flat, problems = {}, []
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("config_file", "output_config")}
     for key, value in read_toml(path, "--config_file").items():
         flat.update(value if isinstance(value, dict) else {key: value})
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("config_file", "output_config")}
+        if isinstance(value, dict) and key in actions:
+            problems.append(f"{key} is a section: give the setting a value, or the section another name")
     flat = own_words(flat, set(actions), problems, sdxl=parser.get_default("sdxl"), has_length=has_length)
     for key, value in flat.items():
         if key not in actions:

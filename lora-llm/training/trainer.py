@@ -51,6 +51,8 @@ class LoraTrainer(Seq2SeqTrainer):
         self._observe_loss, self._shadows = observe_loss, shadows
         self._written_in: Optional[str] = None  # while a checkpoint has no name yet
         self._checkpoint_parts: list[Any] = [shadows] if shadows is not None else []
+        self._epoch, self._save_waits = EpochCallback(), False
+        self.add_callback(self._epoch)
 
     def add_to_checkpoints(self, part: Any) -> None:
         """Have `part` save_state(folder) into every checkpoint, and hear when it is state_saved."""
@@ -104,6 +106,17 @@ class LoraTrainer(Seq2SeqTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """The same; a checkpoint of an epoch's last step waits for what is evaluated there.
+
+        transformers saves it before, and a run that goes on from it would miss the evaluation."""
+        ends = self.control.should_training_stop or is_whole_epoch(self.state)
+        if self._epoch.under_way and ends and self.control.should_save:
+            self.control.should_save, self._save_waits = False, True
+        elif not self._epoch.under_way and self._save_waits:
+            self.control.should_save, self._save_waits = True, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         with settings_named("--optim and --optim_args"):
@@ -174,6 +187,23 @@ class LoraTrainer(Seq2SeqTrainer):
         torch.distributed.destroy_process_group()
 
 
+def is_whole_epoch(state: TrainerState) -> bool:
+    """Whether the last step was an epoch's last one."""
+    return float(state.epoch or 0.0).is_integer()
+
+
+class EpochCallback(TrainerCallback):
+    """Knows whether an epoch is under way."""
+
+    under_way = False
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.under_way = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.under_way = False
+
+
 class InterruptCallback(TrainerCallback):
     """Ctrl-C or SIGTERM ends training after the present step, with a checkpoint; twice: now."""
 
@@ -192,6 +222,10 @@ class InterruptCallback(TrainerCallback):
             self.interrupted = bool(flag.item())
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self.interrupted and not is_whole_epoch(state):  # nothing is due: the epoch goes on after a resume
+            control.should_evaluate = False
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.signals.__exit__()

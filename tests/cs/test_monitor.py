@@ -287,3 +287,23 @@ def test_a_kill_at_any_time_leaves_whole_snapshots_only(tmp_path):
             assert torch.equal(load_file(str(file))["x"], torch.full((2_000_000,), float(step)))
             seen += 1
     assert seen > 0
+
+
+def test_two_checkpoints_of_the_same_measurement_can_both_be_resumed(tmp_path):
+    training, folder = ToyTraining(), tmp_path / "run"
+    monitor = monitor_of(folder, training)
+    step = 0
+    while monitor.decision is None:
+        step += 1
+        training.step(step)
+        monitor.measure(step, step / 10, loss=1.0 / step)
+    for name in ("of the step", "of the end"):
+        monitor.save_state(tmp_path / name)
+        monitor.state_saved(tmp_path / name)
+    monitor.close()
+    for name in ("of the step", "of the end"):
+        again = monitor_of(folder, ToyTraining(), resume_from=tmp_path / name)
+        assert again.load_snapshot(monitor.decision.keep_step)
+    shutil.rmtree(tmp_path / "of the end" / "cs_snapshots")
+    with pytest.raises(ValueError, match="no longer holds the weights of its turning point.*go on from the newest"):
+        monitor_of(folder, ToyTraining(), resume_from=tmp_path / "of the end")

@@ -137,6 +137,8 @@ class Jobs:
         from short_runs import random_llama
 
         self.base, self.scratch, self.count = random_llama(scratch / "base"), scratch, 0
+        rows = (ROOT / "dataset/kitchen_notes/train.jsonl").read_text().splitlines(keepends=True)[:24]
+        (scratch / "rows.jsonl").write_text("".join(rows))
 
     def flags(self, generator):
         jobs = []
@@ -154,7 +156,7 @@ class Jobs:
         self.count += 1
         config = self.scratch / f"jobs-{self.count}.toml"
         config.write_text(
-            f'[defaults]\ndataset = "{ROOT}/dataset/kitchen_notes/train.jsonl"\nmax_samples = 24\nrank = 4\n'
+            f'[defaults]\ndataset = "{self.scratch}/rows.jsonl"\nrank = 4\n'
             "batch_size = 2\naccumulation = 2\nsource_max_len = 24\ntarget_max_len = 24\nlearning_rate = 5e-3\n"
             "cs_interval = 1\nwindow_size = 3\n" + "".join(jobs)
         )

@@ -70,6 +70,18 @@ def test_a_resumed_history_has_the_loss_of_all_steps_since_the_last_measurement(
     assert (resumed / "cs_history.jsonl").read_bytes() == (whole / "cs_history.jsonl").read_bytes()
 
 
+def test_what_is_evaluated_at_an_epochs_end_is_in_the_checkpoint_of_its_last_step(random_base, text_files, tmp_path):
+    words = ["--max_steps", "8", "--save_strategy", "steps", "--save_steps", "4", "--do_eval"]
+    words += ["--eval_dataset", text_files["heldout"], "--eval_strategy", "epoch"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert main(flags(random_base, text_files, whole, *words)) == 0
+    assert (whole / "cs_history.jsonl").read_text().count('"evaluation", "step": 4') == 1
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-8")
+    assert main(flags(random_base, text_files, resumed, *words, "--resume_from_checkpoint", "true")) == 0
+    assert (resumed / "cs_history.jsonl").read_bytes() == (whole / "cs_history.jsonl").read_bytes()
+
+
 def test_the_newest_checkpoints_stay_whatever_the_times_of_their_folders_say(random_base, text_files, tmp_path):
     output = tmp_path / "run"
     arguments = flags(random_base, text_files, output, "--max_steps", "8", *SAVES, "--save_total_limit", "2")
