@@ -2,6 +2,7 @@
 run."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
