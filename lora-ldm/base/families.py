@@ -13,6 +13,7 @@ from base.sd import SDModel, load_sd_model
 from base.sdxl import TextConditions, load_sdxl_model
 from base.text_cache import TextFiles, captions_of, conditions_of_all
 from base.text_encoding import what_is_cut
+from es_lora.command_line import is_out_of_memory
 from images.batches import ImageBatches
 
 
@@ -69,8 +70,15 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """pixels (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), float32."""
-        return self.model.encode_images(pixels, generator).float()
+        """pixels (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8), float32.
+        Raises ValueError for a VAE whose configuration and weights do not belong together."""
+        try:
+            return self.model.encode_images(pixels, generator).float()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            told = f"the VAE of {self.model.base_path} cannot encode a picture ({str(error).splitlines()[0][:200]})"
+            raise ValueError(f"{told}: use another base, or another --vae") from error
 
     def predict_noise(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: Any, batch: dict) -> torch.Tensor:
         """The U-Net's prediction (B, 4, h, w). batch: further conditions (sizes, crops)."""

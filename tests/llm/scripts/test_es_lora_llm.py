@@ -475,7 +475,7 @@ BAD = {
     "rule": (["--stop_rule", "third-valley"], "choose one of second-valley, nth-valley"),
     "valley": (["--valley", "3"], "use the rule nth-valley"),
     "full finetune": (["--full_finetune", "--early_stop"], "CS needs a LoRA"),
-    "not a number": (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+    "not a number": (["--learning_rate", "fast"], "'fast' is no number"),
     "negative rate": (["--learning_rate", "-1"], "must be above 0"),
     "no such data": (["--dataset", "nowhere/notes.jsonl"], "nowhere/notes.jsonl"),
     "empty data": (["--dataset", "{folder}/empty.jsonl"], "empty.jsonl"),
