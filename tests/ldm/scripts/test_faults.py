@@ -14,7 +14,7 @@ FAULTS = Path(__file__).resolve().parents[2] / "faults"
     [
         ["kills.py", "image", "--rounds", "10", "--seed", "1"],
         ["write_boundaries.py", "image", "--every", "22"],
-        ["fuzz.py", "image", "--cases", "65", "--seed", "1"],
+        ["fuzz.py", "image", "--cases", "52", "--seed", "1"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )

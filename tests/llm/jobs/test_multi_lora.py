@@ -382,7 +382,6 @@ BAD_COMMANDS = {
     "--bits 5": "--bits 5: choose 4, 8, 16 or 32",
     "--load_8bit true --bits 4": "contradict each other",
     "--max_rows 2": "job one: batch_size 4 is above --max_rows 2",
-    "--max_jobs 0": "--max_jobs 0: must be at least 1",
 }
 
 

@@ -341,6 +341,7 @@ def test_a_history_whose_header_lacks_a_field_is_one_message(tmp_path, capsys, f
 @pytest.mark.parametrize("line", ["[1]", "3", '{"cs": {"lm": 0.1}}'])
 def test_a_history_with_a_line_that_is_no_measurement_is_one_message(tmp_path, capsys, line):
     header = {"format": "cs-history/1", "cs_interval": 1, "window": 2, "steps_per_epoch": 4, "decided_on": "lm"}
+    header["reduction"] = "row"
     (tmp_path / "cs_history.jsonl").write_text(json.dumps(header) + f"\n{line}\n")
     assert replay([str(tmp_path), "--rule", "second-valley"]) == 2
     assert "the file is damaged" in one_message(capsys, "cs_replay")

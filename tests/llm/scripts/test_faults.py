@@ -13,10 +13,9 @@ FAULTS = Path(__file__).resolve().parents[2] / "faults"
     "words",
     [
         ["kills.py", "text", "--rounds", "10", "--seed", "1"],
-        ["kills.py", "jobs", "--rounds", "3", "--seed", "1"],
+        ["kills.py", "jobs", "--rounds", "2", "--seed", "1"],
         ["write_boundaries.py", "text", "--every", "28"],
-        ["write_boundaries.py", "jobs", "--every", "60"],
-        ["fuzz.py", "text", "--cases", "70", "--seed", "1"],
+        ["fuzz.py", "text", "--cases", "56", "--seed", "1"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )

@@ -184,9 +184,11 @@ def test_half_an_adapter_in_a_checkpoint_is_refused_with_names_and_count(
 
 
 def test_equal_runs_leave_equal_bytes(random_base, text_files, tmp_path, monkeypatch):
+    runs = []
     for name in ("1", "2"):  # two processes, whose hashes of texts differ
         monkeypatch.setitem(ENVIRONMENT, "PYTHONHASHSEED", name)
-        run = start(flags(random_base, text_files, tmp_path / name, *STOPS))
+        runs.append(start(flags(random_base, text_files, tmp_path / name, *STOPS)))
+    for run in runs:
         assert "Stopped early" in run.communicate()[0] and run.returncode == 0
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
