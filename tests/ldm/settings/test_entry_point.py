@@ -20,8 +20,8 @@ def raising(error):
     [
         (ValueError("two\nlines"), 2, "tool: two\ntool: lines\n"),
         (FileNotFoundError("x.txt does not exist"), 2, "tool: x.txt does not exist\n"),
-        (PermissionError(13, "Permission denied", "out"), 2, "Permission denied: 'out'"),
-        (OSError(28, "No space left on device"), 2, "No space left"),
+        (PermissionError(13, "Permission denied", "out"), 1, "Permission denied: 'out'"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
         (json.JSONDecodeError("no", "{", 0), 2, "no: line 1"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "out of memory: lower --train_batch_size"),
         (RuntimeError("DefaultCPUAllocator: out of memory"), 2, "out of memory: lower --train_batch_size"),
@@ -32,7 +32,7 @@ def raising(error):
         (KeyboardInterrupt(), 130, "tool: interrupted"),
     ],
 )
-def test_faults_of_input_are_one_message(capsys, error, code, words):
+def test_faults_of_input_and_of_the_machine_are_one_message(capsys, error, code, words):
     assert ended("tool", raising(error)) == code
     message = capsys.readouterr().err
     assert words in message and "Traceback" not in message
