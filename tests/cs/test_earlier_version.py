@@ -49,3 +49,11 @@ def test_saved_adapters_are_judged_as_before(name, capsys):
     assert {key: verdict[key] for key in same} == {key: expected[key] for key in same}
     assert [row["step"] for row in verdict["checkpoints"]] == [row["step"] for row in expected["checkpoints"]]
     assert verdict["not_judged"] == expected["not_judged"]
+
+
+def test_the_monitor_can_be_had_where_it_once_was():
+    import cs_fluctuation
+    from es_lora.monitor import EarlyStopMonitor
+
+    assert cs_fluctuation.EarlyStopMonitor is EarlyStopMonitor
+    assert not hasattr(cs_fluctuation, "SnapshotStore")
