@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from es_lora.files import read_text, write_text_whole
 from es_lora.inputs.json_text import parsed_json
-from es_lora.snapshots import SNAPSHOT_FOLDER
+from es_lora.snapshots import SNAPSHOT_FOLDER, clear_snapshots
 
 ROUND_NAME = "states.json"  # in the output folder; of further processes 1-states.json, ...
 STATE_NAME = "job_state.json"  # in a state's folder, written last: where it is, the state is whole
@@ -111,7 +111,7 @@ def forget_states(folder: Path, but: Optional[Path] = None) -> None:
 def clear_ended(folder: Path) -> None:
     """Delete what a kill after the end of a job has left in its folder."""
     forget_states(folder)
-    shutil.rmtree(folder / SNAPSHOT_FOLDER, ignore_errors=True)
+    clear_snapshots(folder / SNAPSHOT_FOLDER)
 
 
 def last_state(output_dir: Path) -> str:
