@@ -237,11 +237,14 @@ def load_datasets(args: Namespace) -> list[DatasetSettings]:
 def split_validation(
     records: list[ImageRecord], split: float, seed: int
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """(training, validation) records of a subset; training is rounded up, order by the seed."""
+    """(training, validation) records of a subset; training is rounded up, order by the seed.
+
+    The pictures are those that sd-scripts (library/train_util.py) chooses with this
+    --validation_seed, without the one that its rounding may leave in both parts."""
     if split <= 0 or not records:
         return records, []
-    shuffled = list(records)
-    random.Random(f"validation/{seed}").shuffle(shuffled)
+    shuffled = sorted(records, key=lambda record: str(record.path))
+    random.Random(seed).shuffle(shuffled)
     count = math.ceil(len(shuffled) * (1 - split))
     held_out = [replace(record, repeats=1) for record in shuffled[count:]]
     if not held_out:

@@ -5,12 +5,12 @@ from typing import Any
 
 from base.sd import SDModel
 from network.full_unet import FullUnet
-from network.lora import create_network, parse_network_args
-from settings.key_values import key_values
+from network.lora import create_network
+from settings.network_args import BLOCK_LISTS, parse_network_args
 
 
 def make_network(args: Namespace, model: SDModel) -> tuple[Any, dict]:
-    """(what is trained, in the model; parsed --network_args)."""
+    """(what is trained, in the model; --network_args as {name: text})."""
     if args.train_full_unet:
         return FullUnet(model.unet), {}
     train_unet = not args.network_train_text_encoder_only and _rate(args.unet_lr, args.learning_rate) != 0
@@ -25,15 +25,32 @@ def make_network(args: Namespace, model: SDModel) -> tuple[Any, dict]:
         weights=args.network_weights,
     )
     if args.network_module == "networks.lora":
-        extra = parse_network_args(args.network_args)
-        network = create_network(model, **common, **extra, dim_from_weights=args.dim_from_weights)
-        return network, key_values(args.network_args)
+        read = parse_network_args(args.network_args, model.is_sdxl)
+        network = create_network(model, **common, **read.options, dim_from_weights=args.dim_from_weights)
+        return network, _texts(args.network_args)
     if args.network_module == "lycoris.kohya":
         from network.lycoris_network import create_lycoris_network
 
         settings = {"network_args": args.network_args, "dim_from_weights": args.dim_from_weights}
-        return create_lycoris_network(model, **common, **settings), key_values(args.network_args)
+        return create_lycoris_network(model, **common, **settings), _texts(args.network_args)
     raise ValueError(f"--network_module {args.network_module} is not supported: networks.lora or lycoris.kohya")
+
+
+def network_notices(args: Namespace) -> list[str]:
+    """What --network_args do other than they seem to, in sentences."""
+    if args.network_module != "networks.lora" or args.train_full_unet:
+        return []
+    read = parse_network_args(args.network_args, args.sdxl)
+    sized = [
+        f"--network_args {name}: --dim_from_weights takes ranks and alphas from the file instead"
+        for name in BLOCK_LISTS
+        if args.dim_from_weights and name in _texts(args.network_args)
+    ]
+    return read.notices + sized
+
+
+def _texts(words):
+    return dict(word.split("=", 1) for word in words or [])
 
 
 def _rate(own, common):

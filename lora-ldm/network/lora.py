@@ -4,8 +4,8 @@ Modules are found as kohya's ``networks.lora`` does: every linear layer and 1x1 
 Transformer2DModel of the U-Net, and in the text encoder's attentions and MLPs; with a convolution
 rank also all layers of residual, down- and upsampling blocks. They give W x + (alpha / r) B A x."""
 
+import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ from base.memory import refuse_rank
 from base.sd import SDModel
 from base.tensor_files import differences
 from cs_fluctuation import LoraLayer
-from es_lora.inputs.bounds import MOST
+from network.blocks import Size, block_size, rate_groups
 from network.lora_file import group_modules, load_lora, rename_text_encoder
+from settings.network_args import EQUAL_RATES, Blocks, RateFactors
 
 ADAPTER = "default"
 UNET_ATTENTION_BLOCKS = ("Transformer2DModel",)
 UNET_CONVOLUTION_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 TEXT_ENCODER_BLOCKS = ("CLIPAttention", "CLIPMLP")
 RANK_ADVICE = "; --dim_from_weights takes the ranks and alphas of the file"
-NETWORK_ARGS = {"conv_dim": int, "conv_alpha": float, "rank_dropout": float, "module_dropout": float}
 
 
 @dataclass
@@ -58,9 +58,15 @@ class LoraNetwork:
     """The trainable layers of a model. Build it with ``create_network``."""
 
     def __init__(
-        self, modules: list[LoraModule], *, dropout: float = 0.0, rank_dropout: float = 0.0, module_dropout: float = 0.0
+        self,
+        modules: list[LoraModule],
+        *,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+        rates: RateFactors = EQUAL_RATES,
     ):
-        self.modules = modules
+        self.modules, self.rates = modules, rates
         self.dropout, self.rank_dropout = dropout or 0.0, rank_dropout or 0.0
         self.module_dropout = module_dropout or 0.0
         self.training = True
@@ -113,17 +119,15 @@ class LoraNetwork:
     def parameter_groups(
         self, learning_rate: float, unet_lr: float | None = None, text_encoder_lr: float | list[float] | None = None
     ) -> list[dict[str, Any]]:
-        """Optimizer groups, one a component; ``text_encoder_lr`` may be a list, one rate an
-        encoder. A component whose rate is 0 is left out, as kohya leaves it out."""
+        """Optimizer groups, one a component, or as ``rates`` divide it; ``text_encoder_lr`` may be
+        a list, one rate an encoder. Those whose rate is 0 are left out, as by kohya."""
         groups = []
         text_rates = text_encoder_lr if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr] * 2
         for component in self.components:
             specific = unet_lr if component == "unet" else text_rates[min(component == "te2", len(text_rates) - 1)]
             rate = learning_rate if specific is None else specific
-            if rate == 0:
-                continue
-            weights = [weight for m in self.modules if m.component == component for weight in (m.down, m.up)]
-            groups.append({"params": weights, "lr": rate, "name": component})
+            own = [module for module in self.modules if module.component == component]
+            groups += rate_groups(component, own, rate, self.rates)
         return groups
 
     def layers(self) -> list[LoraLayer]:
@@ -209,6 +213,8 @@ def create_network(
     module_dropout: float | None = 0.0,
     train_unet: bool = True,
     train_text_encoder: bool = True,
+    blocks: Blocks | None = None,
+    rates: RateFactors = EQUAL_RATES,
     weights: str | Path | dict[str, torch.Tensor] | None = None,
     dim_from_weights: bool = False,
 ) -> LoraNetwork:
@@ -218,6 +224,7 @@ def create_network(
     rank, alpha: of linear layers and 1x1 convolutions; an alpha of 0 or None means the rank.
     conv_rank, conv_alpha: of 3x3 convolutions; None leaves the convolution blocks alone.
     dropout, rank_dropout, module_dropout: chance that a value inside, a rank, a layer is off.
+    blocks: ranks and alphas of the U-Net's blocks. rates: factors of the learning rates.
     weights: a LoRA file or {kohya key: tensor} to start from.
     dim_from_weights: modules, ranks and alphas are those of ``weights``, not rank, alpha, conv_*.
     Raises ValueError: nothing to train, or the weights do not fit."""
@@ -226,7 +233,8 @@ def create_network(
     source = f"--network_weights {weights}" if isinstance(weights, (str, Path)) else "the LoRA"
     if isinstance(weights, (str, Path)):
         weights = load_lora(weights)[0]
-    candidates = find_modules(model, train_unet, train_text_encoder, bool(conv_rank), everywhere=dim_from_weights)
+    with_convolutions = bool(conv_rank or (blocks and blocks.conv_dims))
+    candidates = find_modules(model, train_unet, train_text_encoder, with_convolutions, everywhere=dim_from_weights)
     if not candidates:
         raise ValueError(
             "no layer to train: the U-Net and the text encoder are both switched off, or have no such layers"
@@ -236,32 +244,51 @@ def create_network(
     if dim_from_weights:
         sizes = sizes_from_weights(weights)
     else:
-        rank = 4 if rank is None else rank  # kohya's default
-        linear = (rank, float(alpha or rank))
-        convolution = (conv_rank, float(conv_alpha or conv_rank)) if conv_rank else None
-        sizes = {name: linear if _is_pointwise(layer) else convolution for _, _, name, layer in candidates}
+        linear = (4 if rank is None else rank, alpha or 0)  # kohya's default
+        sizes = _sizes(candidates, linear, (conv_rank or 0, conv_alpha), blocks)
     sizes = {name: size for _, _, name, _ in candidates if (size := sizes.get(name))}
+    if not sizes:
+        raise ValueError("no layer to train: every block of the U-Net has rank 0 or the weight 0")
     if weights is not None:
         weights = _of_trained(weights, sizes, model, candidates, source)
     if not dim_from_weights:
-        _refuse_ranks(candidates, sizes, rank, conv_rank)
+        _refuse_ranks(candidates, sizes, blocks)
     modules = _inject(model, candidates, sizes)
-    network = LoraNetwork(modules, dropout=dropout, rank_dropout=rank_dropout, module_dropout=module_dropout)
+    dropouts = {"dropout": dropout, "rank_dropout": rank_dropout, "module_dropout": module_dropout}
+    network = LoraNetwork(modules, **dropouts, rates=rates)
     if weights is not None:
         network.load_tensors(weights)
     return network
 
 
-def _refuse_ranks(candidates, sizes, rank, conv_rank):
+def _sizes(candidates, linear: Size, convolution: Size, blocks: Blocks | None) -> dict[str, Size | None]:
+    """{layer: (rank, alpha), None for no LoRA}; an alpha of 0 or None means the rank."""
+    if blocks and convolution[1] is None:
+        convolution = (convolution[0], 1.0)  # kohya's default
+    sizes = {}
+    for component, _, name, layer in candidates:
+        pointwise = _is_pointwise(layer)
+        rank, alpha = common = linear if pointwise else convolution
+        if blocks and component == "unet":
+            sizes[name] = block_size(blocks, name, common, pointwise)
+        else:
+            sizes[name] = (rank, float(alpha or rank)) if rank else None
+    return sizes
+
+
+def _refuse_ranks(candidates, sizes, blocks):
     """Raise ValueError where a rank is more than layers have, or than there is room for."""
-    for flag, value, is_kind in (
-        ("--network_dim", rank, _is_pointwise),
-        ("--network_args conv_dim", conv_rank, lambda layer: not _is_pointwise(layer)),
-    ):
-        layers = [layer for _, _, name, layer in candidates if name in sizes and is_kind(layer)]
-        if layers and value:
-            sides = [tuple(layer.weight.flatten(1).shape) for layer in layers]
-            refuse_rank(flag, value, sides, layers[0].weight.device)
+    own = {True: blocks and blocks.dims, False: blocks and blocks.conv_dims}
+    flags = {True: ("--network_dim", "--network_args block_dims")}
+    flags[False] = ("--network_args conv_dim", "--network_args conv_block_dims")
+    sides: dict[tuple[str, int], list] = {}
+    for component, _, name, layer in candidates:
+        if name in sizes:
+            pointwise = _is_pointwise(layer)
+            flag = flags[pointwise][bool(component == "unet" and own[pointwise])]
+            sides.setdefault((flag, sizes[name][0]), []).append(tuple(layer.weight.flatten(1).shape))
+    for (flag, rank), shapes in sides.items():
+        refuse_rank(flag, rank, shapes, candidates[0][3].weight.device)
 
 
 def _of_trained(weights, sizes, model, candidates, source):
@@ -307,36 +334,7 @@ def create_network_beside(model: SDModel, network: LoraNetwork, adapter: str, ra
         "rank_dropout": network.rank_dropout,
         "module_dropout": network.module_dropout,
     }
-    return LoraNetwork(modules, **dropouts)
-
-
-def parse_network_args(arguments: Sequence[str] | None) -> dict[str, float]:
-    """``["conv_dim=4", ...]`` of --network_args -> {"conv_rank": 4, ...}, arguments of
-    ``create_network``. Raises ValueError for what networks.lora does not know."""
-    parsed, problems = {}, []
-    for argument in arguments or []:
-        name, separator, text = argument.partition("=")
-        if not separator or name not in NETWORK_ARGS:
-            problems.append(f"{argument!r}")
-            continue
-        try:
-            value = NETWORK_ARGS[name](text)
-        except ValueError:
-            problems.append(f"{argument!r} (not a number)")
-            continue
-        most = 1 if name.endswith("dropout") else MOST
-        if 0 <= value < most:
-            parsed["conv_rank" if name == "conv_dim" else name] = value
-        else:
-            problems.append(f"{argument!r:.80} (it must be at least 0 and below {most})")
-    if "conv_rank" in parsed:
-        parsed.setdefault("conv_alpha", 1.0)
-    if problems:
-        raise ValueError(
-            f"--network_args: {', '.join(problems)} not understood; networks.lora takes {', '.join(NETWORK_ARGS)} "
-            "as NAME=VALUE"
-        )
-    return parsed
+    return LoraNetwork(modules, **dropouts, rates=network.rates)
 
 
 def find_modules(
@@ -419,15 +417,25 @@ def _inject(model, candidates, sizes, adapter=ADAPTER):
         chosen = {path: name for part, path, name, _ in candidates if part == component and name in sizes}
         if not chosen:
             continue
+        patterns = _patterns(chosen, sizes)
         config = LoraConfig(
             target_modules=list(chosen),
-            rank_pattern={path: sizes[name][0] for path, name in chosen.items()},
-            alpha_pattern={path: sizes[name][1] for path, name in chosen.items()},
+            rank_pattern={pattern: rank for pattern, (rank, _) in patterns.items()},
+            alpha_pattern={pattern: alpha for pattern, (_, alpha) in patterns.items()},
         )
         inject_adapter_in_model(config, root, adapter)
         for path, name in chosen.items():
             modules.append(LoraModule(name, component, root.get_submodule(path), *sizes[name], adapter))
     return modules
+
+
+def _patterns(chosen, sizes):
+    """{expression that matches the paths of a size: the size}. One for each path is slow: PEFT
+    tries them all for every layer, and compiles them anew beyond the 512 that Python keeps."""
+    paths: dict[Size, list[str]] = {}
+    for path, name in chosen.items():
+        paths.setdefault(tuple(sizes[name]), []).append(re.escape(path))
+    return {"|".join(own): size for size, own in paths.items()}
 
 
 def _other_rank(module, parts):

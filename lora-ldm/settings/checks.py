@@ -12,6 +12,7 @@ from es_lora.shadows import rate_is_adams
 from settings.bounds import out_of_bounds
 from settings.entry_point import missing_package
 from settings.key_values import key_values
+from settings.network_args import parse_network_args
 from settings.output_folder import output_problems
 
 HUB = "the trainer does not talk to a hub; upload the finished file with `hf upload`"
@@ -107,7 +108,7 @@ def collect_problems(args: Namespace, stop: StopSettings, parser: ArgumentParser
     bounds = out_of_bounds(args, parser)
     if bounds:
         return _refused(args, parser) + list(bounds.values())
-    checks = _missing, _ranges, _contradictions, _components, _rates, _shadows, _full_unet, _sdxl, _paths
+    checks = _missing, _ranges, _contradictions, _components, _rates, _network, _shadows, _full_unet, _sdxl, _paths
     return _refused(args, parser) + [line for check in checks for line in check(args)]
 
 
@@ -201,6 +202,16 @@ def _components(args):
         return ["--cs_component unet: the U-Net is not trained with --network_train_text_encoder_only"]
     if component.startswith("te") and args.network_train_unet_only:
         return [f"--cs_component {component}: the text encoder is not trained with --network_train_unet_only"]
+    return []
+
+
+def _network(args):
+    if args.network_module not in (None, "networks.lora"):
+        return []
+    try:
+        parse_network_args(args.network_args, args.sdxl)
+    except ValueError as error:
+        return [str(error)]
     return []
 
 

@@ -167,7 +167,7 @@ def _network(parser):
         "--network_args",
         str,
         nargs="*",
-        help="key=value: conv_dim, conv_alpha, rank_dropout, module_dropout, algo, ...",
+        help="key=value: conv_dim, block_dims, down_lr_weight, loraplus_lr_ratio, algo, ...",
     )
     add("--network_weights", str, help="start from this LoRA file")
     add("--dim_from_weights", help="take the ranks from --network_weights")

@@ -50,7 +50,8 @@ def log_step(
         return
     values = {"loss/current": losses[0], "loss/average": losses[1]}
     for group, rate in zip(optimization.raw.param_groups, optimization.scheduler.get_last_lr()):
-        name = LEARNING_RATE_NAMES.get(group.get("name"), group.get("name"))
+        part, _, plus = group.get("name", "").partition(" ")  # "plus": the up matrices of LoRA+
+        name = f"{LEARNING_RATE_NAMES.get(part, part)} {plus}".strip()
         values[f"lr/{name}"] = float(rate)
         if "d" in group:  # Prodigy and D-Adaptation: the rate they have found
             values[f"lr/d*lr/{name}"] = float(group["d"] * rate)

@@ -1,9 +1,11 @@
 """Optimizers by sd-scripts' names, each from its own package, and an optimizer with its schedule.
 
-Case does not matter. Any other class is named with its package: `torch.optim.Adamax`."""
+Case does not matter. Any other class of torch.optim is named as there (`Adamax`), one of another
+package with it (`bitsandbytes.optim.AdEMAMix8bit`)."""
 
 import contextlib
 import importlib
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from accelerate import Accelerator
 from es_lora.command_line import nearest
 from es_lora.weights import is_finite
 from settings.key_values import key_values
+
+logger = logging.getLogger(__name__)
 
 # Name in lower case -> package, class, settings that the name stands for.
 OPTIMIZERS = {
@@ -142,6 +146,8 @@ def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim
     elif "." in args.optimizer_type:
         package, _, class_name = args.optimizer_type.rpartition(".")
         settings = {}
+    elif isinstance(getattr(torch.optim, args.optimizer_type, None), type):
+        package, class_name, settings = "torch.optim", args.optimizer_type, {}
     else:
         raise ValueError(
             f"--optimizer_type {args.optimizer_type} is unknown{nearest(name, OPTIMIZERS)}; "
@@ -154,7 +160,8 @@ def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim
     if name.startswith(ONE_RATE_FOR_ALL) and len(rates) > 1:
         raise ValueError(
             f"--optimizer_type {args.optimizer_type} finds the rate itself and needs the same --unet_lr and "
-            f"--text_encoder_lr (1.0 is usual), not {sorted(rates)}"
+            "--text_encoder_lr (1.0 is usual), and no rates of blocks or LoRA+ in --network_args, "
+            f"not {', '.join(f'{rate:g}' for rate in sorted(rates)[:5])}"
         )
     optimizer_class = import_class(package, class_name, "--optimizer_type")
     try:
@@ -166,12 +173,14 @@ def make_optimizer(args: Namespace, groups: list[dict[str, Any]]) -> torch.optim
 
 
 def _adafactor_settings(settings, groups):
-    """Adafactor with relative steps (its default) takes no rate, nor does a group of it."""
-    settings.setdefault("relative_step", True)
+    """Adafactor with relative steps (its default) takes no rate, nor does a group of it.
+    warmup_init means relative steps."""
+    settings["relative_step"] = bool(settings.get("relative_step", True) or settings.get("warmup_init"))
     if not settings["relative_step"]:
         return settings, groups
-    settings.update(lr=None, warmup_init=settings.get("warmup_init", True))
-    return settings, [{key: value for key, value in group.items() if key != "lr"} for group in groups]
+    if len({group.get("lr") for group in groups}) > 1:
+        logger.warning("Adafactor with relative steps sets its own rate, one for all: the rates given have no effect")
+    return {**settings, "lr": None}, [{key: group[key] for key in group if key != "lr"} for group in groups]
 
 
 def built(name: str, build: Callable[[], Any]) -> Any:

@@ -21,7 +21,7 @@ from es_lora.monitor import EarlyStopMonitor
 from es_lora.settings import MeasurementPlan
 from images.batches import ImageBatches, build_datasets
 from images.loader import StepLoader
-from network.creation import make_network
+from network.creation import make_network, network_notices
 from network.folding import fold_base_weights
 from network.full_unet import FullUnet
 from network.lora import LoraNetwork
@@ -94,7 +94,7 @@ def set_up(args: Namespace, family: type[StableDiffusion] = StableDiffusion) -> 
     base.check(batches)
     parts = [part for part in (batches, held_out) if part is not None]
     refuse_beyond_memory(args, base, batches, processes)
-    processes.say(*base.notices(parts, [prompt.prompt for prompt in prompts]))
+    processes.say(*network_notices(args), *base.notices(parts, [prompt.prompt for prompt in prompts]))
     fold_base_weights(args, base.model)
     network, network_args = make_network(args, base.model)
     objective = Objective(args, base, processes, trains_text=any(part.startswith("te") for part in network.components))

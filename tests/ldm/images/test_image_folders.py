@@ -1,9 +1,16 @@
 """Folders, caption files and metadata become records; what a person may have got wrong is said with
 its fix."""
 
+import ast
+import itertools
 import json
 import logging
+import math
+import os
+import random
+import subprocess
 from types import SimpleNamespace
+from typing import Optional
 
 import pytest
 from image_data import all_records, arguments, make_images
@@ -185,6 +192,33 @@ def test_validation_split_is_seeded_and_complete(tmp_path, caplog):
     assert len(others) > 5
     assert split_validation(records, 0.0, seed=1) == (records, [])
     assert split_validation(records, 0.05, seed=1)[1] == [] and "nothing is held out" in caplog.text
+
+
+def test_the_pictures_held_out_are_those_of_sd_scripts(tmp_path):
+    """Figures of its tests/test_validation.py, v0.10.1: seven paths, a fifth of them, seed 1234."""
+    folder = make_images(tmp_path / "5_cat", [f"path{i}.png" for i in range(1, 8)])
+    records = read_records(SubsetSettings(image_dir=str(folder), num_repeats=5))
+    train, held_out = split_validation(records, 0.2, seed=1234)
+    assert [record.path.stem for record in held_out] == ["path7"]
+    assert {record.path.stem for record in train} == {f"path{i}" for i in (2, 3, 6, 5, 1, 4)}
+
+
+def test_larger_splits_are_those_of_sd_scripts(tmp_path):
+    """With SD_SCRIPTS_DIR its own function chooses beside ours."""
+    repository = os.environ.get("SD_SCRIPTS_DIR")
+    if not repository:
+        pytest.skip("SD_SCRIPTS_DIR names no sd-scripts repository")
+    source = subprocess.check_output(["git", "-C", repository, "show", "v0.10.1:library/train_util.py"], text=True)
+    (function,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "split_train_val"]
+    names = {"random": random, "math": math, "logging": logging, "List": list, "Tuple": tuple, "Optional": Optional}
+    exec(compile(ast.Module([function], []), "train_util.py", "exec"), names)
+    folder = make_images(tmp_path / "1_cat", [f"{i}.png" for i in range(23)] + ["B.png", "a.png", "b 1.png"])
+    records = read_records(SubsetSettings(image_dir=str(folder)))
+    paths = sorted(str(record.path) for record in records)
+    for split, seed in itertools.product((0.1, 0.25, 0.3, 0.5, 0.9), (0, 7, 2**40)):
+        theirs = [names["split_train_val"](paths, paths, train, split, seed)[0] for train in (True, False)]
+        ours = [[str(record.path) for record in part] for part in split_validation(records, split, seed)]
+        assert ours[0] == sorted(theirs[0]) and ours[1] == sorted(set(theirs[1]) - set(theirs[0]))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 from base.sd import SDModel  # noqa: E402
 from base.single_file import CONFIG_ROOT  # noqa: E402
 from cs_fluctuation import mean_cosine  # noqa: E402
-from network.lora import create_network, find_modules, parse_network_args  # noqa: E402
+from network.lora import create_network, find_modules  # noqa: E402
 from network.lora_file import load_lora, save_lora  # noqa: E402
 
 
@@ -292,17 +292,6 @@ def test_half_precision_base_trains_float32_layers(tmp_path):
     references = network.tensors()
     network.to(dtype=torch.float16)
     assert all(weight.dtype == torch.float16 for weight in references.values())
-
-
-def test_network_args_are_parsed_or_refused():
-    assert parse_network_args(["conv_dim=4", "conv_alpha=2", "rank_dropout=0.1"]) == {
-        "conv_rank": 4, "conv_alpha": 2.0, "rank_dropout": 0.1,
-    }  # fmt: skip
-    assert parse_network_args(["conv_dim=4"])["conv_alpha"] == 1.0
-    with pytest.raises(ValueError, match="'conv_rnk=4'"):
-        parse_network_args(["conv_rnk=4"])
-    with pytest.raises(ValueError, match="not a number"):
-        parse_network_args(["conv_dim=four"])
 
 
 def test_saved_lora_loads_in_diffusers_and_changes_the_picture(tmp_path):

@@ -172,10 +172,18 @@ RANDOM = dict(
 )  # fmt: skip
 
 
+BLOCKS = [
+    "block_dims=" + ",".join("0123" + "4" * 21),
+    "conv_block_dims=" + ",".join("2" * 25),
+    "down_lr_weight=cosine+.25",
+    "loraplus_lr_ratio=4",
+]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(average=0.25),
+        dict(average=0.25, network_args=BLOCKS),
         dict(cache_latents=False, color_aug=True, max_data_loader_n_workers=0),
         dict(gradient_accumulation_steps=2),
     ],

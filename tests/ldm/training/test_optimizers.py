@@ -1,8 +1,14 @@
 """Optimizers and schedulers by kohya's names: each really optimizes, and each rate follows its
 formula."""
 
+import argparse
+import ast
+import importlib
 import importlib.util
+import logging
 import math
+import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +75,40 @@ def test_every_name_reaches_its_own_package_and_optimizes(name):
     assert losses[0] == 9.0 and min(losses) < 9.0  # those that look for the rate themselves may overshoot later
 
 
+@pytest.mark.parametrize(
+    "name", [*sorted(set(OPTIMIZERS) - {"prodigyplusschedulefree"}), "Adamax", "SGD", "torch.optim.RAdam"]
+)
+def test_the_class_of_a_name_is_the_one_that_sd_scripts_takes(name):
+    repository = os.environ.get("SD_SCRIPTS_DIR")
+    if not repository:
+        pytest.skip("SD_SCRIPTS_DIR names no sd-scripts repository")
+    package = OPTIMIZERS.get(name, ("torch",))[0].split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    source = subprocess.check_output(["git", "-C", repository, "show", "v0.10.1:library/train_util.py"], text=True)
+    (function,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "get_optimizer"]
+    names = {
+        "torch": torch,
+        "ast": ast,
+        "importlib": importlib,
+        "logger": logging.getLogger("its"),
+        "argparse": argparse,
+    }
+    names["transformers"] = importlib.import_module("transformers")
+    importlib.import_module("transformers.optimization")
+    exec(compile(ast.Module([function], []), "train_util.py", "exec"), names)
+    more = {"use_8bit_adam": False, "use_lion_optimizer": False, "fused_backward_pass": False, "max_grad_norm": 1.0}
+    chosen = settings(optimizer_type=name, **more)
+    theirs = names["get_optimizer"](chosen, [{"params": [parameter()], "lr": 1.0}])[2]
+    ours = make_optimizer(settings(optimizer_type=name), [{"params": [parameter()], "lr": 1.0}])
+    assert type(ours) is type(theirs)
+    own, other = (
+        {k: v for k, v in group.items() if k not in ("params", "train_mode")}
+        for group in (ours.param_groups[0], theirs.param_groups[0])
+    )
+    assert own == other
+
+
 def test_optimizer_arguments_are_read():
     assert key_values(["weight_decay=0.1", "betas=0.9,0.99", "decouple=true", "kind=linear", "x=None"]) == {
         "weight_decay": 0.1,
@@ -87,6 +127,7 @@ def test_optimizer_arguments_are_read():
     assert optimizer.defaults["momentum"] == 0.5 and optimizer.defaults["nesterov"]
     optimizer = make_optimizer(settings(optimizer_type="torch.optim.Adamax"), [{"params": [parameter()]}])
     assert isinstance(optimizer, torch.optim.Adamax)
+    assert isinstance(make_optimizer(settings(optimizer_type="NAdam"), [{"params": [parameter()]}]), torch.optim.NAdam)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +217,9 @@ def test_foreign_scheduler():
 def test_adafactor_sets_its_own_rate():
     chosen = settings(optimizer_type="Adafactor", lr_scheduler="adafactor:0.002")
     optimizer = make_optimizer(chosen, [{"params": [parameter()], "lr": 1e-3}])
-    assert optimizer.param_groups[0]["lr"] is None and optimizer.defaults["warmup_init"]
+    assert optimizer.param_groups[0]["lr"] is None and not optimizer.defaults["warmup_init"]
+    warmed = settings(optimizer_type="Adafactor", optimizer_args=["relative_step=False", "warmup_init=True"])
+    assert make_optimizer(warmed, [{"params": [parameter()]}]).defaults["relative_step"]  # as kohya's trainer does it
     assert make_scheduler(chosen, optimizer, 10).get_lr() == [0.002]
     fixed = settings(optimizer_type="Adafactor", optimizer_args=["relative_step=False", "scale_parameter=False"])
     assert make_optimizer(fixed, [{"params": [parameter()], "lr": 1e-3}]).param_groups[0]["lr"] == 1e-3

@@ -83,7 +83,7 @@ def test_a_shadow_without_a_fold_is_a_second_main_network(base, images, tmp_path
     train(
         base, images, tmp_path, **{**BESIDE, "shadows": 1, "shadow_rank": 4}, lr_scheduler="linear", noise_offset=0.1,
         gradient_accumulation_steps=2, max_grad_norm=0.01, text_encoder_lr=3e-4, optimizer_args=["weight_decay=0.1"],
-        save_state_on_train_end=True, network_dim=4,
+        save_state_on_train_end=True, network_dim=4, network_args=["down_lr_weight=.5,.25", "loraplus_lr_ratio=4"],
     )  # fmt: skip
     (state,) = tmp_path.glob("*-state")
     main, shadow = load_file(state / "lora.safetensors"), load_file(state / "shadows.safetensors")
