@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Optional
 import torch
 
 from base.tensor_files import first_line
-from network.lora_file import group_modules, load_lora, rename_text_encoder
+from network.lora_file import group_modules, load_lora, rename_text_encoder, rename_unet
 
 if TYPE_CHECKING:
     from base.sd import SDModel
@@ -48,7 +48,8 @@ def fold_into_tensors(
     name: str | Path = "the LoRA",
 ) -> None:
     """The same for the tensors of a single file in the original layout, in place."""
-    _fold(tensors, weight, original_weights(checkpoint, layers_per_block), name)
+    weights = original_weights(checkpoint, layers_per_block)
+    _fold(rename_unet(tensors, weights, layers_per_block), weight, weights, name)
 
 
 def original_weights(checkpoint: dict[str, torch.Tensor], layers_per_block: int = 2) -> dict[str, torch.Tensor]:

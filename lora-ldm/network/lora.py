@@ -20,7 +20,7 @@ from base.sd import SDModel
 from base.tensor_files import differences
 from cs_fluctuation import LoraLayer
 from network.blocks import Size, block_size, rate_groups
-from network.lora_file import group_modules, load_lora, rename_text_encoder
+from network.lora_file import group_modules, load_lora, rename_text_encoder, rename_unet
 from settings.network_args import EQUAL_RATES, Blocks, RateFactors
 
 ADAPTER = "default"
@@ -367,13 +367,11 @@ def find_modules(
 def rename_modules(tensors: dict[str, torch.Tensor], candidates: list[tuple]) -> dict[str, torch.Tensor]:
     """{key of a LoRA file: tensor} under the names that this model's modules have.
 
-    Programs disagree on the first text encoder's prefix; some name SDXL's U-Net as diffusers.
+    Programs disagree on the first text encoder's prefix and on the layout that names the U-Net.
     candidates: what ``find_modules`` gives."""
-    names = {f"lora_{part}_{path}".replace(".", "_"): name for part, path, name, _ in candidates if part == "unet"}
-    renamed = {}
-    for key, value in tensors.items():
-        module, dot, part = key.partition(".")
-        renamed[names.get(module, module) + dot + part] = value
+    numbers = (re.match(r"down_blocks\.0\.(?:resnets|attentions)\.(\d+)\.", path) for _, path, _, _ in candidates)
+    layers_per_block = max((int(match[1]) + 1 for match in numbers if match), default=2)
+    renamed = rename_unet(tensors, [name for _, _, name, _ in candidates], layers_per_block)
     return rename_text_encoder(renamed, [name for _, _, name, _ in candidates])
 
 

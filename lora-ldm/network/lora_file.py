@@ -22,23 +22,28 @@ from base.files import read_json
 from base.tensor_files import LEGACY_HASH_LENGTH_BYTES, LEGACY_HASH_OFFSET_BYTES, named, read_tensors
 from es_lora.files import write_whole
 from es_lora.inputs.json_text import parsed_json
+from es_lora.judge.base_index import unet_layer_name
 from es_lora.weights import save_tensors
 
 logger = logging.getLogger(__name__)
 DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# diffusers' and PEFT's keys, and OneTrainer's with dots, which call the text encoders clip_l and clip_g.
 _DIFFUSERS_KEY = re.compile(
-    r"^(?P<part>unet|text_encoder|text_encoder_2)\.(?P<module>.+?)"
+    r"^(?P<part>unet|text_encoder|text_encoder_2|clip_l|clip_g)\.(?P<module>.+?)"
     r"(?:\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"
-    r"|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<plain>down|up)\.weight"
-    r"|\.(?P<alpha>alpha))$"
+    r"|(?:\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)(?P<plain>down|up)\.weight"
+    r"|\.(?P<kept>alpha|dora_scale|hada_\w+|lokr_\w+))$"
 )
 _TEXT_NAME = re.compile(r"lora_te([12]?)_(?:text_model_)?(.+)")
 # How the modules of a part begin where PEFT's file does not name the part.
 _UNET_MODULE = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\.")
 _TEXT_MODULE = re.compile(r"(?:text_model|encoder|embeddings|text_projection)\.")
 PEFT_FILE, PEFT_SETTINGS = "adapter_model.safetensors", "lora_adapter_metadata"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 BUNDLED = "bundle_emb."
-_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+UNET_NAME = "lora_unet_"
+_PREFIXES = {"unet": UNET_NAME, "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+_PREFIXES |= {"clip_l": "lora_te_", "clip_g": "lora_te2_"}
 # What diffusers' older attention processors call the four projections, for the text encoder.
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -77,18 +82,35 @@ def load_lora(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     """Read a LoRA as ({kohya key: tensor}, metadata); diffusers' and PEFT's keys are renamed.
     Raises FileNotFoundError: no such file; ValueError: damaged, empty, no LoRA, or half of one."""
     path = Path(path)
-    path = path / PEFT_FILE if path.is_dir() else path
-    tensors = {_with_part(name): value for name, value in _without_embeddings(path, read_tensors(path)).items()}
+    files = _files_in(path) if path.is_dir() else [path]
+    tensors, metadata = {}, {}
+    for file in files:
+        part, told = _read_file(file)
+        tensors, metadata = {**tensors, **part}, {**metadata, **told}
+    if not any(name.startswith("lora_") for name in tensors):
+        first = next(iter(tensors), "no tensors")
+        raise ValueError(f"{path} is not a LoRA of kohya's or diffusers' naming (its first key: {first})")
+    _refuse_half(path, tensors)
+    return tensors, metadata
+
+
+def _files_in(folder):
+    """The LoRA of a folder: PEFT's or diffusers' file, or PEFT's in a folder for each part."""
+    parts = [folder / part / PEFT_FILE for part in ("unet", "text_encoder", "text_encoder_2")]
+    known = [folder / PEFT_FILE, folder / DIFFUSERS_FILE, *parts]
+    found = [file for file in known if file.is_file()]
+    return found if found and found[0] in parts else found[:1] or known[:1]
+
+
+def _read_file(path):
+    """One file as ({kohya key: tensor}, metadata)."""
+    tensors = {_with_part(name, path): value for name, value in _without_embeddings(path, read_tensors(path)).items()}
     metadata = {}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     if any(_DIFFUSERS_KEY.match(name) for name in tensors):
         tensors = from_diffusers_names(tensors, {**_peft_settings(path), **metadata})
-    if not any(name.startswith("lora_") for name in tensors):
-        first = next(iter(tensors), "no tensors")
-        raise ValueError(f"{path} is not a LoRA of kohya's or diffusers' naming (its first key: {first})")
-    _refuse_half(path, tensors)
     return tensors, metadata
 
 
@@ -126,9 +148,11 @@ def _without_embeddings(path, tensors):
     return {name: value for name, value in tensors.items() if name not in names}
 
 
-def _with_part(name):
+def _with_part(name, path):
     """A key of PEFT's with the part of the model in front, as diffusers writes it."""
     name = name.replace("base_model.model.", "", 1)
+    if path.name == PEFT_FILE and path.parent.name in _PREFIXES and not name.startswith(f"{path.parent.name}."):
+        return f"{path.parent.name}.{name}"
     for part, module in (("unet", _UNET_MODULE), ("text_encoder", _TEXT_MODULE)):
         if module.match(name) and _DIFFUSERS_KEY.match(f"{part}.{name}"):
             return f"{part}.{name}"
@@ -158,8 +182,8 @@ def from_diffusers_names(
             unknown.append(name)
             continue
         kohya_name = _PREFIXES[match["part"]] + _module_path(match["part"], match["module"]).replace(".", "_")
-        if match["alpha"]:
-            converted[f"{kohya_name}.alpha"] = value
+        if match["kept"]:
+            converted[f"{kohya_name}.{match['kept']}"] = value
             continue
         is_down = match["peft"] == "A" or match["plain"] == "down"
         converted[f"{kohya_name}.lora_{'down' if is_down else 'up'}.weight"] = value
@@ -195,6 +219,26 @@ def rename_text_encoder(tensors: dict[str, torch.Tensor], known_names: Iterable[
     for key, value in tensors.items():
         name, dot, part = key.partition(".")
         renamed[_known_spelling(name, known) + dot + part] = value
+    return renamed
+
+
+def rename_unet(
+    tensors: dict[str, torch.Tensor], known_names: Iterable[str], layers_per_block: int = 2
+) -> dict[str, torch.Tensor]:
+    """Give U-Net modules the names that the network has for them.
+
+    Programs name them after diffusers' layout or after the original one, for either family."""
+    known = {name for name in known_names if name.startswith(UNET_NAME)}
+
+    def canonical(name):
+        return unet_layer_name(name.removeprefix(UNET_NAME), layers_per_block)
+
+    own, renamed = {canonical(name): name for name in known}, {}
+    for key, value in tensors.items():
+        name, dot, part = key.partition(".")
+        if name.startswith(UNET_NAME) and name not in known:
+            name = own.get(canonical(name), name)
+        renamed[name + dot + part] = value
     return renamed
 
 

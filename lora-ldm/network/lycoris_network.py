@@ -21,7 +21,7 @@ from cs_fluctuation import LoraLayer
 from es_lora.command_line import is_out_of_memory
 from es_lora.inputs.bounds import MOST
 from es_lora.weights import DenseUpdateLayer, without_dropout
-from network.lora import RANK_ADVICE, find_modules
+from network.lora import RANK_ADVICE, find_modules, rename_modules
 from network.lora_file import group_modules, load_lora, rename_text_encoder
 
 MEASURABLE = ("LoConModule", "LohaModule", "LokrModule")
@@ -186,6 +186,7 @@ def create_lycoris_network(
     network.apply_to(text_encoders, model.unet, text_encoders is not None, train_unet)
     if weights is not None:
         weights = {_file_name(name): value for name, value in weights.items()}
+        weights = rename_modules(weights, find_modules(model, everywhere=True))
         weights = rename_text_encoder(weights, [module.lora_name for module in network.loras])
         _refuse_other_layers(network, weights, source)
     if not network.loras:
