@@ -172,6 +172,8 @@ def create_lycoris_network(
     options, source = parse_lycoris_args(network_args), "the file"
     if isinstance(weights, (str, Path)):
         source, weights = f"--network_weights {weights}", load_lora(weights)[0]
+    if weights is not None:
+        weights = rename_modules(weights, find_modules(model, everywhere=True))
     text_encoders = model.text_encoders if len(model.text_encoders) > 1 else model.text_encoders[0]
     text_encoders = text_encoders if train_text_encoder else None
     if dim_from_weights:
@@ -186,7 +188,6 @@ def create_lycoris_network(
     network.apply_to(text_encoders, model.unet, text_encoders is not None, train_unet)
     if weights is not None:
         weights = {_file_name(name): value for name, value in weights.items()}
-        weights = rename_modules(weights, find_modules(model, everywhere=True))
         weights = rename_text_encoder(weights, [module.lora_name for module in network.loras])
         _refuse_other_layers(network, weights, source)
     if not network.loras:

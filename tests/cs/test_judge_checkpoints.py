@@ -141,7 +141,7 @@ def diffusion_run(root, layout, base_layout="folder", original_names=False):
     names, components = [row[1] for row in DIFFUSION], [row[0] for row in DIFFUSION]
     run.history = record_history(run.recorded, names, components, weights, walk, "matrix")
     for step, pairs in enumerate(walk, start=1):
-        write = write_kohya if layout == "kohya" else write_diffusers
+        write = {"kohya": write_kohya, "diffusers": write_diffusers}.get(layout, layout)
         write(run.folder, step, pairs, original_names)
     return run
 

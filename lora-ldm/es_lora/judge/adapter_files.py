@@ -47,11 +47,16 @@ class Adapter:
 
 _PEFT_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$")
 _DIFFUSERS_KEY = re.compile(
-    r"^(?:(?P<part>unet|text_encoder_2|text_encoder|transformer)\.)?(?P<path>.+?)"
-    r"(?:\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<plain>down|up)\.weight|\.alpha)$"
+    r"^(?:(?P<part>unet|text_encoder_2|text_encoder|transformer|clip_l|clip_g)\.)?(?P<path>.+?)"
+    r"(?:\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"
+    r"|(?:\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)(?P<plain>down|up)\.weight|\.alpha)$"
 )
+# How the layers of a diffusion model begin in PEFT's own files, which name no part.
+_UNET_LAYER = re.compile(r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)(?:\.|$)")
+_PARTS_OF_FOLDERS = {"unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2"}
 _KOHYA_KEY = re.compile(r"^lora_(?P<part>unet|te1|te2|te)_(?P<path>[^.]+)\.(?P<rest>.+)$")
 _PARTS = {None: "unet", "unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2", "transformer": "transformer"}
+_PARTS.update(clip_l="te1", clip_g="te2")  # OneTrainer's names with dots
 _KOHYA_PARTS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
 
 
@@ -63,11 +68,15 @@ def file_metadata(file: Path) -> Dict[str, str]:
         return {}  # named when its tensors are read
 
 
-def _split_key(name: str, is_peft: bool) -> Optional[Tuple[Key, str]]:
-    """((component, path), "down" | "up" | "alpha"); None for others (DoRA magnitudes, heads)."""
+def _split_key(name: str, is_peft: bool, part: Optional[str] = None) -> Optional[Tuple[Key, str]]:
+    """((component, path), "down" | "up" | "alpha"); None for others (DoRA magnitudes, heads).
+    part: the component of a PEFT file, where its folder says it."""
     if is_peft:
         match = _PEFT_KEY.match(name)
-        return (("lm", match["path"]), "down" if match["side"] == "A" else "up") if match else None
+        if match is None:
+            return None
+        component = part or ("unet" if _UNET_LAYER.match(match["path"]) else "lm")
+        return (component, match["path"]), "down" if match["side"] == "A" else "up"
     match = _KOHYA_KEY.match(name)
     if match:
         if match["rest"] in _KOHYA_PARTS:
@@ -127,7 +136,7 @@ def read_adapter(file: Path) -> Adapter:
     parts: Dict[Key, Dict[str, torch.Tensor]] = {}
     left_out: List[str] = []
     for name, tensor in tensors.items():
-        split = _split_key(name, is_peft)
+        split = _split_key(name, is_peft, _PARTS_OF_FOLDERS.get(file.parent.name))
         if split is None:
             left_out.append(name)
         else:

@@ -4,13 +4,20 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from es_lora.files import read_text
 from es_lora.history import HISTORY_NAME, History, is_number, is_whole, read_history
 from es_lora.inputs.json_text import parsed_json
 from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, PICKLE_NAME, QLORA_FOLDER, file_metadata
 from es_lora.weights import pickle_advice
+
+
+# kohya's, ai-toolkit's and OneTrainer's names; OneTrainer ends in step, epoch and step of the epoch.
+_FILE_NAME = re.compile(
+    r"(?P<run>.*?)(?:-step(?P<kohya>[0-9]{8})|_(?P<toolkit>[0-9]{9})|-(?P<epoch>[0-9]{6})"
+    r"|[0-9-]{10}_[0-9-]{8}-save-(?P<trainer>[0-9]{1,12})-(?P<epochs>[0-9]{1,12})-(?P<rest>[0-9]{1,12}))?$"
+)
 
 
 @dataclass
@@ -55,7 +62,7 @@ def _folder_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
     found = []
     for place in [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir())]:
         name = "." if place == folder else place.name
-        inside = (place, place / QLORA_FOLDER)  # qlora.py saves into a folder of the checkpoint
+        inside = (place, place / QLORA_FOLDER, place / "unet")  # qlora.py and PEFT's image example: a folder deeper
         known = (where / known for where in inside for known in (PEFT_NAME, DIFFUSERS_NAME))
         file = next((path for path in known if path.is_file()), None)
         number = re.match(r"checkpoint-([0-9]{1,12})$", place.name) if place != folder else None
@@ -100,11 +107,11 @@ def _state(folder: Path) -> Dict[str, Any]:
 
 
 def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
-    """kohya's files of a run: NAME-000003 (epoch), NAME-step00000500, NAME-last or else NAME."""
+    """kohya's files of a run: NAME-000003 (epoch), NAME-step00000500, NAME-last or else NAME;
+    ai-toolkit's NAME_000000500 (step); OneTrainer's NAME<time>-save-500-5-0 (step, epoch)."""
     files = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in (PEFT_NAME, DIFFUSERS_NAME)]
-    pattern = re.compile(r"(.+?)(?:-step(\d{8})|-(\d{6}))?$")
-    named = {file: match for file in files for match in [pattern.match(file.stem)] if match}
-    runs = sorted({match[1] for match in named.values() if match[2] or match[3]})
+    named = {file: match for file in files for match in [_FILE_NAME.match(file.stem)] if match}
+    runs = sorted({match["run"] for match in named.values() if _place(match) != (None, None)})
     if len(runs) > 1:
         raise ValueError(
             f"{folder} holds the checkpoints of {len(runs)} runs ({', '.join(runs)}); give a folder of one run"
@@ -113,9 +120,11 @@ def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
     found = []
     for file, match in named.items():
         metadata = file_metadata(file)
-        step, epoch = _number(match[2]), _number(match[3])
+        step, epoch = _place(match)
         if step is None and "es_lora_step" in metadata:
             step = _number(metadata["es_lora_step"])
+        elif step is None and "training_info" in metadata:  # ai-toolkit
+            step = _number(_object(metadata["training_info"]).get("step"))
         elif step is None and (epoch is not None or file.stem == last or last is None):
             step = _number(metadata.get("ss_steps", metadata.get("ss_max_train_steps") if epoch is None else None))
         if step is None and epoch is None:
@@ -123,6 +132,12 @@ def _file_checkpoints(folder: Path, problems: Dict[str, str]) -> List[Found]:
             continue
         found.append(Found(file.name, file, step, epoch, metadata))
     return found
+
+
+def _place(match: "re.Match[str]") -> Tuple[Optional[int], Optional[int]]:
+    """(step, epoch) that a file's name tells; an epoch only where it had just ended."""
+    step = _number(match["kohya"] or match["toolkit"] or match["trainer"])
+    return step, _number(match["epochs"] if match["rest"] == "0" else match["epoch"])
 
 
 def _steps_per_epoch(checkpoints: Sequence[Found]) -> Optional[int]:

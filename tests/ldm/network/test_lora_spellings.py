@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_sdxl import original_layout, tiny_sdxl
 
 from base.loading import load_base_model
-from network.folding import fold_lora
-from network.lora import create_network
+from base.sdxl import original_unet_name
+from network.folding import fold_into_tensors, fold_lora
+from network.lora import create_network, find_modules
 from network.lora_file import load_lora, save_lora
 from network.lycoris_network import create_lycoris_network
 
@@ -47,8 +49,6 @@ PATHS = {}
 @pytest.fixture(autouse=True)
 def paths(base):
     """{kohya's name: the path of the module}."""
-    from network.lora import find_modules
-
     PATHS.update({name: path for _, path, name, _ in find_modules(load_base_model(base), everywhere=True)})
 
 
@@ -90,3 +90,69 @@ def test_another_rank_names_the_flag_that_takes_it(base, lora, tmp_path):
         create_network(load_base_model(base), rank=4, weights=tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="--dim_from_weights takes the ranks"):
         create_lycoris_network(load_base_model(base), rank=4, weights=tmp_path / "lora.safetensors")
+
+
+def part_names(lora):
+    """{kohya's name: (component, path)}."""
+    return {module.name: (module.component, PATHS[module.name]) for module in lora.modules}
+
+
+def test_one_trainers_names_with_dots_equal_kohyas(base, lora, tmp_path):
+    config = load_base_model(base).unet.config
+    mine, dotted = lora.state_for_file(), {"bundle_emb.mycat.clip_l": torch.ones(1, 16)}
+    for key, value in mine.items():
+        name, _, part = key.partition(".")
+        component, path = part_names(lora)[name]
+        if component == "unet":
+            path = f"unet.{original_unet_name(path, config.layers_per_block, config.up_block_types)}"
+        else:
+            path = f"clip_l.text_model.{path.removeprefix('text_model.')}"
+        dotted[f"{path}.{part}"] = value
+    assert any(".input_blocks." in key for key in dotted)
+    save_file(dotted, tmp_path / "omi.safetensors")
+    assert all(map(torch.equal, folded(base, load_lora(tmp_path / "omi.safetensors")[0]), folded(base, mine)))
+    again = create_network(load_base_model(base), rank=2, alpha=2, weights=tmp_path / "omi.safetensors")
+    assert all(torch.equal(value, mine[key]) for key, value in again.tensors().items())
+    lycoris = create_lycoris_network(load_base_model(base), weights=tmp_path / "omi.safetensors", dim_from_weights=True)
+    assert len(lycoris.modules) == len(lora.modules)
+
+
+def test_pefts_folders_of_the_parts_are_one_lora(base, lora, tmp_path):
+    for component, part in (("unet", "unet"), ("te", "text_encoder")):
+        (tmp_path / part).mkdir()
+        tensors = peft_tensors(lora, component, "base_model.model.")
+        save_file(tensors, tmp_path / part / "adapter_model.safetensors")
+        settings = {"lora_alpha": 4, "r": 2, "peft_type": "LORA"}
+        (tmp_path / part / "adapter_config.json").write_text(json.dumps(settings))
+    expected = folded(base, lora.state_for_file(), 2.0)
+    found = folded(base, load_lora(tmp_path)[0])
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected))
+
+
+def test_the_folder_that_diffusers_saves_is_read(base, lora, tmp_path):
+    tensors = {**peft_tensors(lora, "unet", "unet."), **peft_tensors(lora, "te", "text_encoder.")}
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(map(torch.equal, folded(base, load_lora(tmp_path)[0]), folded(base, lora.state_for_file())))
+
+
+def test_an_sdxl_lora_named_as_diffusers_names_the_unet_folds_into_a_model_and_a_file(tmp_path):
+    model = tiny_sdxl(tmp_path)
+    lora = create_network(tiny_sdxl(tmp_path), rank=2, alpha=2, conv_rank=2, train_text_encoder=False)
+    for weight in lora.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    mine = lora.state_for_file()
+    paths = {name: path for _, path, name, _ in find_modules(model, everywhere=True)}
+    theirs = {}
+    for key, value in mine.items():
+        name, _, part = key.partition(".")
+        theirs[f"lora_unet_{paths[name].replace('.', '_')}.{part}"] = value
+    assert theirs.keys() != mine.keys()
+    tensors = original_layout(model)
+    expected, found = ({key: value.clone() for key, value in tensors.items()} for _ in range(2))
+    fold_into_tensors(expected, mine)
+    fold_into_tensors(found, theirs)
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    assert any(not torch.equal(value, expected[key]) for key, value in tensors.items())
+    fold_lora(model, theirs)
+    assert torch.equal(original_layout(model)["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"],
+                       expected["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"])  # fmt: skip
