@@ -27,7 +27,7 @@ from es_lora.weights import save_tensors
 
 logger = logging.getLogger(__name__)
 DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# diffusers' and PEFT's keys, and OneTrainer's with dots, which call the text encoders clip_l and clip_g.
+# diffusers' and PEFT's keys; OneTrainer's with dots, where clip_l and clip_g are text encoders.
 _DIFFUSERS_KEY = re.compile(
     r"^(?P<part>unet|text_encoder|text_encoder_2|clip_l|clip_g)\.(?P<module>.+?)"
     r"(?:\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"

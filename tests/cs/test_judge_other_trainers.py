@@ -1,4 +1,4 @@
-"""Folders as OneTrainer, ai-toolkit and PEFT's scripts leave them decide as the recorded run does."""
+"""Folders as OneTrainer, ai-toolkit and PEFT's scripts leave them decide as the recorded run."""
 
 import json
 

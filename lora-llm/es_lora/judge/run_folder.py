@@ -12,8 +12,7 @@ from es_lora.inputs.json_text import parsed_json
 from es_lora.judge.adapter_files import DIFFUSERS_NAME, PEFT_NAME, PICKLE_NAME, QLORA_FOLDER, file_metadata
 from es_lora.weights import pickle_advice
 
-
-# kohya's, ai-toolkit's and OneTrainer's names; OneTrainer ends in step, epoch and step of the epoch.
+# kohya's, ai-toolkit's and OneTrainer's names; the last: step, epoch and step of the epoch.
 _FILE_NAME = re.compile(
     r"(?P<run>.*?)(?:-step(?P<kohya>[0-9]{8})|_(?P<toolkit>[0-9]{9})|-(?P<epoch>[0-9]{6})"
     r"|[0-9-]{10}_[0-9-]{8}-save-(?P<trainer>[0-9]{1,12})-(?P<epochs>[0-9]{1,12})-(?P<rest>[0-9]{1,12}))?$"
