@@ -58,64 +58,6 @@ wandb_key=""                                # logs to Weights & Biases as well, 
 #   alpha=16  train_parts=unet  cache_text=1  unet_rate=1e-4  optimizer=AdamW8bit  precision=bf16  memory_efficient=--sdpa,
 #   and the flags --gradient_checkpointing --no_half_vae
 
-case "$model_type" in
-  sd) trainer=es_lora_ldm.py ;;
-  sdxl) trainer=es_lora_sdxl.py ;;
-  *) echo "early_stop_lora_ldm.sh: model_type=$model_type: choose sd or sdxl" >&2; exit 2 ;;
-esac
-
-# ------------------------------------------------------------------ environment
-environment="$here/.venv-ldm"
-if [ ! -f "$environment/.installed" ] || ! cmp -s "$here/requirements-ldm.txt" "$environment/.installed"; then
-  echo "Installing the diffusion environment into $environment (once) ..."
-  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "early_stop_lora_ldm.sh: Python 3.11 or newer is needed; name one: PYTHON=python3.11 bash $0" >&2
-    exit 2
-  }
-  "${PYTHON:-python3}" -m venv "$environment"
-  "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-ldm.txt"
-  cp "$here/requirements-ldm.txt" "$environment/.installed"
-fi
-
-# ------------------------------------------------------------------ training
-if [ -n "$resume" ]; then
-  output="$(dirname "$resume")"
-fi
-flags=(
-  --pretrained_model_name_or_path "$base_model" --train_data_dir "$train_data" --caption_extension .txt
-  --resolution "$resolution" --enable_bucket --min_bucket_reso 64 --bucket_no_upscale --cache_latents
-  --output_dir "$output" --output_name "$name" --save_state_on_train_end
-  --network_dim "$rank" --network_alpha "$alpha" --max_train_epochs "$epochs"
-  --train_batch_size "$batch_size" --gradient_accumulation_steps "$accumulation"
-  --learning_rate "$unet_rate" --unet_lr "$unet_rate" --text_encoder_lr "$text_rate" --optimizer_type "$optimizer"
-  --lr_scheduler "$scheduler" --lr_warmup_steps "$warmup_steps" --lr_scheduler_num_cycles "$restarts"
-  --mixed_precision "$precision" --seed "$seed" --log_with tensorboard
-  --calculate_cs --early_stop "$early_stop" --window_size "$window" --cs_interval "$cs_interval"
-)
-add() { if [ -n "$1" ] && [ "$1" != 0 ]; then shift; flags+=("$@"); fi; }
-add "$is_v2" --v2
-add "$predicts_v" --v_parameterization
-add "$trigger_word" --trigger_word "$trigger_word"
-add "$reg_data" --reg_data_dir "$reg_data"
-add "$class_pictures" --num_class_images "$class_pictures" --class_prompt "$class_prompt"
-add "$prompts" --sample_prompts "$prompts"
-add "$resume" --resume "$resume"
-add "$continue_from" --network_weights "$continue_from" --dim_from_weights
-add "$lycoris" --network_module lycoris.kohya --network_args "algo=$lycoris"
-add "$min_snr_gamma" --min_snr_gamma "$min_snr_gamma"
-add "$noise_offset" --noise_offset "$noise_offset"
-add "$memory_efficient" "$memory_efficient"
-add "$cache_text" --cache_text_encoder_outputs
-add "$wandb_key" --log_with all --wandb_api_key "$wandb_key"
-if [ "$model_type" = sd ]; then
-  flags+=(--clip_skip "$clip_skip")
-fi
-case "$train_parts" in unet) flags+=(--network_train_unet_only) ;; text) flags+=(--network_train_text_encoder_only) ;; esac
-if [ "$longest_caption" != 75 ]; then
-  flags+=(--max_token_length "$longest_caption")
-fi
-launch=("$environment/bin/python")
-if [ "$gpus" -gt 1 ]; then
-  launch+=(-m torch.distributed.run --standalone --nproc_per_node "$gpus")
-fi
-exec "${launch[@]}" "$here/lora-ldm/$trainer" "${flags[@]}" "$@"
+# ------------------------------------------------------------------ environment and training
+# lora-ldm/start.py reads the settings above: plain name=value lines, no other shell. Windows: py lora-ldm\start.py
+exec "${PYTHON:-python3}" "$here/lora-ldm/start.py" --settings "$here/${BASH_SOURCE[0]##*/}" "$@"

@@ -7,7 +7,8 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 # ------------------------------------------------------------------ settings
 # As they stand, a real model learns a cook's style from 130 notes of this project, in minutes on two CPU cores.
-# smollm2: SmolLM2-135M-Instruct, fetched once (93 MB). tiny: the small base of this project, without a download.
+# smollm2: SmolLM2-135M-Instruct, fetched once (93 MB). tiny: the small base of this project, without a download, with
+# bits=4 learning_rate=2e-3 epochs=12 batch_size=8 prompt_template="".
 # Else a folder in Hugging Face format, a GGUF file, or a hub name.
 base_model="${base_model:-smollm2}"
 training_data="$here/dataset/kitchen_notes/train.jsonl" # json, jsonl, csv or tsv with input and output columns
@@ -33,42 +34,7 @@ window=auto                 # measurements of CS that the decision looks at; aut
 cs_interval=auto            # optimizer steps between measurements; auto: ten an epoch
 # For a model of your own on a GPU:  base_model=mistralai/Mistral-7B-v0.3  learning_rate=2e-4  epochs=5
 #   batch_size=1  accumulation=16  longest_source=1024  longest_target=512  precision=--bf16  recompute=True  bits=4
-if [ "$base_model" = tiny ]; then
-  base_model="$here/lora-llm/tiny_base" bits=4 learning_rate=2e-3 epochs=12 batch_size=8 prompt_template=""
-fi
 
-# ------------------------------------------------------------------ environment
-environment="$here/.venv-llm"
-if [ ! -f "$environment/.installed" ] || ! cmp -s "$here/requirements-llm.txt" "$environment/.installed"; then
-  echo "Installing the language-model environment into $environment (once) ..."
-  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "early_stop_lora_llm.sh: Python 3.11 or newer is needed; name one: PYTHON=python3.11 bash $0" >&2
-    exit 2
-  }
-  "${PYTHON:-python3}" -m venv "$environment"
-  "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements-llm.txt"
-  cp "$here/requirements-llm.txt" "$environment/.installed"
-fi
-
-# ------------------------------------------------------------------ training
-flags=(
-  --model_name_or_path "$base_model" --dataset "$training_data" --output_dir "$output"
-  --bits "$bits" --lora_r "$rank" --lora_alpha "$alpha" --learning_rate "$learning_rate" --num_train_epochs "$epochs"
-  --per_device_train_batch_size "$batch_size" --gradient_accumulation_steps "$accumulation"
-  --source_max_len "$longest_source" --target_max_len "$longest_target" --gradient_checkpointing "$recompute"
-  --early_stop "$early_stop" --window_size "$window" --cs_interval "$cs_interval"
-  --logging_steps 10 --save_strategy epoch --save_total_limit 2 --report_to tensorboard
-)
-if [ -n "$heldout_data" ]; then
-  flags+=(--do_eval --eval_dataset "$heldout_data" --eval_strategy epoch --per_device_eval_batch_size 16)
-fi
-if [ -n "$general_text" ]; then
-  flags+=(--forgetting_data "$general_text")
-fi
-if [ -n "$prompt_template" ]; then
-  flags+=(--prompt_template "$prompt_template")
-fi
-if [ -n "$precision" ]; then
-  flags+=("$precision")
-fi
-exec "$environment/bin/python" "$here/lora-llm/es_lora_llm.py" "${flags[@]}" "$@"
+# ------------------------------------------------------------------ environment and training
+# lora-llm/start.py reads the settings above: plain name=value lines, no other shell. Windows: py lora-llm\start.py
+exec "${PYTHON:-python3}" "$here/lora-llm/start.py" --settings "$here/${BASH_SOURCE[0]##*/}" "$@"

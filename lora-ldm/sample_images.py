@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from base.memory import best_device, checked_device
 from base.sampling import MOST_PROMPTS, SCHEDULERS, Sampler, parse_prompt_line, read_prompts
 from settings.entry_point import ended
 
@@ -32,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--v_parameterization", action="store_true")
     parser.add_argument("--clip_skip", type=int)
     parser.add_argument("--max_token_length", type=int, choices=[75, 150, 225], help="longest prompt (default: 75)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=best_device())
     args = parser.parse_args(argv)
     if not (args.prompt or args.prompts):
         parser.error("give --prompt or --prompts")
@@ -70,13 +71,12 @@ def sample(args: argparse.Namespace) -> int:
     prompts = [parse_prompt_line(line) for line in args.prompt] + (read_prompts(args.prompts) if args.prompts else [])
     _check(args, len(prompts))
     from base.loading import load_base_model
-    from base.memory import checked_device
     from base.text_encoding import what_is_cut
     from network.folding import fold_lora
     from network.lora_file import load_lora
 
     checked_device(args.device)
-    dtype = torch.float32 if args.device == "cpu" else torch.float16
+    dtype = torch.float16 if args.device.startswith("cuda") else torch.float32
     settings = {"v2": args.v2, "v_parameterization": args.v_parameterization, "vae": args.vae}
     model = load_base_model(args.base, **settings, dtype=dtype)
     how = {"max_token_length": args.max_token_length, "clip_skip": args.clip_skip}

@@ -58,6 +58,8 @@ NOT_RUN = {
 TRAINERS = {
     "early_stop_lora_llm.sh": "lora-llm/es_lora_llm.py",
     "early_stop_lora_ldm.sh": "lora-ldm/es_lora_ldm.py",
+    "lora-llm/start.py": "lora-llm/es_lora_llm.py",
+    "lora-ldm/start.py": "lora-ldm/es_lora_ldm.py",
     "train_network.py": "lora-llm/es_lora/settings.py",
     "qlora.py": "lora-llm/es_lora/settings.py",
 }

@@ -10,7 +10,7 @@ case "${1:-}" in llm | ldm) trees=("$1") && shift ;; esac
 # The models of the tests are so small that a second thread costs more than it brings.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-typed=(cs_fluctuation.py cs_replay.py judge_checkpoints.py es_lora base/spec.py text/spec.py)
+typed=(cs_fluctuation.py cs_replay.py judge_checkpoints.py starting.py es_lora base/spec.py text/spec.py)
 status=0
 for tree in "${trees[@]}"; do
   environment="$here/.venv-$tree"

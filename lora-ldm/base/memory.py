@@ -36,12 +36,20 @@ def memory_bytes(device: str | torch.device) -> int:
     return min([*limits, *([soft] if soft != resource.RLIM_INFINITY else [])])
 
 
+def best_device() -> str:
+    """The name of what computes fastest here: CUDA, Apple's GPU, or else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def checked_device(name: str) -> str:
     """The name of a device that is there. Raises ValueError for another one."""
     try:
         torch.zeros(1, device=torch.device(name)).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA asserts
-        message = f"--device {name:.60} is not to be had here ({first_line(error):.200}): give cpu, or cuda for a GPU"
+        fix = "give cpu, or cuda for a GPU (Apple's: mps)"
+        message = f"--device {name:.60} is not to be had here ({first_line(error):.200}): {fix}"
         raise ValueError(message) from None
     return name
 

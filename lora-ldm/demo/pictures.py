@@ -12,6 +12,7 @@ from PIL import PngImagePlugin
 from PIL.Image import Image
 
 from base.loading import load_base_model
+from base.memory import best_device
 from base.sampling import Prompt, Sampler
 from base.sd import SDModel
 from network.folding import fold_lora
@@ -49,7 +50,7 @@ class PictureMaker:
     def __init__(
         self, base: str | Path, *, v2: bool = False, v_parameterization: bool = False, clip_skip: int | None = None
     ):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best_device()
         dtype = torch.float16 if device == "cuda" else torch.float32
         self.model = load_base_model(str(base), v2=v2, v_parameterization=v_parameterization, dtype=dtype)
         for part in (self.model.unet, self.model.vae, *self.model.text_encoders):

@@ -165,6 +165,13 @@ def is_sdxl_base(base: str | Path) -> bool:
     return is_sdxl(path) if path.exists() else "xl" in str(base).lower()
 
 
+def own_group() -> dict[str, Any]:
+    """Arguments of Popen for a process that a Ctrl-C of this page does not reach. On Windows only
+    such a group can be sent Ctrl-Break."""
+    group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", None)
+    return {"start_new_session": True} if group is None else {"creationflags": group}
+
+
 class TrainingProcess:
     """A training of this page. Its output goes to train.log in its folder, which must be new."""
 
@@ -174,9 +181,8 @@ class TrainingProcess:
         if settings.prompt_lines():
             (self.folder / PROMPTS_NAME).write_text("\n".join(settings.prompt_lines()) + "\n", encoding="utf-8")
         with open(self.folder / LOG_NAME, "wb") as log:
-            self.process = subprocess.Popen(
-                self.words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(self.words, **streams, **own_group())
 
     @property
     def exit_code(self) -> int | None:
@@ -186,4 +192,4 @@ class TrainingProcess:
     def stop(self) -> None:
         """As Ctrl-C would: the trainer ends its step and saves its state."""
         if self.exit_code is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))

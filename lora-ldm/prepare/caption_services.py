@@ -199,7 +199,8 @@ class LocalModel:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"--model {args.model} cannot be loaded as a captioning model: {reason}") from error
-        self.model, self.max_tokens = model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), args.max_tokens
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        self.model, self.max_tokens = model.eval().to(device), args.max_tokens
         self.instruction = args.instruction
         if model.config.model_type == "florence2":  # its instructions are names of tasks
             self.instruction = args.instruction or "<MORE_DETAILED_CAPTION>"

@@ -14,7 +14,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 
 # Libraries that read what people bring: what they raise is about data, template or file.
 READERS = ("jinja2", "safetensors", "safetensors_rust", "datasets", "pyarrow", "huggingface_hub", "yaml", "PIL", "gguf")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, what another program sends to end this one, and Ctrl-Break, which it sends on Windows.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name))
 # Flags whose values are nobody else's business, and what is shown in their place.
 SECRET_FLAGS = ("hub_token", "use_auth_token", "huggingface_token", "wandb_api_key", "api_key", "token")
 HIDDEN = "(hidden)"

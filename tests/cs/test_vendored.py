@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "lora-llm"
-FILES = [TREE / name for name in ("cs_fluctuation.py", "cs_replay.py", "judge_checkpoints.py")]
+FILES = [TREE / name for name in ("cs_fluctuation.py", "cs_replay.py", "judge_checkpoints.py", "starting.py")]
 FILES += sorted((TREE / "es_lora").rglob("*.py"))
 VENDORED = [file.relative_to(TREE).as_posix() for file in FILES]
 ALLOWED_IMPORTS = {"torch", "numpy", "safetensors", "cs_fluctuation", "es_lora"}
@@ -20,7 +20,7 @@ def test_both_trees_hold_the_same_bytes(name):
 
 def test_neither_tree_has_a_file_of_its_own_in_the_shared_folder():
     in_the_other = sorted((ROOT / "lora-ldm" / "es_lora").rglob("*.py"))
-    assert [file.relative_to(ROOT / "lora-ldm").as_posix() for file in in_the_other] == VENDORED[3:]
+    assert [file.relative_to(ROOT / "lora-ldm").as_posix() for file in in_the_other] == VENDORED[4:]
 
 
 @pytest.mark.parametrize("name", VENDORED)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -250,6 +251,24 @@ def test_stop_is_an_interrupt(places, tmp_path, monkeypatch):
             pass
     process.stop()
     assert process.process.wait(60) == 130 and run.log_lines() == ["ready", "saved"]
+
+
+def test_a_windows_training_has_a_group_of_its_own_and_is_sent_ctrl_break(places, tmp_path, monkeypatch):
+    """There is no Windows here: its names are put in, and what would be done with them is noted."""
+    from demo import process as module
+
+    sent, given = [], {}
+
+    def popen(words, **how):
+        given.update(how)
+        return types.SimpleNamespace(poll=lambda: None, send_signal=sent.append)
+
+    monkeypatch.setattr(module.subprocess, "CREATE_NEW_PROCESS_GROUP", 512, raising=False)
+    monkeypatch.setattr(module.signal, "CTRL_BREAK_EVENT", 1, raising=False)
+    monkeypatch.setattr(module.subprocess, "Popen", popen)
+    monkeypatch.setattr(module, "command", lambda *_: ["trainer"])
+    module.TrainingProcess(settings(), places, tmp_path / "root" / "new").stop()
+    assert given["creationflags"] == 512 and "start_new_session" not in given and sent == [1]
 
 
 # ----------------------------------------------------------------------------------------- pictures

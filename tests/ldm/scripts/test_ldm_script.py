@@ -24,6 +24,9 @@ def flags_of(folder, **settings):
     python.parent.mkdir(parents=True, exist_ok=True)
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
+    (folder / "lora-ldm").mkdir(exist_ok=True)
+    for name in ("start.py", "starting.py"):
+        shutil.copy(ROOT / "lora-ldm" / name, folder / "lora-ldm")
     shutil.copy(ROOT / "requirements-ldm.txt", folder)
     shutil.copy(ROOT / "requirements-ldm.txt", folder / ".venv-ldm" / ".installed")
     done = subprocess.run(["bash", str(folder / SCRIPT), "--flip_aug"], capture_output=True, text=True)

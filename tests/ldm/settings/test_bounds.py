@@ -232,3 +232,14 @@ def test_the_settings_that_people_use_are_within_bounds(images):
     base = ["--pretrained_model_name_or_path", "owner/name", "--train_data_dir", images, "--output_dir", "none-such"]
     args = parse_arguments([*base, *words, "--resolution", "1024,1536"])
     assert args.network_dim == 128 and toml.dumps(usual)
+
+
+@pytest.mark.parametrize(
+    "cuda, mps, device", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")], ids=["cuda", "mps", "cpu"]
+)
+def test_a_gpu_is_chosen_where_there_is_one(monkeypatch, cuda, mps, device):
+    from base.memory import best_device
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    assert best_device() == device
