@@ -1,4 +1,4 @@
-"""A page to start a training, watch it, and compare its turning point's pictures with its last.
+"""A page to start a training, watch it, compare pictures, and choose a checkpoint by a grid.
 
     streamlit run lora-ldm/demo_app.py --server.address 127.0.0.1 -- \
         --root output --base models/sd15 --images data
@@ -96,7 +96,7 @@ def trainings() -> dict[Path, TrainingProcess]:
 
 @st.cache_resource(show_spinner="Loading the base ...", max_entries=1)
 def picture_maker(base: str, v2: bool, v_parameterization: bool, clip_skip: int | None) -> Any:
-    from demo.pictures import PictureMaker
+    from grid.pictures import PictureMaker
 
     return PictureMaker(base, v2=v2, v_parameterization=v_parameterization, clip_skip=clip_skip)
 
@@ -254,13 +254,12 @@ def try_out(places: Places) -> None:
 def make_pictures(base: str, run: Run, picked: dict[str, Path | None], wanted: Any, strength: float) -> None:
     """A picture for each of {label: LoRA file or None}, into the session, newest first."""
     from base.sampling import Prompt
-    from demo.pictures import png_with_settings
+    from grid.pictures import png_with_settings
 
-    settings, group = run.settings() if run else {}, []
+    group = []
     try:
         refuse_picture({**wanted, "strength": strength})
-        clip_skip = settings.get("clip_skip") if isinstance(settings.get("clip_skip"), int) else None
-        maker = picture_maker(base, bool(settings.get("v2")), bool(settings.get("v_parameterization")), clip_skip)
+        maker = maker_of(run, base)
         with st.spinner("Drawing ..."):
             for label, lora in picked.items():
                 picture = maker.picture(Prompt(**wanted), lora, strength)
@@ -271,6 +270,43 @@ def make_pictures(base: str, run: Run, picked: dict[str, Path | None], wanted: A
         return
     title = f"{wanted['prompt']} · seed {wanted['seed']} · {wanted['sample_steps']} steps · strength {strength:g}"
     st.session_state["pictures"] = [(title, group), *st.session_state.get("pictures", [])][:MOST_GROUPS]
+
+
+def choose_by_grid(places: Places) -> None:
+    st.title("Choose by a grid")
+    run = choose_run(places, "grid")
+    if run is None:
+        return
+    base = places.base_of(run)
+    if base is None:
+        st.warning("The base of this run is not known, or the page was not started with it: add it with --base.")
+        return
+    prompts = st.text_area("Prompts, one a line", "\n".join(prompts_of(run)) or EXAMPLE_PROMPT, height=90)
+    left, right = st.columns(2)
+    seeds, strengths = left.text_input("Seeds", "1,2,3"), right.text_input("Strengths", "1")
+    if st.button("Draw the grid", type="primary"):
+        with st.spinner("Drawing every checkpoint ..."):
+            st.session_state["grid"] = (run.name, draw_grid(places, run, places.base(base), prompts, seeds, strengths))
+    drawn_of, html = st.session_state.get("grid", ("", ""))
+    if drawn_of == run.name:
+        st.download_button("Download the page", html, f"{run.folder.name}-grid.html", "text/html")
+        st.iframe(html, height=900)
+
+
+def draw_grid(places: Places, run: Run, base: str, prompts: str, seeds: str, strengths: str) -> str:
+    """HTML of the grid that the form asks for. Raises ValueError for what is not allowed."""
+    from demo.grid_page import MOST_SEEDS, MOST_STRENGTHS, asked_numbers, asked_prompts, run_grid
+
+    asked = asked_prompts(prompts)
+    columns = asked_numbers(seeds, "seed", MOST_SEEDS), asked_numbers(strengths, "strength", MOST_STRENGTHS)
+    return run_grid(run, places, base, maker_of(run, base), asked, columns)
+
+
+def maker_of(run: Run | None, base: str) -> Any:
+    """What makes pictures with a base as a run was trained on it."""
+    settings = run.settings() if run else {}
+    clip_skip = settings.get("clip_skip") if isinstance(settings.get("clip_skip"), int) else None
+    return picture_maker(base, bool(settings.get("v2")), bool(settings.get("v_parameterization")), clip_skip)
 
 
 def show_pictures() -> None:
@@ -365,6 +401,7 @@ def main() -> None:
     for title, show, icon in (
         ("Watch", watch, "timeline"),
         ("Try", try_out, "palette"),
+        ("Grid", choose_by_grid, "grid_view"),
         ("Start", start, "play_circle"),
     ):
         page = st.Page(lambda show=show: show(places), title=title, url_path=title.lower(), icon=f":material/{icon}:")

@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Folders are layers: a room imports from those before it. es_lora/ and settings/ stand beside them.
 LAYERS = {
-    "lora-llm": ("text", "base", "adapters", "training", "early_stop_callback", "jobs"),
-    "lora-ldm": ("images", "base", "network", "training", "demo"),
+    "lora-llm": ("text", "base", "adapters", "training", "early_stop_callback", "jobs", "grid"),
+    "lora-ldm": ("images", "base", "network", "training", "grid", "demo"),
 }
 
 

@@ -243,8 +243,13 @@ class Places:
     def base_of(self, run: Run) -> Optional[str]:
         """The name of the offered base that a run was trained on, None where it is not offered."""
         wanted = str(run.settings().get("pretrained_model_name_or_path") or "")
-        same = [name for name, base in self.bases.items() if wanted and _same_base(base, wanted)]
+        same = [name for name, base in self.bases.items() if wanted and _same_place(base, wanted)]
         return same[0] if same else None
+
+    def images_of(self, run: Run) -> Optional[Path]:
+        """The offered picture folder that a run was trained on, None where it is not offered."""
+        wanted = str(run.settings().get("train_data_dir") or "")
+        return next((folder for folder in self.images.values() if wanted and _same_place(folder, wanted)), None)
 
 
 def offered(choices: dict[str, Any], name: str, kind: str) -> Any:
@@ -263,5 +268,5 @@ def _folders_below(root):
         yield folder
 
 
-def _same_base(first, second):
+def _same_place(first, second):
     return first == second or Path(first).exists() and Path(first).resolve() == Path(second).resolve()

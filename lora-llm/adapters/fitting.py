@@ -4,7 +4,7 @@ PEFT loads what fits, and leaves the rest of an adapter as it was drawn at rando
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -47,23 +47,41 @@ def check_adapters(base: str, adapters: Sequence[AdapterFolder]) -> None:
             _with_adapters(empty, plain)
 
 
+def swap_adapter(model: PeftModel, adapter: AdapterFolder, before: str, name: str) -> None:
+    """Put an adapter on as `name` in place of the one called `before`, which is taken off.
+
+    Raises ValueError where it does not fit the base, or is not whole.
+    """
+    _check_ranks(adapter)
+    _put_on(model, model, adapter, name)
+    model.set_adapter(name)
+    model.delete_adapter(before)
+    model.eval()
+
+
 def _with_adapters(base: torch.nn.Module, adapters: Sequence[AdapterFolder]) -> PeftModel:
     model = None
     for number, adapter in enumerate(adapters):
-        name, where = f"adapter{number}", f"--adapter {adapter.path}"
-        try:
-            if model is None:
-                config = PeftConfig.from_pretrained(str(adapter.path), inference_mode=True)
-                model = PeftModel(base, config, name)
-            result = model.load_adapter(str(adapter.path), name)
-        except Exception as error:  # by what its configuration says, which PEFT does not check
-            if is_out_of_memory(error):
-                raise
-            lines = plain_text(str(error)).strip().splitlines() or [type(error).__name__]
-            told = " ".join(line.strip() for line in lines[:2])
-            raise ValueError(f"{where} does not fit its base: {told:.300}") from error
-        refuse_names(where, "tensors that its base has a place for are missing", _short(result.missing_keys, name))
-        refuse_names(where, "tensors of it have no place in the base", _short(result.unexpected_keys, name))
+        model = _put_on(model, base, adapter, f"adapter{number}")
+    return model
+
+
+def _put_on(model: Optional[PeftModel], base: torch.nn.Module, adapter: AdapterFolder, name: str) -> PeftModel:
+    """The model with an adapter more; without one yet, the base with its first."""
+    where = f"--adapter {adapter.path}"
+    try:
+        if model is None:
+            config = PeftConfig.from_pretrained(str(adapter.path), inference_mode=True)
+            model = PeftModel(base, config, name)
+        result = model.load_adapter(str(adapter.path), name)
+    except Exception as error:  # by what its configuration says, which PEFT does not check
+        if is_out_of_memory(error):
+            raise
+        lines = plain_text(str(error)).strip().splitlines() or [type(error).__name__]
+        told = " ".join(line.strip() for line in lines[:2])
+        raise ValueError(f"{where} does not fit its base: {told:.300}") from error
+    refuse_names(where, "tensors that its base has a place for are missing", _short(result.missing_keys, name))
+    refuse_names(where, "tensors of it have no place in the base", _short(result.unexpected_keys, name))
     return model
 
 

@@ -154,7 +154,15 @@ figcaption { font-size: .8rem }
 """
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def html_page(title: str, parts: Sequence[str], style: str = "") -> str:
+    """One self-contained page of HTML parts. style: further CSS."""
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f"{meta}<title>{html.escape(title)}</title><style>{STYLE}{style}</style>"
+    body = "".join([f"<h1>{html.escape(title)}</h1>", *parts])
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>'
+
+
+def html_table(title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def cells(values: Sequence[Any], tag: str) -> str:
         return "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
 
@@ -195,9 +203,9 @@ def write_report(
     verdict: one sentence. tables: (title, head, rows). images: (caption, PNG file)."""
     history = read_history(history_path)
     header = history.header
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="verdict">{html.escape(verdict)}</p>']
+    parts = [f'<p class="verdict">{html.escape(verdict)}</p>']
     parts.append(_picture(history, decision, header["window"], header["decided_on"]))
-    parts += [_table(*table) for table in tables]
+    parts += [html_table(*table) for table in tables]
     if images:
         parts.append("<h2>Pictures</h2>")
     for caption, file in images:
@@ -207,10 +215,7 @@ def write_report(
         parts.append(f"<figure>{picture}<figcaption>{label}</figcaption></figure>")
     if history.records:
         head = ["rule", "window M", "verdict", "detected at step"]
-        parts.append(_table("The same run under other rules and windows", head, _redecided_rows(history)))
+        parts.append(html_table("The same run under other rules and windows", head, _redecided_rows(history)))
     facts = {**{key: value for key, value in header.items() if key != "format"}, **without_secret_flags(settings or {})}
-    parts.append(_table("Settings", ["setting", "value"], sorted(facts.items(), key=lambda item: item[0])))
-    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    page_head = f"{meta}<title>{html.escape(title)}</title><style>{STYLE}</style>"
-    body = "".join(parts)
-    write_text_whole(Path(path), f'<!doctype html><html lang="en"><head>{page_head}</head><body>{body}</body></html>')
+    parts.append(html_table("Settings", ["setting", "value"], sorted(facts.items(), key=lambda item: item[0])))
+    write_text_whole(Path(path), html_page(title, parts))

@@ -20,27 +20,26 @@ FORGOTTEN_FROM = 1.10  # ratio of perplexities from which a LoRA is said to have
 NAMES = {"before": "before training", "kept": "turning point", "average": "average at the end", "last": "last step"}
 
 
-def read_general_text(path: str, most: int) -> list[str]:
+def read_general_text(path: str, most: int, flag: str = "--forgetting_data") -> list[str]:
     """At most `most` passages, evenly over a file: jsonl with `text`, or text with blank lines.
-    Raises FileNotFoundError where the file is missing, ValueError where it holds no text."""
+    Raises FileNotFoundError where the file is missing, ValueError where it holds no text.
+    flag: the one that named it."""
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"--forgetting_data {path}: there is no such file; give a jsonl file with text, or a txt file"
-        )
+        raise FileNotFoundError(f"{flag} {path}: there is no such file; give a jsonl file with text, or a txt file")
     if file.suffix.lower() in (".jsonl", ".json"):
-        passages = [_text_of(path, number, row) for number, row in read_table(file)]
+        passages = [_text_of(f"{flag} {path}", number, row) for number, row in read_table(file)]
     else:
         passages = "\n".join(split_lines(read_text(file))).split("\n\n")
     passages = [passage.strip() for passage in passages if passage.strip()]
     if not passages:
-        raise ValueError(f"--forgetting_data {path} holds no text")
+        raise ValueError(f"{flag} {path} holds no text")
     return passages[:: math.ceil(len(passages) / most)]
 
 
-def _text_of(path: str, number: int, row: dict[str, Any]) -> str:
+def _text_of(where: str, number: int, row: dict[str, Any]) -> str:
     if not isinstance(row.get("text"), str):
-        raise ValueError(f'--forgetting_data {path}, line {number} needs a text column: {{"text": "..."}}')
+        raise ValueError(f'{where}, line {number} needs a text column: {{"text": "..."}}')
     return row["text"]
 
 
@@ -53,14 +52,15 @@ class GeneralText:
     """Passages as token ids, and the loss (mean nats a token) of a model on them. `losses` collects
     {"before" | "kept" | "last": loss} as the run goes on; `tokens` is how many are predicted."""
 
-    def __init__(self, path: str, tokenizer: Any, most: int, batch_size: int):
-        encoded = [encode_source(tokenizer, text)[:MAX_PASSAGE_TOKENS] for text in read_general_text(path, most)]
-        passages = sorted((ids for ids in encoded if len(ids) > 1), key=len)  # alike in length, little padding
-        if not passages:
-            raise ValueError(f"--forgetting_data {path}: no passage is longer than one token")
-        self.path, self.passages, self.tokens = path, len(passages), sum(len(ids) - 1 for ids in passages)
+    def __init__(self, path: str, tokenizer: Any, most: int, batch_size: int, flag: str = "--forgetting_data"):
+        passages = read_general_text(path, most, flag)
+        encoded = [encode_source(tokenizer, text)[:MAX_PASSAGE_TOKENS] for text in passages]
+        rows = sorted((ids for ids in encoded if len(ids) > 1), key=len)  # alike in length, little padding
+        if not rows:
+            raise ValueError(f"{flag} {path}: no passage is longer than one token")
+        self.path, self.passages, self.tokens = path, len(rows), sum(len(ids) - 1 for ids in rows)
         pad_id = tokenizer.eos_token_id
-        self.batches = [_batch(passages[at : at + batch_size], pad_id) for at in range(0, len(passages), batch_size)]
+        self.batches = [_batch(rows[at : at + batch_size], pad_id) for at in range(0, len(rows), batch_size)]
         self.losses: dict[str, float] = {}
 
     def cut(self, positions: Optional[Positions]) -> None:

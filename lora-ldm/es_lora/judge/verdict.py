@@ -220,14 +220,18 @@ def _facts(run: Run, spacing: Spacing, history: History) -> Dict[str, Any]:
 HEAD = ("checkpoint", "step", "epoch", "CS", "update norm", "stable rank", "verdict")
 
 
+def mark_of(verdict: Dict[str, Any], name: str) -> str:
+    """What the verdict says of a checkpoint: "keep", "usable", or nothing."""
+    return "keep" if name == verdict["keep"] else "usable" if name in verdict["usable"] else ""
+
+
 def table_rows(verdict: Dict[str, Any]) -> List[List[str]]:
     """The table of the screen and of the page: one row a checkpoint."""
     rows = []
     for row in verdict["checkpoints"]:
-        mark = "keep" if row["name"] == verdict["keep"] else "usable" if row["name"] in verdict["usable"] else ""
         cs = f"{row['cs_' + verdict['reduction']]:+.6f}"
         figures = [cs, f"{row['update_norm']:.4g}", f"{row['stable_rank']:.2f}"]
-        rows.append([row["name"], str(row["step"]), f"{row['epoch']:.2f}", *figures, mark])
+        rows.append([row["name"], str(row["step"]), f"{row['epoch']:.2f}", *figures, mark_of(verdict, row["name"])])
     return rows
 
 

@@ -141,6 +141,18 @@ def test_start_a_training_watch_it_stop_and_compare_pictures(server, page, tmp_p
     base, turning_point, last = (np.asarray(picture.convert("RGB"), float) for picture in pictures)
     assert 0 < np.abs(turning_point - base).mean() and 0 < np.abs(last - turning_point).mean()
     keep(page, "compare")
+
+    page.get_by_role("link", name="Grid").click()
+    page.get_by_label("Prompts, one a line").fill(f"portrait, boy, fluent 3d style --l 5 --s {STEPS}")
+    page.get_by_label("Prompts, one a line").press("Control+Enter")
+    type_into(page, "Seeds", "1,2")
+    page.get_by_role("button", name="Draw the grid").click()
+    page.get_by_role("button", name="Download the page").wait_for()
+    grid = page.frame_locator("iframe")
+    grid.get_by_role("heading", name="portrait, boy, fluent 3d style").wait_for()
+    # The base, the turning point and the last weights, at two seeds each.
+    assert grid.get_by_role("img").count() == 6 and grid.get_by_text("training pictures, each to the others").count()
+    keep(page, "grid")
     assert page.get_by_test_id("stException").count() == 0
 
 

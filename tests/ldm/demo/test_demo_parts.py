@@ -291,7 +291,7 @@ def test_pictures_of_a_lora_and_the_base_as_before_afterwards(base, tmp_path):
 
     from base.loading import load_base_model
     from base.sampling import Prompt
-    from demo.pictures import PictureMaker, png_with_settings
+    from grid.pictures import PictureMaker, png_with_settings
     from network.lora import create_network
     from network.lora_file import save_lora
 
@@ -321,6 +321,36 @@ def test_pictures_of_a_lora_and_the_base_as_before_afterwards(base, tmp_path):
         "seed": "3",
         "lora": "None",
     }
+
+
+# ----------------------------------------------------------------------------------------- the grid
+
+
+def test_what_a_grid_may_be_asked_for_has_bounds():
+    from demo.grid_page import asked_numbers, asked_prompts
+
+    assert [prompt.prompt for prompt in asked_prompts("a cat\n\n a dog --s 3\n")] == ["a cat", "a dog"]
+    assert asked_numbers("2, 1,2", "seed", 2) == [2, 1]
+    for text, said in (("", "0 prompts: give 1 to 6"), ("a\n" * 7, "7 prompts"), ("a --s 999", "sample_steps 999")):
+        with pytest.raises(ValueError, match=said):
+            asked_prompts(text)
+    for text, name, said in (
+        ("1,x", "seed", "seed '1,x'"),
+        ("1,2,3", "seed", "3 of seed"),
+        ("9", "strength", "from 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            asked_numbers(text, name, 2)
+
+
+def test_training_pictures_are_compared_with_only_where_the_page_offers_them(tmp_path):
+    (tmp_path / "offered").mkdir(), (tmp_path / "other").mkdir()
+    places = Places([tmp_path], {}, {"mine": tmp_path / "offered"})
+    for name, expected in (("offered", tmp_path / "offered"), ("other", None), ("gone", None)):
+        run = make_run(tmp_path / f"run-{name}", [0.1])
+        result = {"outcome": "x", "verdict": "y", "settings": {"train_data_dir": str(tmp_path / name)}}
+        (run.folder / "result.json").write_text(json.dumps(result))
+        assert places.images_of(run) == expected
 
 
 # -------------------------------------------------------------------------------- start of the page

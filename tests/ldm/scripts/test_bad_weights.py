@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_sd import original_layout
 
 from base.loading import load_base_model
-from demo.pictures import PictureMaker, lora_applied
+from grid.pictures import PictureMaker, lora_applied
 from network.lora import create_network
 from network.lora_file import load_lora, save_lora
 

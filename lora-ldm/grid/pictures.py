@@ -3,7 +3,7 @@
 import contextlib
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,16 @@ class PictureMaker:
 
     def picture(self, prompt: Prompt, lora: str | Path | None = None, strength: float = 1.0) -> Image:
         """A PIL image of a sample_images.Prompt whose seed is set."""
+        (picture,) = self.pictures([prompt], lora, strength)
+        return picture
+
+    def pictures(
+        self, prompts: Sequence[Prompt], lora: str | Path | None = None, strength: float = 1.0
+    ) -> Iterator[Image]:
+        """The same of several prompts one by one, with the LoRA laid on once."""
         with self.lock, lora_applied(self.model, lora, strength):
-            return self.sampler.picture(prompt)
+            for prompt in prompts:
+                yield self.sampler.picture(prompt)
 
 
 def png_with_settings(picture: Image, settings: dict[str, Any]) -> bytes:
