@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Put early stopping into an existing sd-scripts or qlora checkout, or take it out again.
+"""Put early stopping into a checkout of sd-scripts, musubi-tuner, diffusers or qlora, or take it
+out again.
 
     python apply_patches.py CHECKOUT              apply (does nothing where it is already applied)
     python apply_patches.py CHECKOUT --check      say what it is and whether it is patched
@@ -22,7 +23,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -31,21 +32,48 @@ from insertion_points import Insertion, InsertionPointError, find_insertions
 
 HERE = Path(__file__).resolve().parent
 VENDORED = HERE.parent / "lora-llm"
-# What is put beside the trainer, by its name there: the hook, and the method with its folder.
+HOOKS = ("es_lora_hook.py", "es_lora_diffusers_hook.py", "es_lora_run.py", "es_lora_layers.py")
+# What is put beside the trainer, by its name there: the hooks, and the method with its folder.
 COPIED: Dict[str, Path] = {
-    **{name: HERE / name for name in ("es_lora_hook.py", "es_lora_run.py", "es_lora_layers.py")},
+    **{name: HERE / name for name in HOOKS},
     **{
         path.relative_to(VENDORED).as_posix(): path
         for path in (VENDORED / "cs_fluctuation.py", *sorted((VENDORED / "es_lora").rglob("*.py")))
     },
 }
 RECEIPT = ".es_lora_patch.json"
-RECEIPT_FORMAT = "es-lora-patch/1"
-# The file that is patched, and the files that tell the upstream from any other folder.
-UPSTREAMS = {
-    "sd-scripts": ("train_network.py", ("train_network.py", "library/train_util.py", "networks/lora.py")),
-    "qlora": ("qlora.py", ("qlora.py",)),
-}
+RECEIPT_FORMAT, OLD_RECEIPT_FORMAT = "es-lora-patch/2", "es-lora-patch/1"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkout of an upstream looks. signs: files that tell it from any other folder.
+    trainers: patterns of the files that are patched. beside: the folder that the copied files go
+    to. one_by_one: each trainer stands alone, and one that is not clear is left out."""
+
+    upstream: str
+    signs: Tuple[str, ...]
+    trainers: Tuple[str, ...]
+    beside: str = ""
+    one_by_one: bool = False
+
+
+MUSUBI, DREAMBOOTH = "src/musubi_tuner/", "train_dreambooth_lora*.py"
+LAYOUTS = (
+    Layout("sd-scripts", ("train_network.py", "library/train_util.py", "networks/lora.py"), ("train_network.py",)),
+    Layout("qlora", ("qlora.py",), ("qlora.py",)),
+    *(
+        Layout("musubi-tuner", trainers, trainers, "src")
+        for trainers in (
+            (f"{MUSUBI}training/trainer_base.py", f"{MUSUBI}training/parser_common.py"),
+            (f"{MUSUBI}hv_train_network.py",),  # until v0.2
+        )
+    ),
+    *(
+        Layout("diffusers", (f"{folder}{DREAMBOOTH}",), (f"{folder}{DREAMBOOTH}",), folder.rstrip("/"), one_by_one=True)
+        for folder in ("examples/dreambooth/", "")
+    ),
+)
 
 
 class Refusal(Exception):
@@ -116,27 +144,53 @@ def remove_lines(content: bytes, ranges: Sequence[Sequence[int]]) -> bytes:
 
 
 @dataclass
-class Checkout:
-    """What stands in a folder: upstream, file to be patched, revision (None: unknown), insertions,
-    receipt."""
+class TrainerFile:
+    """A file to be patched. name: its place in the checkout. revisions: those it is of; none: an
+    unknown one."""
 
-    root: Path
-    upstream: str = ""
-    file_name: str = ""
-    content: bytes = b""
-    revision: Optional[str] = None
-    also: Sequence[str] = ()  # other revisions with the same file
+    name: str
+    content: bytes
+    revisions: List[str] = field(default_factory=list)
     insertions: List[Insertion] = field(default_factory=list)
-    receipt: Optional[Dict] = None
 
     @property
-    def file(self) -> Path:
-        return self.root / self.file_name
+    def base_name(self) -> str:
+        return self.name.split("/")[-1]
+
+
+@dataclass
+class Checkout:
+    """What stands in a folder: its layout, the files to be patched, and the receipt where it is
+    patched. left_out: {file: why it is not clear}."""
+
+    root: Path
+    layout: Layout
+    files: List[TrainerFile]
+    receipt: Optional[Dict] = None
+    left_out: Dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_known(self) -> bool:
+        return all(file.revisions for file in self.files)
+
+    @property
+    def revision(self) -> Optional[str]:
+        """In words; None where a file is of no known revision."""
+        if self.receipt is not None:
+            return self.receipt["revision"]
+        if not self.is_known:
+            return None
+        of_all = [name for name in self.files[0].revisions if all(name in file.revisions for file in self.files)]
+        if len(of_all) > 1:
+            return f"{of_all[0]} (the same there: {', '.join(of_all[1:])})"
+        return ", ".join(of_all or dict.fromkeys(name for file in self.files for name in file.revisions))
 
     def title(self) -> str:
-        if self.revision is None:
-            return f"{self.upstream}, a revision that is not in the table"
-        return f"{self.upstream} {self.revision}" + (f" (same file: {', '.join(self.also)})" if self.also else "")
+        return (
+            f"{self.layout.upstream} {self.revision}"
+            if self.revision
+            else (f"{self.layout.upstream}, a revision that is not in the table")
+        )
 
 
 def known_revisions() -> Dict[str, Dict]:
@@ -144,36 +198,59 @@ def known_revisions() -> Dict[str, Dict]:
 
 
 def read_checkout(root: Path) -> Checkout:
-    """Recognise a folder. Raises Refusal where it is neither upstream, or where its receipt does
+    """Recognise a folder. Raises Refusal where it is no upstream's, or where its receipt does
     not fit."""
     if not root.is_dir():
-        raise Refusal(f"{root} is no folder; give the folder of an sd-scripts or qlora checkout")
+        raise Refusal(f"{root} is no folder; give the folder of a checkout of {_in_words(UPSTREAMS)}")
     if (root / RECEIPT).is_file():
         return _read_patched(root)
-    found = [name for name, (_, signs) in UPSTREAMS.items() if all((root / sign).is_file() for sign in signs)]
+    found = {layout.upstream: layout for layout in reversed(LAYOUTS) if _is_there(root, layout.signs)}
     if len(found) != 1:
+        signs = "; ".join(f"{layout.upstream}: {', '.join(layout.signs)}" for layout in LAYOUTS)
         raise Refusal(
-            f"{root} is neither an sd-scripts checkout (train_network.py, library/train_util.py, networks/lora.py) nor "
-            "a qlora checkout (qlora.py); give the folder that holds the training script"
+            f"{root} is {'more than one' if found else 'none'} of the checkouts that are known, by their files "
+            f"({signs}); give the folder that holds the training script"
         )
-    checkout = Checkout(root, found[0], UPSTREAMS[found[0]][0])
-    checkout.content = checkout.file.read_bytes()
-    hashes = {blob_hash(checkout.content), blob_hash(with_lf(checkout.content))}
-    for revision, facts in known_revisions()[checkout.upstream].items():
-        if facts["blob"] in hashes:
-            checkout.revision, checkout.also = revision, facts.get("also", ())
-            patch = HERE / checkout.upstream / revision / f"{checkout.file_name}.patch"
-            checkout.insertions = parse_patch(patch.read_text(encoding="utf-8"))[1]
-    return checkout
+    layout = next(iter(found.values()))
+    names = [path for pattern in layout.trainers for path in sorted(root.glob(pattern))]
+    files = [TrainerFile(path.relative_to(root).as_posix(), path.read_bytes()) for path in names]
+    for file in files:
+        _recognise(file, layout.upstream)
+    return Checkout(root, layout, files)
+
+
+UPSTREAMS = tuple(dict.fromkeys(layout.upstream for layout in LAYOUTS))
+
+
+def _in_words(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _is_there(root: Path, patterns: Iterable[str]) -> bool:
+    return all(any(root.glob(pattern)) for pattern in patterns)
+
+
+def _recognise(file: TrainerFile, upstream: str) -> None:
+    """The revisions that have this very file, and the places of their patch."""
+    hashes = {blob_hash(file.content), blob_hash(with_lf(file.content))}
+    for revision, facts in known_revisions()[upstream].items():
+        if facts["blobs"].get(file.base_name) in hashes:
+            file.revisions += [revision, *facts.get("also", ())]
+            patch = HERE / upstream / revision / f"{file.base_name}.patch"
+            file.insertions = parse_patch(patch.read_text(encoding="utf-8"))[1]
 
 
 def _read_patched(root: Path) -> Checkout:
     receipt = json.loads((root / RECEIPT).read_text(encoding="utf-8"))
+    if receipt.get("format") == OLD_RECEIPT_FORMAT:
+        facts = {key: receipt[key] for key in ("before", "after", "inserted")}
+        receipt = {**receipt, "format": RECEIPT_FORMAT, "files": {receipt["file"]: facts}}
     if receipt.get("format") != RECEIPT_FORMAT:
         raise Refusal(f"{root / RECEIPT} has the format {receipt.get('format')!r}; this tool knows {RECEIPT_FORMAT}")
-    checkout = Checkout(root, receipt["upstream"], receipt["file"], revision=receipt["revision"], receipt=receipt)
-    changed = []
-    for name, digest in {receipt["file"]: receipt["after"], **receipt["copied"]}.items():
+    layout = next(layout for layout in LAYOUTS if layout.upstream == receipt["upstream"])
+    layout = replace(layout, beside=receipt.get("beside", ""))
+    changed, trainers = [], {name: facts["after"] for name, facts in receipt["files"].items()}
+    for name, digest in {**trainers, **receipt["copied"]}.items():
         content = (root / name).read_bytes() if (root / name).is_file() else None
         if content is None or blob_hash(content) != digest:
             changed.append(f"{name} ({'missing' if content is None else 'changed'})")
@@ -181,15 +258,14 @@ def _read_patched(root: Path) -> Checkout:
         raise Refusal(
             f"{root} was patched, and since then: {', '.join(changed)}. Undo those changes and try again. If the "
             f"checkout was updated over the patch, delete {RECEIPT}, {', '.join(_top_level(receipt['copied']))}, "
-            f"restore {receipt['file']} from git and apply again"
+            f"restore {', '.join(trainers)} from git and apply again"
         )
-    checkout.content = checkout.file.read_bytes()
-    return checkout
+    return Checkout(root, layout, [TrainerFile(name, (root / name).read_bytes()) for name in trainers], receipt)
 
 
-def changed_since_commit(checkout: Checkout) -> Optional[bool]:
+def changed_since_commit(root: Path, file: TrainerFile) -> Optional[bool]:
     """Whether the file differs from the checkout's commit; None where git cannot tell."""
-    command = ["git", "-c", "safe.directory=*", "-C", str(checkout.root), "rev-parse", f"HEAD:./{checkout.file_name}"]
+    command = ["git", "-c", "safe.directory=*", "-C", str(root), "rev-parse", f"HEAD:./{file.name}"]
     try:
         answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     except OSError:
@@ -197,104 +273,130 @@ def changed_since_commit(checkout: Checkout) -> Optional[bool]:
     committed = answer.stdout.decode("ascii", "replace").strip()
     if answer.returncode != 0:
         return None
-    return committed not in (blob_hash(checkout.content), blob_hash(with_lf(checkout.content)))
+    return committed not in (blob_hash(file.content), blob_hash(with_lf(file.content)))
 
 
-def _top_level(names: Iterable[str]) -> List[str]:
-    """The files and folders that these names begin with, each once."""
-    return list(dict.fromkeys(name.split("/")[0] for name in names))
+def _top_level(names: Iterable[str], beside: str = "") -> List[str]:
+    """The files and folders that these names begin with below `beside`, each once."""
+    start = f"{beside}/" if beside else ""
+    return list(dict.fromkeys(start + name[len(start) :].split("/")[0] for name in names))
 
 
 def _places(checkout: Checkout) -> str:
-    """The insertions, one a line, for the person to look at."""
+    """The insertions, one a line, for the person to look at, and the files without any."""
     shown = []
-    for insertion in checkout.insertions:
-        code = " ".join(text.strip() for text in insertion.lines)
-        shown.append(f"  {checkout.file_name}, after line {insertion.after_line}: {code}")
-    return "\n".join(shown)
+    for file in checkout.files:
+        for insertion in file.insertions:
+            code = " ".join(text.strip() for text in insertion.lines)
+            shown.append(f"  {file.name}, after line {insertion.after_line}: {code}")
+    return "\n".join([*shown, *_left_out(checkout)])
+
+
+def _left_out(checkout: Checkout) -> List[str]:
+    return [f"  left as it is: {name}: {reason}" for name, reason in checkout.left_out.items()]
 
 
 def _find_by_structure(checkout: Checkout) -> None:
-    """Insertions for a revision that no hash knows. Raises Refusal for local changes and for points
+    """Insertions for files that no hash knows. Raises Refusal for local changes and for points
     that do not fit."""
-    changed = changed_since_commit(checkout)
-    if changed:
-        raise Refusal(f"{checkout.file} has local changes; commit them, or put them aside (git stash), and try again")
-    try:
-        checkout.insertions = find_insertions(
-            checkout.upstream, checkout.file_name, with_lf(checkout.content).decode("utf-8-sig")
-        )
-    except (InsertionPointError, UnicodeDecodeError) as error:
-        raise Refusal(f"{checkout.title()}, and not every place for early stopping is clear. {error}") from error
+    for file in [file for file in checkout.files if not file.revisions]:
+        if changed_since_commit(checkout.root, file):
+            raise Refusal(
+                f"{checkout.root / file.name} has local changes; commit them, or put them aside (git stash), and try "
+                "again"
+            )
+        try:
+            source = with_lf(file.content).decode("utf-8-sig")
+            file.insertions = find_insertions(checkout.layout.upstream, file.name, source)
+        except (InsertionPointError, UnicodeDecodeError) as error:
+            checkout.left_out[file.name] = str(error)
+    clear = [file for file in checkout.files if file.name not in checkout.left_out]
+    if checkout.left_out and not (checkout.layout.one_by_one and clear):
+        reasons = "; ".join(checkout.left_out.values())
+        raise Refusal(f"{checkout.title()}, and not every place for early stopping is clear. {reasons}")
+    checkout.files = clear
 
 
 # -------------------------------------------------------------------------------------------- doing
 
 
 def apply(checkout: Checkout, yes: bool, dry_run: bool) -> str:
+    copies = {f"{checkout.layout.beside}/{name}".lstrip("/"): path for name, path in COPIED.items()}
     if checkout.receipt is not None:
-        stale = [
-            name
-            for name, path in COPIED.items()
-            if blob_hash(path.read_bytes()) != checkout.receipt["copied"].get(name)
-        ]
-        if not stale and checkout.receipt["copied"].keys() == COPIED.keys():
+        put = checkout.receipt["copied"]
+        stale = [name for name, path in copies.items() if blob_hash(path.read_bytes()) != put.get(name)]
+        if not stale and put.keys() == copies.keys():
             return f"{checkout.title()}: already applied, nothing to do."
         raise Refusal(f"applied by another version ({', '.join(stale)} differ); run --reverse, then apply again")
-    if checkout.revision is None:
+    if not checkout.is_known:
         _find_by_structure(checkout)
         if not (yes or dry_run):
-            local = "" if changed_since_commit(checkout) is False else " (or local changes: git cannot tell here)"
+            told = all(changed_since_commit(checkout.root, file) is False for file in checkout.files)
+            local = "" if told else " (or local changes: git cannot tell here)"
             raise NeedsConsent(
                 f"{checkout.title()}{local}. Nothing is changed yet; it would insert\n{_places(checkout)}\n"
                 "If these places are right, run the command again with --yes"
             )
-    absent = [str(path) for path in COPIED.values() if not path.is_file()]
+    absent = [str(path) for path in copies.values() if not path.is_file()]
     if absent:
         raise Refusal(f"{', '.join(absent)} missing; run this tool from a whole copy of ES-LoRA")
-    taken = [name for name in _top_level(COPIED) if (checkout.root / name).exists()]
+    beside = _top_level(copies, checkout.layout.beside)
+    taken = [name for name in beside if (checkout.root / name).exists()]
     if taken:
         raise Refusal(
             f"{checkout.root} already has {', '.join(taken)}, not put there by this tool; move them away first"
         )
-    patched, ranges = insert_lines(checkout.content, checkout.insertions)
-    copies = {name: path.read_bytes() for name, path in COPIED.items()}
+    if dry_run:
+        what = f"would insert\n{_places(checkout)}\nand copy in {', '.join(beside)}"
+        return f"{checkout.title()}: {what}. Nothing is changed."
+    _write(checkout, {name: path.read_bytes() for name, path in copies.items()})
+    counts = [(file.name, sum(len(insertion.lines) for insertion in file.insertions)) for file in checkout.files]
+    more = "\n".join([f"{name} has {count} more lines." for name, count in counts] + _left_out(checkout))
+    return (
+        f"{checkout.title()}: early stopping is in.\n{more}\n{', '.join(beside)} lie there too. "
+        "Add --early_stop to your training command.\n"
+        f"To take it out: python {Path(__file__).name} {checkout.root} --reverse"
+    )
+
+
+def _write(checkout: Checkout, copies: Dict[str, bytes]) -> None:
+    """All of it or nothing; the trainers last: before that the new files do nothing."""
+    patched, facts = {}, {}
+    for file in checkout.files:
+        patched[file.name], ranges = insert_lines(file.content, file.insertions)
+        hashes = {"before": blob_hash(file.content), "after": blob_hash(patched[file.name])}
+        facts[file.name] = {**hashes, "inserted": ranges}
     receipt = {
         "format": RECEIPT_FORMAT,
-        "upstream": checkout.upstream,
+        "upstream": checkout.layout.upstream,
         "revision": checkout.revision,
-        "file": checkout.file_name,
-        "before": blob_hash(checkout.content),
-        "after": blob_hash(patched),
-        "inserted": ranges,
+        "beside": checkout.layout.beside,
+        "files": facts,
         "copied": {name: blob_hash(content) for name, content in copies.items()},
     }
-    if dry_run:
-        what = f"would insert\n{_places(checkout)}\nand copy in {', '.join(_top_level(copies))}"
-        return f"{checkout.title()}: {what}. Nothing is changed."
-    with Transaction(checkout.root) as change:  # the trainer last: before that the new files do nothing
+    with Transaction(checkout.root) as change:
         for name, content in copies.items():
             change.write(name, content)
         change.write(RECEIPT, (json.dumps(receipt, indent=1) + "\n").encode("utf-8"))
-        change.write(checkout.file_name, patched)
-    return (
-        f"{checkout.title()}: early stopping is in. {checkout.file_name} has {sum(count for _, count in ranges)} more "
-        f"lines; {', '.join(_top_level(copies))} lie beside it. Add --early_stop to your training command.\n"
-        f"To take it out: python {Path(__file__).name} {checkout.root} --reverse"
-    )
+        for name, content in patched.items():
+            change.write(name, content)
 
 
 def reverse(checkout: Checkout, dry_run: bool) -> str:
     receipt = checkout.receipt
     if receipt is None:
         return f"{checkout.title()}: not patched, nothing to do."
-    original = remove_lines(checkout.content, receipt["inserted"])
-    if blob_hash(original) != receipt["before"]:
-        raise Refusal(f"{checkout.root / RECEIPT} does not fit {receipt['file']}; restore that file from git instead")
+    originals, trainers = {}, ", ".join(receipt["files"])
+    for file in checkout.files:
+        facts = receipt["files"][file.name]
+        originals[file.name] = remove_lines(file.content, facts["inserted"])
+        if blob_hash(originals[file.name]) != facts["before"]:
+            raise Refusal(f"{checkout.root / RECEIPT} does not fit {file.name}; restore that file from git instead")
     if dry_run:
-        return f"{checkout.title()}: would take early stopping out of {receipt['file']}. Nothing is changed."
+        return f"{checkout.title()}: would take early stopping out of {trainers}. Nothing is changed."
     with Transaction(checkout.root) as change:
-        change.write(receipt["file"], original)
+        for name, original in originals.items():
+            change.write(name, original)
         for name in (*receipt["copied"], RECEIPT):
             change.delete(name)
     for name in receipt["copied"]:
@@ -302,13 +404,13 @@ def reverse(checkout: Checkout, dry_run: bool) -> str:
         for file in compiled.glob(f"{Path(name).stem}.*.pyc"):
             file.unlink()
     remove_empty_folders(checkout.root, receipt["copied"])
-    return f"{checkout.title()}: early stopping is out; {receipt['file']} is as it was, byte for byte."
+    return f"{checkout.title()}: early stopping is out, and as before, byte for byte: {trainers}."
 
 
 def check(checkout: Checkout) -> str:
     if checkout.receipt is not None:
         return f"{checkout.title()}: patched, and as the tool left it."
-    if checkout.revision is not None:
+    if checkout.is_known:
         return f"{checkout.title()}: not patched; can be."
     _find_by_structure(checkout)
     return f"{checkout.title()}: not patched; can be with --yes. It would insert\n{_places(checkout)}"
@@ -316,9 +418,9 @@ def check(checkout: Checkout) -> str:
 
 def parse_arguments(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Put early stopping into an sd-scripts or qlora checkout, or take it out.", allow_abbrev=False
+        description=f"Put early stopping into a checkout of {_in_words(UPSTREAMS)}, or take it out.", allow_abbrev=False
     )
-    parser.add_argument("checkout", type=Path, help="folder that holds train_network.py or qlora.py")
+    parser.add_argument("checkout", type=Path, help="the folder of the checkout, or for diffusers of the scripts")
     parser.add_argument("--check", action="store_true", help="say what it is and whether it is patched; change nothing")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done; change nothing")
     parser.add_argument("--reverse", action="store_true", help="give the checkout back byte for byte")

@@ -1,10 +1,10 @@
-"""Early stopping inside kohya's train_network.py and qlora.py: all that is more than the calls put
+"""Early stopping inside kohya's network trainers and qlora.py: all that is more than the calls put
 there.
 
 Copied into the patched checkout beside es_lora_run.py, es_lora_layers.py and the vendored files.
 The calls are few: `add_arguments`, `start`, `after_step`, `stopped` and `before_last_save` in
-sd-scripts; `training_argument` and `add_callback` in qlora. Without --calculate_cs or --early_stop
-nothing is measured and nothing is different. Python 3.8, torch 1.13.
+sd-scripts and musubi-tuner; `training_argument` and `add_callback` in qlora. Without --calculate_cs
+or --early_stop nothing is measured and nothing is different. Python 3.8, torch 1.13.
 """
 
 import json
@@ -22,21 +22,24 @@ from es_lora.monitor import scalars
 from es_lora.settings import StopSettings
 from es_lora.weights import copies, put_in
 from es_lora_layers import all_tensors, network_layers, peft_layers
-from es_lora_run import STEP_NAME, EarlyStopRun, add_arguments, read_settings, say, training_argument
+from es_lora_run import (
+    STEP_NAME,
+    EarlyStopRun,
+    NoEarlyStop,
+    add_arguments,
+    carry_in_states,
+    ended_where_wrong,
+    read_settings,
+    say,
+    training_argument,
+)
 
 __all__ = ["add_arguments", "start", "training_argument", "add_callback"]
 
 # --------------------------------------------------------------------------------------- sd-scripts
 
 
-class NoEarlyStop:
-    """Stands in where early stopping is off."""
-
-    stopped = False
-
-    def after_step(self, accelerator: Any, global_step: int, loss: torch.Tensor) -> None:
-        pass
-
+class NoNetworkEarlyStop(NoEarlyStop):
     def before_last_save(
         self, save_model: Callable, network: Any, metadata: Dict, step: int, epoch: int
     ) -> Tuple[int, int]:
@@ -44,20 +47,18 @@ class NoEarlyStop:
 
 
 def start(args: Any, accelerator: Any, network: Any, optimizer: Any, train_dataloader: Any) -> Any:
-    """The early stop of a run of sd-scripts. Ends the program with code 2 and one line where a flag
-    is wrong."""
-    try:
+    """The early stop of a run of sd-scripts or musubi-tuner. Ends the program with code 2 and one
+    line where a flag is wrong."""
+    with ended_where_wrong():
         settings = read_settings(args, "matrix")
         if settings is None:
-            return NoEarlyStop()
+            return NoNetworkEarlyStop()
         return NetworkEarlyStop(args, settings, accelerator, network, optimizer, train_dataloader)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"ES-LoRA: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 class NetworkEarlyStop:
-    """The early stop of one run of train_network.py or of a trainer built on it."""
+    """The early stop of one run of train_network.py, of musubi-tuner's trainers, or of one built
+    on them."""
 
     def __init__(
         self, args: Any, settings: StopSettings, accelerator: Any, network: Any, optimizer: Any, train_dataloader: Any
@@ -86,13 +87,13 @@ class NetworkEarlyStop:
             len(train_dataloader),
             accelerator.is_main_process,
             Path(args.resume) if args.resume else None,
-            {"trainer": "sd-scripts", "network_module": args.network_module, "seed": args.seed},
+            {"trainer": _trainer_name(), "network_module": args.network_module, "seed": args.seed},
         )
         if left_out and accelerator.is_main_process:
             say(f"{left_out} modules of the network have no update of a weight matrix and are not measured.")
         self._learning_rate = self.optimizer.param_groups[-1]["lr"]
         if self.run.monitor is not None:
-            _carry_in_states(accelerator, self.run)
+            carry_in_states(accelerator, self.run)
 
     @property
     def stopped(self) -> bool:
@@ -164,30 +165,24 @@ class NetworkEarlyStop:
         return step, epoch
 
     def _file(self, kind: str = "") -> str:
-        return f"{self.name}{kind}.{self.args.save_model_as}"
+        return f"{self.name}{kind}.{getattr(self.args, 'save_model_as', 'safetensors')}"
+
+
+def _trainer_name() -> str:
+    return "musubi-tuner" if "musubi_tuner" in sys.modules else "sd-scripts"
 
 
 def _schedule_free_switches(optimizer: Any, args: Any) -> Tuple[Optional[Callable], Optional[Callable]]:
     """(to training, to evaluation weights), (None, None) where this trainer does not swap weights
     to save."""
+    if not str(args.optimizer_type).lower().endswith("schedulefree"):
+        return None, None
+    if _trainer_name() == "musubi-tuner":
+        return optimizer.train, optimizer.eval
     from library import train_util
 
     switches = getattr(train_util, "get_optimizer_train_eval_fn", None)
-    if switches is None or not str(args.optimizer_type).lower().endswith("schedulefree"):
-        return None, None
-    return switches(optimizer, args)
-
-
-def _carry_in_states(accelerator: Any, run: EarlyStopRun) -> None:
-    """Whatever saves a training state with this accelerator saves the monitor with it."""
-    save_state = accelerator.save_state
-
-    def save_state_and_monitor(output_dir: Any = None, *rest: Any, **options: Any) -> Any:
-        answer = save_state(output_dir, *rest, **options)
-        run.save_state(Path(output_dir or answer))
-        return answer
-
-    accelerator.save_state = save_state_and_monitor
+    return switches(optimizer, args) if switches is not None else (None, None)
 
 
 # -------------------------------------------------------------------------------------------- qlora
@@ -199,14 +194,11 @@ def add_callback(trainer: Any, checkpoint_dir: Optional[str]) -> None:
 
     qlora passes over unknown flags in silence, so the first line says whether early stopping is on.
     """
-    try:
+    with ended_where_wrong():
         settings = read_settings(trainer.args, "row")
         if settings is None:
             return say("installed, and off; --early_stop switches it on.")
         peft_layers(trainer.model)
-    except ValueError as error:
-        print(f"ES-LoRA: {error}", file=sys.stderr)
-        sys.exit(2)
     say("early stopping is on." if settings.early_stop else "CS is measured; --early_stop would also stop.")
     trainer.add_callback(QloraEarlyStop(settings, checkpoint_dir))
 

@@ -88,10 +88,10 @@ def network_layers(network: torch.nn.Module) -> Tuple[List[Any], int]:
 # --------------------------------------------------------------------------------------------- PEFT
 
 
-def peft_layers(model: torch.nn.Module) -> List[LoraLayer]:
+def peft_layers(model: torch.nn.Module, component: str = "lm") -> List[LoraLayer]:
     """The LoRA layers of a PEFT model's active adapters. Raises ValueError where it has none."""
     keep_as_loaded(model)
-    layers = peft_lora_layers(model)
+    layers = peft_lora_layers(model, component)
     if not layers:
         raise ValueError(
             "the model has no LoRA layer to measure (--full_finetune?); train without --calculate_cs and --early_stop"

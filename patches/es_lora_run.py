@@ -1,7 +1,7 @@
 """One training run with early stopping, whatever the trainer: the flags, the plan, the monitor, the
 verdict.
 
-Copied into a patched trainer beside es_lora_hook.py, which knows the trainers. Python 3.8, torch
+Copied into a patched trainer beside the hooks, which know the trainers. Python 3.8, torch
 1.13.
 """
 
@@ -10,8 +10,10 @@ import dataclasses
 import json
 import math
 import os
+import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 
@@ -221,6 +223,37 @@ class EarlyStopRun:
         for line in outcome.last_lines(self.folder, (), {}):
             if line:
                 say(line)
+
+
+class NoEarlyStop:
+    """Stands in where early stopping is off."""
+
+    stopped = False
+
+    def after_step(self, accelerator: Any, global_step: int, loss: torch.Tensor) -> None:
+        pass
+
+
+@contextmanager
+def ended_where_wrong() -> Iterator[None]:
+    """End the program with code 2 and one line where a flag or a file is wrong."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        print(f"ES-LoRA: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def carry_in_states(accelerator: Any, run: EarlyStopRun) -> None:
+    """Whatever saves a training state with this accelerator saves the monitor with it."""
+    save_state = accelerator.save_state
+
+    def save_state_and_monitor(output_dir: Any = None, *rest: Any, **options: Any) -> Any:
+        answer = save_state(output_dir, *rest, **options)
+        run.save_state(Path(output_dir or answer))
+        return answer
+
+    accelerator.save_state = save_state_and_monitor
 
 
 def _resumed_step(folder: Optional[Path]) -> int:

@@ -99,7 +99,7 @@ def _steps(tree: ast.Module) -> Iterator[Tuple[ast.FunctionDef, List[ast.For], a
 def _parser_return(tree: ast.Module) -> List[Place]:
     found = []
     for function in tree.body:
-        if isinstance(function, ast.FunctionDef) and function.name == "setup_parser":
+        if isinstance(function, ast.FunctionDef) and function.name in ("setup_parser", "setup_parser_common"):
             returns = [node for node in function.body if isinstance(node, ast.Return)]
             found += [_before(node, parser=node.value.id) for node in returns if isinstance(node.value, ast.Name)]
     return found
@@ -125,6 +125,11 @@ def _loop_end(which: int) -> Callable[[ast.Module], List[Place]]:
     return find
 
 
+def _before_epochs(tree: ast.Module) -> List[Place]:
+    loops = {id(step[1][0]): step[1][0] for step in _steps(tree)}
+    return [_before(loop) for loop in loops.values()]
+
+
 def _last_save(tree: ast.Module) -> List[Place]:
     found = []
     for function, loops, _ in _steps(tree):
@@ -137,13 +142,104 @@ def _last_save(tree: ast.Module) -> List[Place]:
     return found
 
 
-SD_SCRIPTS = (
-    Point("import", "after the last import", _imports, (f"import {HOOK}",)),
+IMPORT = Point("import", "after the last import", _imports, (f"import {HOOK}",))
+START = (f"es_lora = {HOOK}.start(args, accelerator, network, optimizer, train_dataloader)",)
+LOOP_ENDS = (
+    Point("inner loop", "at the end of the loop over batches", _loop_end(1), ("if es_lora.stopped:", "    break")),
+    Point("outer loop", "at the end of the loop over epochs", _loop_end(0), ("if es_lora.stopped:", "    break")),
+)
+NETWORK_LOOP = (
+    Point(
+        "step",
+        "after global_step is advanced, inside the sync_gradients branch",
+        _after_step,
+        ("es_lora.after_step(accelerator, {step}, loss)",),
+    ),
+    *LOOP_ENDS,
+    Point(
+        "last save",
+        "before the last save_model, after the loops",
+        _last_save,
+        ("{steps}, {epochs} = es_lora.before_last_save(save_model, {network}, metadata, {steps}, {epochs})",),
+    ),
+)
+NETWORK_FLAGS = Point(
+    "flags", "before setup_parser returns its parser", _parser_return, (f"{HOOK}.add_arguments({{parser}})",)
+)
+AFTER_RESUME = Point(
+    "monitor", "after a saved state is resumed (resume_from_local_or_hf_if_specified)", _after_resume, START
+)
+SD_SCRIPTS = (IMPORT, AFTER_RESUME, *NETWORK_LOOP, NETWORK_FLAGS)
+
+# ------------------------------------------------------------------------------------- musubi-tuner
+
+# Its states are resumed outside the function that trains.
+MUSUBI_LOOP = (IMPORT, Point("monitor", "before the loop over epochs", _before_epochs, START), *NETWORK_LOOP)
+MUSUBI_FLAGS = (IMPORT, NETWORK_FLAGS)
+
+# -------------------------------------------------------------------- diffusers' DreamBooth scripts
+
+
+UNKNOWN = "?"
+
+
+def _before_parsing(tree: ast.Module) -> List[Place]:
+    """Before the first statement of parse_args that asks its parser for the arguments."""
+    found = []
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef) and function.name == "parse_args":
+            for statement in function.body:
+                calls = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
+                parsers = [call.func.value.id for call in calls if getattr(call.func, "attr", "") == "parse_args"]
+                if parsers:
+                    found.append(_before(statement, parser=parsers[0]))
+                    break
+    return found
+
+
+def _after_the_loops(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The statements of the training function's body that follow its loop over epochs."""
+    for function, loops in {id(f): (f, loops) for f, loops, _ in _steps(tree)}.values():
+        yield from (statement for statement in function.body if statement.lineno > loops[0].end_lineno)
+
+
+def _before_collecting(tree: ast.Module) -> List[Place]:
+    """After the processes have waited for each other, before the weights are collected."""
+    return [_after(statement) for statement in _after_the_loops(tree) if _called(statement) == "wait_for_everyone"]
+
+
+def _lora_save(tree: ast.Module) -> List[Place]:
+    """Before PIPELINE.save_lora_weights, with its arguments but for the folder."""
+    found = []
+    for statement in _after_the_loops(tree):
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Expr) and _called(node) == "save_lora_weights":
+                given = [keyword for keyword in node.value.keywords if keyword.arg != "save_directory"]
+                layers = ", ".join(f"{keyword.arg}={_plain(keyword.value)}" for keyword in given if keyword.arg)
+                more = "".join(f", **{_plain(keyword.value)}" for keyword in given if not keyword.arg)
+                names = {"pipeline": _plain(node.value.func.value), "layers": layers + more}
+                found += [] if UNKNOWN in "".join(names.values()) else [_before(node, **names)]
+    return found
+
+
+def _plain(node: ast.AST) -> str:
+    """The text of a name, or of a call with names; UNKNOWN for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Call) and not node.keywords:
+        return f"{_plain(node.func)}({', '.join(map(_plain, node.args))})"
+    return UNKNOWN
+
+
+DIFFUSERS_HOOK = "es_lora_diffusers_hook"
+DIFFUSERS = (
+    Point("import", "after the last import", _imports, (f"import {DIFFUSERS_HOOK}",)),
+    Point("flags", "before parse_args parses", _before_parsing, (f"{DIFFUSERS_HOOK}.add_arguments({{parser}})",)),
     Point(
         "monitor",
-        "after a saved state is resumed (resume_from_local_or_hf_if_specified)",
-        _after_resume,
-        (f"es_lora = {HOOK}.start(args, accelerator, network, optimizer, train_dataloader)",),
+        "before the loop over epochs",
+        _before_epochs,
+        (f"es_lora = {DIFFUSERS_HOOK}.start(args, accelerator, optimizer, train_dataloader, global_step)",),
     ),
     Point(
         "step",
@@ -151,15 +247,19 @@ SD_SCRIPTS = (
         _after_step,
         ("es_lora.after_step(accelerator, {step}, loss)",),
     ),
-    Point("inner loop", "at the end of the loop over batches", _loop_end(1), ("if es_lora.stopped:", "    break")),
-    Point("outer loop", "at the end of the loop over epochs", _loop_end(0), ("if es_lora.stopped:", "    break")),
+    *LOOP_ENDS,
+    Point(
+        "kept weights",
+        "after the loops, before the LoRA weights are collected",
+        _before_collecting,
+        ("es_lora.put_in_kept()",),
+    ),
     Point(
         "last save",
-        "before the last save_model, after the loops",
-        _last_save,
-        ("{steps}, {epochs} = es_lora.before_last_save(save_model, {network}, metadata, {steps}, {epochs})",),
+        "before the last save_lora_weights",
+        _lora_save,
+        ("es_lora.save_others({pipeline}.save_lora_weights, {layers})",),
     ),
-    Point("flags", "before setup_parser returns its parser", _parser_return, (f"{HOOK}.add_arguments({{parser}})",)),
 )
 
 # -------------------------------------------------------------------------------------------- qlora
@@ -225,7 +325,14 @@ QLORA = (
     ),
 )
 
-POINTS: Dict[str, Tuple[Point, ...]] = {"sd-scripts": SD_SCRIPTS, "qlora": QLORA}
+MUSUBI = {"trainer_base.py": MUSUBI_LOOP, "parser_common.py": MUSUBI_FLAGS}  # until v0.2 it was one file
+
+
+def points_of(upstream: str, file_name: str) -> Tuple[Point, ...]:
+    """The points of one of an upstream's files."""
+    if upstream == "musubi-tuner":
+        return MUSUBI.get(file_name.split("/")[-1], (*MUSUBI_LOOP, NETWORK_FLAGS))
+    return {"sd-scripts": SD_SCRIPTS, "qlora": QLORA, "diffusers": DIFFUSERS}[upstream]
 
 
 def find_insertions(upstream: str, file_name: str, source: str) -> List[Insertion]:
@@ -239,7 +346,8 @@ def find_insertions(upstream: str, file_name: str, source: str) -> List[Insertio
     except SyntaxError as error:
         raise InsertionPointError(f"{file_name} cannot be read by this Python: {error}") from error
     problems, insertions = [], []
-    for point in POINTS[upstream]:
+    points = points_of(upstream, file_name)
+    for point in points:
         places = list(dict.fromkeys((p.line, p.indentation, tuple(sorted(p.names.items()))) for p in point.find(tree)))
         if len(places) == 1:
             line, indentation, names = places[0]
@@ -248,7 +356,7 @@ def find_insertions(upstream: str, file_name: str, source: str) -> List[Insertio
         else:
             where = f"found {len(places)} times, at lines {[p[0] for p in places]}" if places else "not found"
             problems.append(f"{point.name} ({point.description}): {where}")
-    problem = _missing_names(tree, upstream) if not problems else None
+    problem = _missing_names(tree, NEEDED.get(upstream, ())) if not problems and LOOP_ENDS[0] in points else None
     if problem:
         problems.append(problem)
     if problems:
@@ -256,15 +364,20 @@ def find_insertions(upstream: str, file_name: str, source: str) -> List[Insertio
     return sorted(insertions, key=lambda insertion: insertion.after_line)
 
 
-def _missing_names(tree: ast.Module, upstream: str) -> Optional[str]:
+NETWORK_NAMES = ("args", "accelerator", "network", "optimizer", "train_dataloader", "loss", "save_model", "metadata")
+NEEDED = {
+    "sd-scripts": NETWORK_NAMES,
+    "musubi-tuner": NETWORK_NAMES,
+    "diffusers": ("args", "accelerator", "optimizer", "train_dataloader", "global_step", "loss"),
+}
+
+
+def _missing_names(tree: ast.Module, needed: Sequence[str]) -> Optional[str]:
     """The inserted calls use variables of the training function; one that it does not have is a
     problem."""
-    if upstream != "sd-scripts":
-        return None
     function = next(_steps(tree))[0]
     stored = {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     stored |= {argument.arg for argument in function.args.args}
     stored |= {node.name for node in ast.walk(function) if isinstance(node, ast.FunctionDef)}
-    needed = ("args", "accelerator", "network", "optimizer", "train_dataloader", "loss", "save_model", "metadata")
     missing = [name for name in needed if name not in stored]
     return f"variables {', '.join(missing)} of the training function: not found" if missing else None

@@ -1,6 +1,7 @@
 """Copies of the LoRA weights on disk, bounded, and safe under a kill at any time."""
 
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +17,10 @@ SNAPSHOT_FOLDER = "cs_snapshots"
 
 def clear_snapshots(folder: Path) -> None:
     """Remove snapshots, and their folder if nothing else lies in it."""
-    for file in [*folder.glob("step-*.safetensors"), *folder.glob(".step-*.tmp")]:
+    for file in folder.glob("step-*.safetensors"):
         file.unlink(missing_ok=True)
+    for aside in folder.glob(".step-*.tmp"):
+        shutil.rmtree(aside, ignore_errors=True)
     with suppress(OSError):  # there is no folder, or something else lies in it
         folder.rmdir()
 

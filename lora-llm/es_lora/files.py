@@ -38,15 +38,18 @@ def split_lines(text: str) -> List[str]:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write(aside)` make the file beside `path`, flush it, then name it in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Let `write(aside)` make the file in a folder of its own, flush it, then put it in place in one step.
+
+    The folder holds what a library's writer itself writes aside (safetensors does), for a kill."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
+        aside = folder / path.name
         write(aside)
         flush(aside)
         os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text_whole(path: Path, text: str) -> None:

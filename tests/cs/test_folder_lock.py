@@ -74,7 +74,7 @@ def test_on_another_host_nobody_can_tell(tmp_path):
 
 def test_what_was_left_half_written_goes_and_nothing_else(tmp_path):
     gone = [".result.json.17.tmp", ".checkpoint.part/checkpoint-3/x", ".adapter.abcdefgh.part/x", ".x-state.part/y"]
-    gone += ["cs_snapshots/.step-00000001.safetensors.5.tmp", ".checkpoint-2.old/x"]
+    gone += ["cs_snapshots/.step-00000001.safetensors.5.tmp/.tmp04Fg9o", ".checkpoint-2.old/x"]
     stays = [".notes.old", ".bashrc.12.tmp", "checkpoint-2/x", ".hidden/.result.jsonx", "photo.part"]
     for name in gone + stays:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

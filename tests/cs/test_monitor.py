@@ -139,6 +139,7 @@ def test_resume_gives_the_same_history_decision_and_weights(tmp_path):
         for step in range(interrupted_at + 1, interrupted_at + 4):  # these steps are lost in the kill
             training.step(step)
             monitor.measure(step, step / 10, loss=1.0 / step)
+        monitor.snapshots.wait()  # a process that was killed writes no more
         training = ToyTraining()
         training.restore(saved)
         monitor = monitor_of(folder, training, resume_from=tmp_path / f"checkpoint-{interrupted_at}")

@@ -12,11 +12,24 @@ import apply_patches
 from insertion_points import find_insertions
 
 SYNTHETIC = Path(__file__).resolve().parent / "synthetic"
-FILES = {"sd-scripts": "train_network.py", "qlora": "qlora.py"}
+# The file that trains, the script that a person runs, and the folder that the copied files go to.
+FILES = {
+    "sd-scripts": "train_network.py",
+    "qlora": "qlora.py",
+    "musubi-tuner": "src/musubi_tuner/training/trainer_base.py",
+    "diffusers": "examples/dreambooth/train_dreambooth_lora.py",
+}
+SCRIPTS = {**FILES, "musubi-tuner": "wan_train_network.py"}
+BESIDE = {"sd-scripts": "", "qlora": "", "musubi-tuner": "src", "diffusers": "examples/dreambooth"}
+HOOKS = {**dict.fromkeys(FILES, "es_lora_hook"), "diffusers": "es_lora_diffusers_hook"}
 
 
 def make_checkout(upstream, folder, line_end=b"\n"):
     shutil.copytree(SYNTHETIC / upstream.replace("-", "_"), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    if upstream == "musubi-tuner":
+        package, toys = folder / "src" / "musubi_tuner", SYNTHETIC / "sd_scripts"
+        shutil.copyfile(toys / "library" / "train_util.py", package / "toy_accelerator.py")
+        shutil.copyfile(toys / "networks" / "lora.py", package / "toy_network.py")
     for path in folder.rglob("*.py"):
         path.write_bytes(path.read_bytes().replace(b"\n", line_end))
     return folder
@@ -43,11 +56,12 @@ def tree(folder):
 def make_table(folder, upstream, revision="v0"):
     """A folder as patches/, whose table knows the synthetic checkout: revisions.json and the patch
     file."""
-    file = SYNTHETIC / upstream.replace("-", "_") / FILES[upstream]
-    patch = apply_patches.write_patch(file.name, find_insertions(upstream, file.name, file.read_text()))
     (folder / upstream / revision).mkdir(parents=True)
-    (folder / upstream / revision / f"{file.name}.patch").write_text(patch)
-    table = {name: {} for name in FILES}
-    table[upstream][revision] = {"blob": apply_patches.blob_hash(file.read_bytes())}
+    blobs, root = {}, SYNTHETIC / upstream.replace("-", "_")
+    for file in apply_patches.read_checkout(root).files:
+        patch = apply_patches.write_patch(file.name, find_insertions(upstream, file.name, file.content.decode()))
+        (folder / upstream / revision / f"{file.base_name}.patch").write_text(patch)
+        blobs[file.base_name] = apply_patches.blob_hash(file.content)
+    table = {**{name: {} for name in FILES}, upstream: {revision: {"blobs": blobs}}}
     (folder / "revisions.json").write_text(json.dumps(table))
     return folder

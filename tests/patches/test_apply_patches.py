@@ -9,7 +9,7 @@ from pathlib import Path
 import apply_patches
 import file_transaction
 import pytest
-from checkouts import FILES, commit, make_checkout, make_table, tree
+from checkouts import BESIDE, FILES, HOOKS, commit, make_checkout, make_table, tree
 from insertion_points import InsertionPointError, find_insertions
 
 PATCHES = Path(apply_patches.__file__).parent
@@ -44,14 +44,15 @@ def test_apply_check_and_reverse_give_back_every_byte(checkout, upstream, capsys
     assert run(checkout) == 0
     patched = tree(checkout)
     assert patched[FILES[upstream]] != before[FILES[upstream]]
-    assert (checkout / "es_lora_hook.py").is_file() and (checkout / "cs_fluctuation.py").is_file()
+    beside = checkout / BESIDE[upstream]
+    assert (beside / f"{HOOKS[upstream]}.py").is_file() and (beside / "cs_fluctuation.py").is_file()
     assert os.stat(checkout / FILES[upstream]).st_mode & 0o777 == 0o755
     compile((checkout / FILES[upstream]).read_text(), "patched", "exec")
     capsys.readouterr()
     assert run(checkout, "--check") == 0
     assert "v0: patched" in capsys.readouterr().out
-    (checkout / "__pycache__").mkdir()
-    (checkout / "__pycache__" / "es_lora_hook.cpython-311.pyc").touch()  # left by a training
+    (beside / "__pycache__").mkdir()
+    (beside / "__pycache__" / "es_lora_hook.cpython-311.pyc").touch()  # left by a training
     assert run(checkout, "--reverse") == 0
     assert tree(checkout) == before
 
@@ -70,7 +71,7 @@ def test_check_and_dry_run_change_nothing(checkout, upstream, capsys):
     assert run(checkout, "--check") == 0 and run(checkout, "--dry-run") == 0 and run(checkout, "--reverse") == 0
     said = capsys.readouterr().out
     assert f"{upstream} v0: not patched; can be." in said
-    assert "would insert" in said and "import es_lora_hook" in said
+    assert "would insert" in said and f"import {HOOKS[upstream]}" in said
     assert "not patched, nothing to do" in said
     assert tree(checkout) == before
     run(checkout)
@@ -86,7 +87,7 @@ def test_crlf_checkout_is_recognised_and_stays_crlf(upstream, tmp_path, monkeypa
     assert run(checkout) == 0
     content = (checkout / FILES[upstream]).read_bytes()
     assert content.count(b"\n") == content.count(b"\r\n")
-    assert b"import es_lora_hook\r\n" in content
+    assert f"import {HOOKS[upstream]}\r\n".encode() in content
     assert run(checkout, "--reverse") == 0
     assert tree(checkout) == before
 
@@ -107,7 +108,7 @@ def test_change_after_patching_is_refused_by_name(checkout, upstream, capsys):
     run(checkout)
     file = checkout / FILES[upstream]
     file.write_text(file.read_text() + "# mine\n")
-    (checkout / "es_lora" / "rules.py").unlink()
+    (checkout / BESIDE[upstream] / "es_lora" / "rules.py").unlink()
     before = tree(checkout)
     for arguments in ([], ["--check"], ["--reverse"]):
         capsys.readouterr()
@@ -121,18 +122,19 @@ def test_neither_upstream_and_no_folder(tmp_path, capsys):
     (tmp_path / "train.py").write_text("pass\n")
     assert run(tmp_path) == 2
     said = capsys.readouterr().err
-    assert "neither an sd-scripts checkout" in said and "nor a qlora checkout" in said
+    assert "is none of the checkouts that are known, by their files (sd-scripts: train_network.py, " in said
     assert run(tmp_path / "nowhere") == 2
     assert "is no folder" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.py"]
 
 
-def test_own_file_of_the_same_name_is_not_overwritten(checkout, capsys):
-    (checkout / "es_lora").mkdir()
-    (checkout / "es_lora" / "mine.py").write_text("mine = 1\n")
+def test_own_file_of_the_same_name_is_not_overwritten(checkout, upstream, capsys):
+    own = checkout / BESIDE[upstream] / "es_lora"
+    own.mkdir()
+    (own / "mine.py").write_text("mine = 1\n")
     before = tree(checkout)
     assert run(checkout) == 2
-    assert "already has es_lora," in capsys.readouterr().err
+    assert f"already has {own.relative_to(checkout)}," in capsys.readouterr().err
     assert tree(checkout) == before
 
 
@@ -224,12 +226,12 @@ def test_unknown_revision_shows_its_places_and_waits_for_yes(unknown, upstream, 
     assert run(unknown) == 1
     said = capsys.readouterr().err
     assert "not in the table" in said and "--yes" in said
-    assert "import es_lora_hook" in said and f"{FILES[upstream]}, after line" in said
+    assert f"import {HOOKS[upstream]}" in said and f"{FILES[upstream]}, after line" in said
     assert tree(unknown) == before
     assert run(unknown, "--check") == 0 and run(unknown, "--dry-run") == 0
     assert tree(unknown) == before
     assert run(unknown, "--yes") == 0
-    assert "es_lora_hook" in (unknown / FILES[upstream]).read_text()
+    assert HOOKS[upstream] in (unknown / FILES[upstream]).read_text()
     assert run(unknown, "--reverse") == 0
     assert tree(unknown) == before
 
@@ -265,6 +267,10 @@ def test_without_git_it_says_that_it_cannot_tell_a_local_change(upstream, tmp_pa
             "callback (after SavePeftModelCallback is registered): not",
         ),
         ("qlora", "class TrainingArguments(", "class Arguments(", "flags (first in TrainingArguments): not found"),
+        ("musubi-tuner", "for epoch in range(epochs):", "while True:", "monitor (before the loop over epochs): not"),
+        ("diffusers", "accelerator.wait_for_everyone()", "pass", "kept weights (after the loops"),
+        ("diffusers", "unet_lora_layers=unet_lora_layers,", "unet_lora_layers={**unet_lora_layers},", "last save (bef"),
+        ("diffusers", "def parse_args(", "def arguments(", "flags (before parse_args parses): not found"),
     ],
 )
 def test_missing_or_ambiguous_place_is_named_and_nothing_changes(upstream, find, replace, problem, tmp_path, capsys):
@@ -290,8 +296,8 @@ def test_source_that_is_no_python_is_a_message():
 
 def test_git_apply_takes_the_patch_files_too(checkout, upstream, tmp_path):
     commit(checkout)
-    patch = tmp_path / "table" / upstream / "v0" / f"{FILES[upstream]}.patch"
-    subprocess.run(["git", "-C", str(checkout), "apply", "--unidiff-zero", str(patch)], check=True)
+    for patch in (tmp_path / "table" / upstream / "v0").iterdir():
+        subprocess.run(["git", "-C", str(checkout), "apply", "--unidiff-zero", str(patch)], check=True)
     by_git = (checkout / FILES[upstream]).read_bytes()
     subprocess.run(["git", "-C", str(checkout), "checkout", "-q", "."], check=True)
     assert run(checkout) == 0
@@ -301,7 +307,8 @@ def test_git_apply_takes_the_patch_files_too(checkout, upstream, tmp_path):
 def test_committed_patches_hold_added_lines_only_and_fit_the_table():
     files = sorted(path.relative_to(PATCHES).as_posix() for path in PATCHES.glob("*/*/*.patch"))
     table = apply_patches.known_revisions()
-    assert files == sorted(f"{name}/{rev}/{FILES[name]}.patch" for name, revs in table.items() for rev in revs)
+    known = [(name, rev, facts) for name, revs in table.items() for rev, facts in revs.items()]
+    assert files == sorted(f"{name}/{rev}/{file}.patch" for name, rev, facts in known for file in facts["blobs"])
     for file in files:
         text = (PATCHES / file).read_text()
         lines = text.rstrip("\n").split("\n")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import apply_patches
 import pytest
 import torch
-from checkouts import commit, make_checkout
+from checkouts import BESIDE, SCRIPTS, commit, make_checkout
 from literal_average import is_average
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ STOP = ["--early_stop", "--stop_rule", "second-valley", "--cs_interval", "1", "-
 def checkouts(tmp_path_factory):
     """{(upstream, "plain" or "patched"): folder}"""
     made, root = {}, tmp_path_factory.mktemp("checkouts")
-    for upstream in ("sd-scripts", "qlora"):
+    for upstream in SCRIPTS:
         for kind in ("plain", "patched"):
             made[upstream, kind] = make_checkout(upstream, root / f"{upstream}-{kind}")
         commit(made[upstream, "patched"])
@@ -35,20 +35,22 @@ def checkouts(tmp_path_factory):
 def train(folder, *flags):
     """Run a checkout's script as `python script.py flags` would, in this process: starting one
     takes seconds."""
-    script = "qlora.py" if (folder / "qlora.py").exists() else "train_network.py"
+    upstream = next(name for name, script in SCRIPTS.items() if (folder / script).exists())
+    script, beside = str(folder / SCRIPTS[upstream]), str(folder / BESIDE[upstream])
+    own = ("library", "networks", "musubi_tuner")
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script, *map(str, flags)])
-        patch.syspath_prepend(str(folder))
-        for name in [name for name in sys.modules if name.split(".")[0] in ("library", "networks")]:
+        patch.syspath_prepend(beside)
+        for name in [name for name in sys.modules if name.split(".")[0] in own]:
             patch.delitem(sys.modules, name)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 runpy.run_path(script, run_name="__main__")
             except SystemExit as end:
                 code = end.code
-    for name in [name for name in sys.modules if name.split(".")[0] in ("library", "networks")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in own]:
         del sys.modules[name]
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
@@ -231,3 +233,131 @@ def test_qlora_off_says_so_and_full_finetuning_is_a_message(checkouts, tmp_path)
         checkouts["qlora", "patched"], "--output_dir", tmp_path / "ff", *TRAINER, *STOP, "--full_finetune", "True"
     )
     assert done.returncode == 2 and "no LoRA layer to measure" in done.stderr
+
+
+# ------------------------------------------------------------------------------------- musubi-tuner
+
+
+def test_musubi_tuner_stops_and_keeps_the_weights_of_the_turning_point(checkouts, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    plain = train(checkouts["musubi-tuner", "plain"], "--output_dir", whole, "--save_every_n_steps", 1)
+    done = train(checkouts["musubi-tuner", "patched"], "--output_dir", stopped, *STOP)
+    assert done.returncode == 0 and "the end" in done.stdout, done.stderr
+    result = json.loads((stopped / "lora-es-lora" / "result.json").read_text())
+    kept, last = result["keep_step"], result["last_step"]
+    assert result["outcome"] == "stopped_early" and kept < last < 40
+    assert losses(done) == losses(plain)[:last]
+    assert same(load_file(stopped / "lora.safetensors"), step_file(whole, kept))
+    assert same(load_file(stopped / "lora-last.safetensors"), step_file(whole, last))
+    header = json.loads((stopped / "lora-es-lora" / "cs_history.jsonl").read_text().split("\n")[0])
+    assert header["trainer"] == "musubi-tuner"
+    off = train(checkouts["musubi-tuner", "patched"], "--output_dir", tmp_path / "off")
+    assert losses(off) == losses(plain)
+    assert sorted(path.name for path in (tmp_path / "off").iterdir()) == ["lora.safetensors"]
+
+
+def test_musubi_tuner_goes_on_from_a_state(checkouts, tmp_path):
+    patched, whole, first, second = checkouts["musubi-tuner", "patched"], *(tmp_path / name for name in "abc")
+    train(patched, "--output_dir", whole, *STOP)
+    train(patched, "--output_dir", first, *STOP, "--max_train_steps", 8, "--save_state")
+    again = train(patched, "--output_dir", second, *STOP, "--resume", first / "lora-state")
+    assert again.returncode == 0, again.stderr
+    assert same(load_file(second / "lora.safetensors"), load_file(whole / "lora.safetensors"))
+
+
+# ---------------------------------------------------------------------------------------- diffusers
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+EACH_STEP = ["--checkpointing_steps", 1]
+
+
+@pytest.fixture(scope="module")
+def script_run(checkouts, tmp_path_factory):
+    """The unpatched script to its end, every step saved."""
+    folder = tmp_path_factory.mktemp("script")
+    return folder, train(checkouts["diffusers", "plain"], "--output_dir", folder, *EACH_STEP)
+
+
+def unet(folder):
+    """The denoiser's part of a file: the miniature's checkpoints hold no more."""
+    return {name: value for name, value in load_file(folder / WEIGHTS).items() if name.startswith("unet.")}
+
+
+@pytest.mark.parametrize("more", [[], ["--train_text_encoder"]], ids=["denoiser", "with text encoder"])
+def test_a_script_stops_and_saves_the_turning_point_and_the_last_weights(checkouts, tmp_path, more):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    plain = train(checkouts["diffusers", "plain"], "--output_dir", whole, *EACH_STEP, *more)
+    done = train(checkouts["diffusers", "patched"], "--output_dir", stopped, *STOP, *more)
+    assert done.returncode == 0 and "the end" in done.stdout, done.stderr
+    result = json.loads((stopped / "es-lora" / "result.json").read_text())
+    kept, last = result["keep_step"], result["last_step"]
+    assert result["outcome"] == "stopped_early" and kept < last < 40
+    assert losses(done) == losses(plain)[:last]
+    assert f"end of epoch {-(-last // 8)}" in done.stdout and f"end of epoch {-(-last // 8) + 1}" not in done.stdout
+    assert same(unet(stopped), unet(whole / f"checkpoint-{kept}"))
+    assert same(unet(stopped / "last"), unet(whole / f"checkpoint-{last}"))
+    with safe_open(stopped / "last" / WEIGHTS, "pt") as handle:
+        assert handle.metadata()["parts"] == ("text_encoder unet" if more else "unet")
+    cs = json.loads((stopped / "es-lora" / "cs_history.jsonl").read_text().split("\n")[1])["cs"]
+    assert set(cs) == ({"unet", "te", "all"} if more else {"unet", "all"})
+    assert not same(load_file(stopped / WEIGHTS), load_file(stopped / "last" / WEIGHTS))
+
+
+def test_a_script_with_the_flags_off_is_the_unpatched_one(checkouts, script_run, tmp_path):
+    plain_folder, plain = script_run
+    done = train(checkouts["diffusers", "patched"], "--output_dir", tmp_path)
+    assert losses(done) == losses(plain)
+    assert same(load_file(tmp_path / WEIGHTS), load_file(plain_folder / WEIGHTS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [WEIGHTS]
+
+
+def test_a_script_that_only_measures_saves_the_turning_point_beside_the_end(checkouts, script_run, tmp_path):
+    plain_folder, plain = script_run
+    done = train(checkouts["diffusers", "patched"], "--output_dir", tmp_path, "--calculate_cs", *STOP[1:])
+    assert losses(done) == losses(plain)
+    kept = json.loads((tmp_path / "es-lora" / "result.json").read_text())["keep_step"]
+    assert same(load_file(tmp_path / WEIGHTS), load_file(plain_folder / WEIGHTS))
+    assert same(unet(tmp_path / "turning-point"), unet(plain_folder / f"checkpoint-{kept}"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_script_keeps_the_average_of_its_steps_in_the_type_it_saves(checkouts, script_run, tmp_path, dtype):
+    plain_folder, _ = script_run
+    flags = [*STOP, "--average", "0.25", "--save_dtype", dtype]
+    done = train(checkouts["diffusers", "patched"], "--output_dir", tmp_path, *flags)
+    result = json.loads((tmp_path / "es-lora" / "result.json").read_text())
+    steps = [unet(plain_folder / f"checkpoint-{step}") for step in range(1, result["last_step"] + 1)]
+    saved = unet(tmp_path)
+    assert {value.dtype for value in saved.values()} == {getattr(torch, dtype)}, done.stderr
+    if dtype == "float32":
+        assert is_average(saved, steps[: result["keep_step"]], 0.25)
+    last = {name: value.to(getattr(torch, dtype)) for name, value in steps[-1].items()}
+    assert same(unet(tmp_path / "last"), last)
+
+
+def test_a_script_that_saves_copies_saves_the_kept_weights_alone_and_says_so(checkouts, script_run, tmp_path):
+    plain_folder, _ = script_run
+    done = train(checkouts["diffusers", "patched"], "--output_dir", tmp_path, *STOP, "--save_copies")
+    result = json.loads((tmp_path / "es-lora" / "result.json").read_text())
+    assert same(unet(tmp_path), unet(plain_folder / f"checkpoint-{result['keep_step']}"))
+    assert f"only {WEIGHTS} is saved" in done.stdout and not (tmp_path / "last").exists()
+
+
+def test_a_script_goes_on_from_a_checkpoint_with_its_history(checkouts, tmp_path):
+    patched, whole, parts = checkouts["diffusers", "patched"], tmp_path / "whole", tmp_path / "parts"
+    train(patched, "--output_dir", whole, *STOP)
+    train(patched, "--output_dir", parts, *STOP, "--max_train_steps", 8, "--checkpointing_steps", 8)
+    again = train(patched, "--output_dir", parts, *STOP, "--resume_from_checkpoint", "checkpoint-8")
+    assert again.returncode == 0, again.stderr
+    assert same(load_file(parts / WEIGHTS), load_file(whole / WEIGHTS))
+    read = lambda folder: (folder / "es-lora" / "cs_history.jsonl").read_text()  # noqa: E731
+    assert read(parts) == read(whole)
+
+
+def test_a_script_with_a_checkpoint_without_history_says_so_and_wrong_flags_end_it(checkouts, tmp_path):
+    patched = checkouts["diffusers", "patched"]
+    train(patched, "--output_dir", tmp_path, "--max_train_steps", 2, "--checkpointing_steps", 2)
+    done = train(patched, "--output_dir", tmp_path, *STOP, "--resume_from_checkpoint", "checkpoint-2")
+    assert done.returncode == 0 and "holds no CS history; measuring begins anew" in done.stdout
+    done = train(patched, "--output_dir", tmp_path, "--early_stop", "--cs_interval", "0")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--cs_interval 0: give" in done.stderr
