@@ -1,4 +1,4 @@
-"""Put a revision of an upstream into the table: its patch files, and the hashes that it is known by.
+"""Put a revision of an upstream into the table: its patch files, and the hashes of its trainers.
 
     python tests/patches/add_revision.py diffusers REPOSITORY v0.40.0
     python tests/patches/add_revision.py diffusers REPOSITORY HEAD --name main-2026-08-23

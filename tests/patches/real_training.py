@@ -40,7 +40,15 @@ from literal_average import is_average, literal_average  # noqa: E402
 APPLY = HERE.parents[1] / "patches" / "apply_patches.py"
 STEPS, WIDTH = 40, 0.25
 STOP_FLAGS = ["--early_stop", "--stop_rule", "second-valley", "--cs_interval", "1", "--window_size", "3"]
-PARTS = {"sd-scripts": ["train_network.py", "sdxl_train_network.py", "library", "networks"], "qlora": ["qlora.py"]}
+NEWER = {  # of v0.10.1: the LoRA module and the flags of each
+    "flux_train_network.py": ["networks.lora_flux", "--guidance_scale", "1", "--t5xxl_max_token_length", "32"],
+    "sd3_train_network.py": ["networks.lora_sd3", "--t5xxl_max_token_length", "32", "--network_train_unet_only"],
+    "lumina_train_network.py": ["networks.lora_lumina", "--network_train_unet_only"],
+}
+PARTS = {
+    "sd-scripts": ["train_network.py", "sdxl_train_network.py", *NEWER, "library", "networks"],
+    "qlora": ["qlora.py"],
+}
 
 
 # ---------------------------------------------------------------------------------- what is trained
@@ -377,6 +385,11 @@ def scenarios(arguments):
                 found[f"{revision} {title}"] = lambda n, r=revision, s=script: scenario(
                     Trainer(arguments, "sd-scripts", r, s), n, LORA
                 )
+    for script, (module, *flags) in NEWER.items():
+        network = ["--network_module", module, "--network_dim", "2", "--optimizer_type", "AdamW", *flags]
+        found[f"v0.10.1 {script[:-3]}"] = lambda n, s=script, w=network: scenario(
+            Trainer(arguments, "sd-scripts", "v0.10.1", s), n, w
+        )
     for title, network in NETWORKS.items():
         if title:
             found[f"v0.10.1{title}"] = lambda n, w=network: scenario(

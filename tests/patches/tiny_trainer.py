@@ -17,6 +17,8 @@ import types
 import numpy
 import torch
 
+NEWER = ("flux_train_network.py", "sd3_train_network.py", "lumina_train_network.py")
+HERE = os.path.dirname(os.path.abspath(__file__))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
@@ -186,6 +188,7 @@ def main():
     script = sys.argv[1]
     sys.argv = sys.argv[1:]
     sys.path[0] = os.getcwd()
+    sys.path.append(HERE)
     if os.path.basename(script) == "qlora.py":
         prepare_qlora()
     else:
@@ -197,6 +200,10 @@ def main():
             from library import sdxl_train_util
 
             sdxl_train_util.load_target_model = load_tiny_sdxl
+        if script in NEWER:
+            from tiny_flow_models import PREPARE
+
+            PREPARE[script](keep)
     if os.environ.get("TINY_LOSSES"):
         record_losses(os.environ["TINY_LOSSES"])
     runpy.run_path(script, run_name="__main__")
