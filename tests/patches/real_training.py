@@ -1,10 +1,12 @@
 """Real trainings of the patched trainers on a CPU, against the same seeded trainings unpatched.
 
-    python tests/patches/real_training.py --sd_scripts CHECKOUT --qlora CHECKOUT --work FOLDER \
-        --python_new PY --python_old PY --python_qlora PY [--only NAME ...]
+    python tests/patches/real_training.py --sd_scripts CHECKOUT --qlora CHECKOUT --musubi CHECKOUT \
+        --work FOLDER --python_new PY --python_old PY --python_qlora PY [--torchvision FOLDER] \
+        [--only NAME ...]
 
-CHECKOUT: a git repository that holds the revisions. PY: the Python of an environment with torch
-2.13.0 and
+CHECKOUT: a git repository that holds the revisions; those of a scenario that is not run are not
+needed. FOLDER of torchvision: where it is, if it is not installed (musubi-tuner imports it). PY:
+the Python of an environment with torch 2.13.0 and
   new    transformers 4.54.1, diffusers 0.32.1, accelerate 1.6.0, lycoris_lora, schedulefree
          (sd-scripts v0.8.7 to v0.10.1)
   old    transformers 4.26.0, diffusers 0.10.2, accelerate 0.15.0, numpy 1.26.4, setuptools 80.9.0
@@ -45,10 +47,18 @@ NEWER = {  # of v0.10.1: the LoRA module and the flags of each
     "sd3_train_network.py": ["networks.lora_sd3", "--t5xxl_max_token_length", "32", "--network_train_unet_only"],
     "lumina_train_network.py": ["networks.lora_lumina", "--network_train_unet_only"],
 }
+MUSUBI = {  # of v0.3.4: the LoRA module and the flags of each
+    "zimage_train_network.py": ["networks.lora_zimage"],
+    "qwen_image_train_network.py": ["networks.lora_qwen_image"],
+    "wan_train_network.py": ["networks.lora_wan", "--task", "t2v-1.3B"],
+    "flux_2_train_network.py": ["networks.lora_flux_2", "--model_version", "klein-4b"],
+}
 PARTS = {
     "sd-scripts": ["train_network.py", "sdxl_train_network.py", *NEWER, "library", "networks"],
     "qlora": ["qlora.py"],
+    "musubi-tuner": ["src", *MUSUBI],
 }
+TINY = {"musubi-tuner": "tiny_musubi.py"}
 
 
 # ---------------------------------------------------------------------------------- what is trained
@@ -115,7 +125,8 @@ class Trainer:
         self.python = (
             arguments.python_qlora if upstream == "qlora" else arguments.python_old if is_old else arguments.python_new
         )
-        repository = arguments.qlora if upstream == "qlora" else arguments.sd_scripts
+        repository = getattr(arguments, upstream.replace("-", "_").replace("_tuner", ""))
+        self.torchvision = arguments.torchvision
         self.folders = {}
         for kind in ("plain", "patched"):
             folder = self.work / "checkouts" / f"{upstream}-{revision}-{kind}"
@@ -132,12 +143,14 @@ class Trainer:
         losses = self.work / "runs" / f"{output}-losses.txt"
         losses.unlink(missing_ok=True)
         steps = steps or (STEPS * 3 // 4 if "sdxl" in self.script else STEPS)  # SDXL's steps take seconds
-        common = self.qlora_flags(folder) if self.upstream == "qlora" else self.network_flags(folder)
+        flags_of = {"qlora": self.qlora_flags, "musubi-tuner": self.musubi_flags}
+        common = flags_of.get(self.upstream, self.network_flags)(folder)
         settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true", "TINY_LOSSES": str(losses)}
+        settings["TORCHVISION"] = self.torchvision or ""
         (self.work / "runs").mkdir(exist_ok=True)
         command = [
             self.python,
-            str(HERE / "tiny_trainer.py"),
+            str(HERE / TINY.get(self.upstream, "tiny_trainer.py")),
             self.script,
             *common,
             "--max_train_steps",
@@ -165,6 +178,19 @@ class Trainer:
             "--resolution", "64", "--train_batch_size", "1", "--network_alpha", "1", "--max_data_loader_n_workers", "0",
             "--cache_latents", "--learning_rate", "1e-2", "--seed", "3", "--caption_extension", ".txt",
             "--save_model_as", "safetensors",
+        ]  # fmt: skip
+
+    def musubi_flags(self, folder):
+        config = self.work / "data" / f"{self.script}.toml"
+        caches = self.work / "data" / f"{self.script}-caches"
+        config.write_text(
+            f'[general]\nresolution = [64, 64]\nbatch_size = 1\n[[datasets]]\nimage_directory = "{caches}"\n'
+            f'cache_directory = "{caches}"\ncaption_extension = ".txt"\n'
+        )
+        return [
+            "--dit", "tiny", "--dataset_config", str(config), "--output_dir", str(folder), "--output_name", "lora",
+            "--sdpa", "--mixed_precision", "no", "--network_alpha", "1", "--max_data_loader_n_workers", "0",
+            "--learning_rate", "1e-2", "--seed", "3", "--timestep_sampling", "uniform",
         ]  # fmt: skip
 
     def qlora_flags(self, folder):
@@ -255,7 +281,7 @@ def compare(trainer, plain, stopped, base, offset=0, end_of=None):
     assert same(trainer.saved(stopped), trainer.saved(plain(kept), kept - offset * (kept > offset))), (
         "the turning point differs"
     )
-    if trainer.upstream == "sd-scripts":
+    if trainer.upstream != "qlora":
         last_saved = trainer.saved(end_of(last)) if end_of else trainer.saved(plain(last), last - offset)
         assert same(trainer.saved(stopped, kind="-last"), last_saved), "the last weights differ"
         with safe_open(stopped / "lora.safetensors", "pt") as handle:
@@ -264,7 +290,7 @@ def compare(trainer, plain, stopped, base, offset=0, end_of=None):
     worst, records = cs_differences(trainer, plain, stopped, base, offset)
     if end_of is None:  # the files of a schedule-free optimizer hold averaged weights; CS is of the training weights
         assert worst < 1e-6, f"CS differs by {worst}"
-    epoch = int(metadata["ss_epoch"]) if trainer.upstream == "sd-scripts" else None
+    epoch = int(metadata["ss_epoch"]) if trainer.upstream != "qlora" else None
     return {"kept": kept, "last": last, "epoch": epoch, "measurements": records, "largest CS difference": worst}
 
 
@@ -308,7 +334,7 @@ NETWORKS = {
 def scenario(trainer, name, network, with_off_run=True):
     """The three runs: unpatched, patched without flags, patched with --early_stop."""
     short = name.replace(" ", "-")
-    each_step = ["--save_every_n_steps", "1"] if trainer.upstream == "sd-scripts" else []
+    each_step = ["--save_every_n_steps", "1"] if trainer.upstream != "qlora" else []
     code, plain, plain_losses, _ = trainer.run("plain", f"{short}-plain", [*network, *each_step])
     assert code == 0, "the unpatched run failed"
     figures = {}
@@ -338,8 +364,8 @@ def scenario(trainer, name, network, with_off_run=True):
 def averaged(trainer, name):
     """The patched run with --average keeps the average of the unpatched run's own files."""
     short = name.replace(" ", "-")
-    network = LORA if trainer.upstream == "sd-scripts" else []
-    each_step = ["--save_every_n_steps", "1"] if trainer.upstream == "sd-scripts" else []
+    network = LORA if trainer.upstream != "qlora" else []
+    each_step = ["--save_every_n_steps", "1"] if trainer.upstream != "qlora" else []
     code, plain, plain_losses, _ = trainer.run("plain", f"{short}-plain", [*network, *each_step])
     assert code == 0, "the unpatched run failed"
     flags = [*network, *STOP_FLAGS, "--average", str(WIDTH)]
@@ -350,7 +376,7 @@ def averaged(trainer, name):
     assert result["outcome"] == "stopped_early" and result["files"]["kept"]["averaged"], result
     steps = [trainer.saved(plain, step) for step in range(1, last + 1)]
     assert is_average(trainer.saved(stopped), steps[:kept], WIDTH), "the kept file is not the average of the steps"
-    if trainer.upstream == "sd-scripts":
+    if trainer.upstream != "qlora":
         assert same(trainer.saved(stopped, kind="-last"), steps[-1]), "the last weights differ"
     expected = literal_average(steps[:kept], WIDTH)
     worst = max((trainer.saved(stopped)[key].double() - value).abs().max().item() for key, value in expected.items())
@@ -390,6 +416,11 @@ def scenarios(arguments):
         found[f"v0.10.1 {script[:-3]}"] = lambda n, s=script, w=network: scenario(
             Trainer(arguments, "sd-scripts", "v0.10.1", s), n, w
         )
+    for script, (module, *flags) in MUSUBI.items():
+        network = ["--network_module", module, "--network_dim", "2", "--optimizer_type", "AdamW", *flags]
+        found[f"v0.3.4 {script[:-3]}"] = lambda n, s=script, w=network: scenario(
+            Trainer(arguments, "musubi-tuner", "v0.3.4", s), n, w
+        )
     for title, network in NETWORKS.items():
         if title:
             found[f"v0.10.1{title}"] = lambda n, w=network: scenario(
@@ -407,8 +438,9 @@ def scenarios(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("sd_scripts", "qlora", "work", "python_new", "python_old", "python_qlora"):
-        parser.add_argument(f"--{name}", required=True)
+    for name in ("sd_scripts", "qlora", "musubi", "work", "python_new", "python_old", "python_qlora"):
+        parser.add_argument(f"--{name}", required=name == "work")
+    parser.add_argument("--torchvision")
     parser.add_argument("--only", nargs="*", help="names of scenarios, or parts of them")
     arguments = parser.parse_args()
     arguments.work = Path(arguments.work).resolve()

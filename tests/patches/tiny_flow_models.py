@@ -88,8 +88,7 @@ def prepare_flux(keep):
 
 
 def prepare_sd3(keep):
-    import sd3_train_network
-    from library import sd3_models, sd3_utils
+    from library import safetensors_utils, sd3_models, sd3_utils
 
     give_t5_tokenizer()
 
@@ -107,7 +106,7 @@ def prepare_sd3(keep):
         "te1": seeded(lambda: clip(kind, 16))(),
         "te2": seeded(lambda: clip(kind, 16))(),
     }
-    sd3_train_network.load_safetensors = lambda *rest, **options: {}
+    safetensors_utils.load_safetensors = lambda *rest, **options: {}
     sd3_utils.load_mmdit = lambda *rest, **options: models["unet"]
     sd3_utils.load_clip_l = lambda *rest, **options: models["te1"]
     sd3_utils.load_clip_g = lambda *rest, **options: models["te2"]
