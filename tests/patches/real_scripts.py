@@ -48,7 +48,10 @@ MORE = {
     "_flux": ["--max_sequence_length", "64"],
     "_sd3": ["--max_sequence_length", "64"],
     "_qwen_image": ["--skip_final_inference", "--max_sequence_length", "64"],
-    "_flux2_klein": ["--skip_final_inference", "--max_sequence_length", "64"],
+    "_flux2_klein": [
+        *("--skip_final_inference", "--max_sequence_length", "64"),
+        *("--text_encoder_out_layers", "9", "18", "27"),
+    ],
     "_z_image": ["--skip_final_inference", "--max_sequence_length", "64"],
 }
 WITH_TEXT_ENCODER = ("", "_sdxl", "_flux", "_sd3")

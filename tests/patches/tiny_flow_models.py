@@ -2,6 +2,7 @@
 they would load: FLUX.1, Stable Diffusion 3, Lumina Image 2. Used by tiny_trainer.py."""
 
 import torch
+from tiny_trainer import drawn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 
@@ -93,16 +94,16 @@ def prepare_sd3(keep):
     give_t5_tokenizer()
 
     def mmdit():
-        # Its width is 64 times its depth; the pooled texts of both CLIP encoders lie side by side.
+        # Its width is 64 times its depth; texts are padded to T5-XXL's width.
         return sd3_models.MMDiT(
             input_size=None, pos_embed_max_size=16, patch_size=2, in_channels=16, adm_in_channels=32, depth=2,
-            context_embedder_in_features=64, context_embedder_out_features=128, mlp_ratio=2, qk_norm="rms",
+            context_embedder_in_features=4096, context_embedder_out_features=128, mlp_ratio=2, qk_norm="rms",
             num_patches=256, model_type="medium",
         )  # fmt: skip
 
     kind = CLIPTextModelWithProjection
     models = {
-        "unet": seeded(mmdit)(),
+        "unet": seeded(lambda: drawn(mmdit()))(),
         "te1": seeded(lambda: clip(kind, 16))(),
         "te2": seeded(lambda: clip(kind, 16))(),
     }
@@ -110,7 +111,7 @@ def prepare_sd3(keep):
     sd3_utils.load_mmdit = lambda *rest, **options: models["unet"]
     sd3_utils.load_clip_l = lambda *rest, **options: models["te1"]
     sd3_utils.load_clip_g = lambda *rest, **options: models["te2"]
-    sd3_utils.load_t5xxl, sd3_utils.load_vae = seeded(lambda: t5(64)), seeded(sd3_models.SDVAE)
+    sd3_utils.load_t5xxl, sd3_utils.load_vae = seeded(lambda: t5(4096)), seeded(lambda: drawn(sd3_models.SDVAE()))
     keep(models)
 
 

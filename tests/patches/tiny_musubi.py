@@ -14,7 +14,7 @@ from pathlib import Path
 
 import toml
 import torch
-from tiny_trainer import keep, record_losses
+from tiny_trainer import drawn, keep, record_losses
 from torchvision_without_kernels import import_torchvision
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -65,14 +65,18 @@ def qwen_image():
 
 
 def wan():
+    torch.cuda.current_device = lambda: "cpu"  # asked for where a text encoder is declared
     from musubi_tuner import wan_train_network as script
     from musubi_tuner.dataset import cache_io
 
     model = seeded(
-        lambda: script.WanModel(
-            text_len=32, dim=64, ffn_dim=128, freq_dim=32, text_dim=WIDTH, num_heads=2, num_layers=2, attn_mode="torch"
+        lambda: drawn(
+            script.WanModel(
+                text_len=32, dim=64, ffn_dim=128, freq_dim=32, text_dim=WIDTH, num_heads=2, num_layers=2,
+                attn_mode="torch",
+            )
         )
-    )
+    )  # fmt: skip
     script.detect_wan_sd_dtype = lambda path: torch.float32
     latents = (16, 1, SIZE // 8, SIZE // 8)
     text = cache_io.save_text_encoder_output_cache_wan

@@ -134,7 +134,7 @@ def sd3(folder):
 
     transformer = SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=64,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=32, pooled_projection_dim=32,
     )  # fmt: skip
     words, projected = clip_tokenizer(folder / "words"), "CLIPTextModelWithProjection"
     # SD3 pads the two CLIP encoders side by side to the width of T5: half of it each here.
@@ -173,7 +173,7 @@ def flux2_klein(folder):
 
     transformer = Flux2Transformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+        joint_attention_dim=16 * 3, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
     )  # fmt: skip
     small = AutoencoderKLFlux2(
         sample_size=32, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,

@@ -109,6 +109,20 @@ def tiny_sdxl_unet():
     return unet.SdxlUNet2DConditionModel()
 
 
+def drawn(model):
+    """The model with its matrices drawn anew, so that none is zero, its norms one, and its buffers
+    zero: classes that only ever load weights leave them as the memory was."""
+    for buffer in model.buffers():
+        buffer.zero_()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            else:
+                torch.nn.init.constant_(parameter, float("Norm" in type(module).__name__ and name == "weight"))
+    return model
+
+
 def keep(parts):
     """Save the frozen weights for whoever wants to compute CS from the files."""
     if os.environ.get("TINY_BASE"):
