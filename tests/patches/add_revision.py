@@ -7,7 +7,6 @@ A file that is the same in a revision of the table already is not put there agai
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,23 +14,8 @@ from pathlib import Path
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
 sys.path.insert(0, str(PATCHES))
 import apply_patches  # noqa: E402
+from checkouts import git, write_out  # noqa: E402
 from insertion_points import InsertionPointError, find_insertions  # noqa: E402
-
-
-def git(repository, *words):
-    return subprocess.run(["git", "-C", str(repository), *words], check=True, stdout=subprocess.PIPE).stdout
-
-
-def files_of(repository, revision, folder):
-    """Write out what tells the upstream, and its trainers."""
-    wanted = {pattern for layout in apply_patches.LAYOUTS for pattern in (*layout.signs, *layout.trainers)}
-    listed = git(repository, "ls-tree", "-r", "--name-only", revision).decode().split("\n")
-    for name in listed:
-        if any(Path(name) == Path(pattern) or Path(name).match(f"/{pattern}") for pattern in wanted) or (
-            name.startswith("examples/dreambooth/") and Path(name).match("train_dreambooth_lora*.py")
-        ):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(git(repository, "show", f"{revision}:{name}"))
 
 
 def main(argv=None):
@@ -44,8 +28,8 @@ def main(argv=None):
     name, table = arguments.name or arguments.revision, apply_patches.known_revisions()
     blobs = {}
     with tempfile.TemporaryDirectory() as folder:
-        files_of(arguments.repository, arguments.revision, Path(folder))
-        for file in apply_patches.read_checkout(Path(folder)).files:
+        checkout = write_out(arguments.repository, arguments.revision, Path(folder))
+        for file in apply_patches.read_checkout(checkout).files:
             if file.revisions:
                 print(f"{file.name}: as in {file.revisions[0]}")
                 continue

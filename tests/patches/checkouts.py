@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import apply_patches
@@ -41,6 +42,19 @@ def commit(folder):
     for command in (["init", "-q"], ["add", "-A"], [*name, "commit", "-q", "-m", "all"]):
         subprocess.run(["git", "-C", str(folder), *command], check=True)
     return folder
+
+
+def git(repository, *arguments):
+    return subprocess.run(["git", "-C", repository, *arguments], check=True, stdout=subprocess.PIPE).stdout
+
+
+def write_out(repository, revision, folder):
+    """The files of a revision that tell its upstream, and its trainers, as a committed checkout."""
+    for name in git(repository, "ls-tree", "-r", "--name-only", revision).decode().split("\n"):
+        if any(fnmatch(name, pattern) for layout in apply_patches.LAYOUTS for pattern in layout.signs):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(git(repository, "show", f"{revision}:{name}"))
+    return commit(folder)
 
 
 def tree(folder):
