@@ -38,9 +38,9 @@ def split_lines(text: str) -> List[str]:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write(aside)` make the file in a folder of its own, flush it, then put it in place in one step.
+    """Let `write(aside)` make the file in a folder of its own, flush it, then name it in one step.
 
-    The folder holds what a library's writer itself writes aside (safetensors does), for a kill."""
+    The folder also holds what a library's writer writes aside (safetensors does), for a kill."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
     try:
