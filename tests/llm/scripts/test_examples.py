@@ -1,10 +1,12 @@
 """The one-file examples: short, runnable as they are, and they keep the turning point."""
 
+import importlib
 import json
 import os
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 FOLDER = Path(__file__).resolve().parents[3] / "lora-llm" / "examples"
-EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
+EXAMPLES = ["plain_trainer.py", "sft_trainer.py"]
+INTO_OTHERS = ["axolotl_plugin.py", "llamafactory_train.py"]
 
 
 def run_here(example, monkeypatch, *arguments):
@@ -24,8 +27,8 @@ def adapter_of(folder):
     return load_file(str(folder / "adapter_model.safetensors"))
 
 
-def test_both_examples_are_there():
-    assert EXAMPLES == ["plain_trainer.py", "sft_trainer.py"]
+def test_all_examples_are_there():
+    assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(EXAMPLES + INTO_OTHERS)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -63,3 +66,32 @@ def test_by_default_the_examples_train_the_embedded_base_on_a_bundled_set_offlin
     assert done.stdout.count("Trained to its budget of 2 steps") == 2
     for name in EXAMPLES:
         assert any(tensor.abs().sum() > 0 for key, tensor in adapter_of(tmp_path / name).items() if "lora_B" in key)
+
+
+def stand_in(monkeypatch, name, **members):
+    """A package that is not installed beside the pins, with just these members."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
+    for member, value in members.items():
+        setattr(sys.modules[name], member, value)
+
+
+def test_llama_factory_is_given_the_callback_and_its_own_configuration(monkeypatch):
+    given = []
+    stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=lambda callbacks: given.append((callbacks, sys.argv[1:])))
+    run_here("llamafactory_train.py", monkeypatch, "config.yaml", "learning_rate=1e-3")
+    ((callbacks, words),) = given
+    assert [type(callback).__name__ for callback in callbacks] == ["EarlyStopCallback"]
+    assert words == ["config.yaml", "learning_rate=1e-3"]
+
+
+def test_axolotl_is_given_the_callback_by_the_plugin_its_configuration_names(monkeypatch):
+    stand_in(monkeypatch, "axolotl.integrations.base", BasePlugin=type("BasePlugin", (), {}))
+    line = next(line for line in (FOLDER / "axolotl_plugin.py").read_text().split("\n") if "EarlyStopPlugin" in line)
+    module, name = line.strip(" -").split(".")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    plugin = getattr(importlib.import_module(module), name)()
+    callbacks = plugin.add_callbacks_post_trainer(cfg=None, trainer=None)
+    assert [type(callback).__name__ for callback in callbacks] == ["EarlyStopCallback"]
