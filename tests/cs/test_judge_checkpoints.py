@@ -245,6 +245,25 @@ def test_a_history_beside_the_adapters_gives_interval_window_and_component(tmp_p
     assert {key: verdict[key] for key in replayed} == replayed
 
 
+def test_the_run_s_own_finer_history_decides_over_few_checkpoints(tmp_path, capsys):
+    run = language_run(tmp_path, every=STEPS_PER_EPOCH)
+    (run.folder / "cs_history.jsonl").write_text(run.history.read_text())
+    verdict, replayed = judged(run, capsys), redecide(read_history(run.history), "second-valley")
+    keys = ("rule", "stopped", "stop_step", "turning_step")
+    assert [verdict[key] for key in keys] == [replayed[key] for key in keys] and replayed["stopped"]
+    kept = replayed["turning_step"] // STEPS_PER_EPOCH * STEPS_PER_EPOCH
+    assert verdict["keep"] == f"checkpoint-{max(kept, STEPS_PER_EPOCH)}"
+    assert verdict["certainty"] == f"approximate: no checkpoint is of step {replayed['turning_step']}"
+    assert f"the {STEPS} measurements of the run itself" in verdict["reason"]
+
+
+def test_a_history_that_ends_before_the_last_checkpoint_does_not_decide(tmp_path, capsys):
+    run = language_run(tmp_path, every=STEPS_PER_EPOCH)
+    lines = run.history.read_text().splitlines()
+    (run.folder / "cs_history.jsonl").write_text("\n".join(lines[: STEPS - 5]) + "\n")
+    assert judged(run, capsys)["certainty"] == "too sparse"
+
+
 def test_a_corrupt_file_is_named_and_the_others_are_judged(tmp_path, capsys):
     run = language_run(tmp_path)
     (run.folder / "checkpoint-7" / "adapter_model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{broken")

@@ -147,6 +147,9 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
     """The verdict on a measured run (a JSON object), the history behind it, the Decision."""
     spacing = find_spacing(run)
     history = build_history(run, spacing)
+    own = _finer_history(run, spacing, rule)
+    if own is not None:
+        return _by_own_history(run, spacing, own, rule)
     chosen = choose_rule(history, rule)
     deciding = rule_for(history, chosen)
     first_answer = deciding.first_answer()
@@ -176,7 +179,7 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
         )
     else:
         decision = replay(deciding, history.records)
-        _name_checkpoints(verdict, run, history, decision)
+        _name_checkpoints(verdict, run, decision)
         windows = max(1, spacing.window - 1), spacing.window, spacing.window + 1  # how much hangs on the choice
         nearby = [redecide(history, chosen, window=m)["turning_step"] for m in windows]
         verdict["turning_steps_of_nearby_windows"] = nearby
@@ -188,11 +191,36 @@ def judge(run: Run, rule: Optional[str] = None) -> Tuple[Dict[str, Any], History
     return {**verdict, **_facts(run, spacing, history)}, history, decision
 
 
-def _name_checkpoints(verdict: Dict[str, Any], run: Run, history: History, decision: Optional[Decision]) -> None:
+def _finer_history(run: Run, spacing: Spacing, rule: Optional[str]) -> Optional[History]:
+    """The run's own history, where it is finer than the checkpoints and has what the rule needs."""
+    own, as_often = run.history, spacing.interval == spacing.planned and not spacing.missing
+    if own is None or as_often or not own.records or own.last_step() < run.checkpoints[-1].step:
+        return None
+    needs = rule_for(own, choose_rule(own, rule)).needs
+    recorded = all(column in record for record in own.records for column in needs)
+    return own if recorded and own.header["decided_on"] in own.records[0]["cs"] else None
+
+
+def _by_own_history(
+    run: Run, spacing: Spacing, own: History, rule: Optional[str]
+) -> Tuple[Dict[str, Any], History, Optional[Decision]]:
+    """The verdict of the run's own measurements, on the checkpoints that are there."""
+    chosen = choose_rule(own, rule)
+    decision = replay(rule_for(own, chosen), own.records)
+    verdict = {**redecide(own, chosen), "keep": None, "usable": [], "certainty": "exact"}
+    verdict["reason"] += f" So say the {len(own.records)} measurements of the run itself."
+    _name_checkpoints(verdict, run, decision)
+    if decision is not None and decision.keep_step not in [checkpoint.step for checkpoint in run.checkpoints]:
+        verdict["certainty"] = f"approximate: no checkpoint is of step {decision.keep_step}"
+    return {**verdict, **_facts(run, spacing, own)}, own, decision
+
+
+def _name_checkpoints(verdict: Dict[str, Any], run: Run, decision: Optional[Decision]) -> None:
     if decision is None:  # no sign of overfitting: the newest weights are the best known
         verdict["keep"], verdict["usable"] = run.checkpoints[-1].name, [run.checkpoints[-1].name]
         return
-    verdict["keep"] = [c.name for c in run.checkpoints if c.step <= decision.keep_step][-1]
+    earlier = [checkpoint for checkpoint in run.checkpoints if checkpoint.step <= decision.keep_step]
+    verdict["keep"] = (earlier or run.checkpoints[:1])[-1].name
     first, last = decision.usable
     verdict["usable"] = [checkpoint.name for checkpoint in run.checkpoints if first <= checkpoint.step <= last]
 
