@@ -1,11 +1,12 @@
 """A page to start a training, watch it, compare pictures, and choose a checkpoint by a grid.
 
-    streamlit run lora-ldm/demo_app.py --server.address 127.0.0.1 -- \
-        --root output --base models/sd15 --images data
+    streamlit run lora-ldm/demo_app.py
+    streamlit run lora-ldm/demo_app.py -- --root output --base models/sd15 --images data
 
+Without a run of one's own it opens with the default run, which comes with the project.
 It works on what it was started with and nothing else: runs in the folders of --root (new ones go
 into the first), bases of --base beside the embedded one, pictures of --images beside the project's.
-Whoever reaches the page can start trainings: --server.address 127.0.0.1 keeps it here.
+Whoever reaches the page can start trainings: .streamlit/config.toml keeps it on this machine.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from demo.process import (
     is_sdxl_base,
     refuse_picture,
 )
-from demo.run_folders import TREE, Places, Run, decision_of, offered
+from demo.run_folders import EXAMPLE, TREE, ExampleRun, Places, Run, decision_of, offered
 from es_lora.history import HISTORY_NAME, History
 from es_lora.report import draw
 
@@ -85,7 +86,7 @@ def parse_places(argv: Sequence[str] = None) -> Places:
     bases = {EMBEDDED: str(TREE / "tiny_base"), **{base: base for base in args.base}}
     images = {str(folder): folder.resolve() for folder in args.images}
     images.update({f"{name} (example)": PROJECT / "dataset" / name / "train" for name in EXAMPLES})
-    return Places(roots, bases, images)
+    return Places(roots, bases, images, EXAMPLE)
 
 
 @st.cache_resource
@@ -120,7 +121,12 @@ def choose_run(places: Places, key: str) -> Run | None:
     before = st.session_state.get("run")
     name = st.selectbox("Run", names, index=names.index(before) if before in names else 0, key=f"{key}_run_{before}")
     st.session_state["run"] = name
-    return places.run(name)
+    run = places.run(name)
+    if isinstance(run, ExampleRun):
+        st.info(
+            f"No runs in {', '.join(map(str, places.roots))} yet: this one comes with the project. Start makes yours."
+        )
+    return run
 
 
 def show_run(run: Run) -> None:

@@ -16,6 +16,8 @@ from es_lora.outcome import RESULT_NAME
 from es_lora.rules import Decision
 
 TREE = Path(__file__).resolve().parents[1]
+EXAMPLE = TREE / "demo" / "example_run"
+EXAMPLE_NAME = "the default run (example)"
 LOG_NAME = "train.log"
 LOG_BYTES = 2**16  # of its end are read
 MOST_BYTES = 2**24  # of a result
@@ -139,6 +141,15 @@ class Run:
         return f"{done} The turning point was step {decision.keep_step}. {decision.reason}"
 
 
+class ExampleRun(Run):
+    """The run that comes with the project. The paths of its settings begin at the project."""
+
+    def settings(self) -> dict[str, Any]:
+        paths = ("pretrained_model_name_or_path", "train_data_dir")
+        settings = super().settings()
+        return {**settings, **{name: str(TREE.parent / settings[name]) for name in paths if name in settings}}
+
+
 def read_result(folder: Path) -> dict[str, Any]:
     """The content of result.json. Raises FileNotFoundError, or ValueError for one that is none."""
     path = folder / RESULT_NAME
@@ -210,11 +221,13 @@ class Places:
 
     roots: folders with runs; new ones go into the first.
     bases: {name shown: diffusers folder, checkpoint file or hub name}.
-    images: {name shown: folder of <repeats>_<name> folders}."""
+    images: {name shown: folder of <repeats>_<name> folders}.
+    example: a folder with a run that is offered while the roots hold none."""
 
     roots: list
     bases: dict = field(default_factory=dict)
     images: dict = field(default_factory=dict)
+    example: Optional[Path] = None
 
     def runs(self) -> dict[str, Run]:
         """{name: Run}, the latest written first. Links that lead out of the roots are skipped."""
@@ -223,6 +236,8 @@ class Places:
             for folder in _folders_below(root):
                 if any((folder / name).is_file() for name in (HISTORY_NAME, RESULT_NAME, LOG_NAME)):
                     found.append((folder.stat().st_mtime, Run(self.name_of(folder), folder)))
+        if not found and self.example is not None:
+            return {EXAMPLE_NAME: ExampleRun(EXAMPLE_NAME, self.example)}
         return {run.name: run for _, run in sorted(found, key=lambda pair: -pair[0])}
 
     def name_of(self, folder: Path) -> str:

@@ -213,7 +213,5 @@ def _untrained(blocks):
     ]
     if not off:
         return []
-    shown = ", ".join(map(str, off))
-    return [
-        f"--network_args: block{'s' * (len(off) > 1)} {shown} of the U-Net get no LoRA: rank 0, or a learning rate of 0"
-    ]
+    shown = f"block{'s' * (len(off) > 1)} {', '.join(map(str, off))}"
+    return [f"--network_args: no LoRA in {shown} of the U-Net, by a rank or a learning rate of 0"]

@@ -3,6 +3,7 @@ of a run, its pictures."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from ldm_runs import TREE, make_base
 
-from demo.run_folders import LOG_NAME, Places, Run, offered
+from demo.run_folders import EXAMPLE, LOG_NAME, ExampleRun, Places, Run, offered
 
 HEADER = {
     "format": "cs-history/1", "cs_interval": 1, "window": 2, "steps_per_epoch": 4, "reduction": "matrix",
@@ -351,6 +352,35 @@ def test_training_pictures_are_compared_with_only_where_the_page_offers_them(tmp
         result = {"outcome": "x", "verdict": "y", "settings": {"train_data_dir": str(tmp_path / name)}}
         (run.folder / "result.json").write_text(json.dumps(result))
         assert places.images_of(run) == expected
+
+
+# ---------------------------------------------------------------------------------- the example run
+
+
+def test_the_default_run_is_offered_until_there_is_a_run_of_ones_own(tmp_path):
+    bases, images = {"small": str(TREE / "tiny_base")}, {"ones": TREE.parent / "dataset" / "portraits" / "train"}
+    places = Places([tmp_path], bases, images, EXAMPLE)
+    (run,) = places.runs().values()
+    assert isinstance(run, ExampleRun) and run.damage() == [] and places.base_of(run) == "small"
+    assert run.settings()["train_data_dir"] == str(images["ones"])
+    assert {"turning point", "last"} <= set(run.weights()) and run.verdict().startswith("Stopped early at step")
+    assert {preview.moment for preview in run.previews()} == {"no LoRA", "turning point", "last"}
+    assert run.history() is not None
+    make_run(tmp_path / "own", [0.1])
+    assert list(places.runs()) == ["own"]
+
+
+def test_the_example_run_fits_the_embedded_base_and_names_no_place_of_a_machine():
+    from base.loading import load_base_model
+    from network.lora import create_network
+
+    for file in EXAMPLE.rglob("*.json*"):
+        assert not re.search(r'"(/|[A-Z]:)[^"]', file.read_text()), file
+    model = load_base_model(str(TREE / "tiny_base"))
+    for file in EXAMPLE.glob("*.safetensors"):
+        assert not re.search(rb'"/(tmp|home|root|work)', file.read_bytes()[:100_000])
+        create_network(model, dim_from_weights=True, weights=file)
+    assert sum(file.stat().st_size for file in EXAMPLE.rglob("*")) < 4e6
 
 
 # -------------------------------------------------------------------------------- start of the page

@@ -197,8 +197,8 @@ def test_sdxl_has_23_blocks():
         (["conv_block_dims=" + SD_DIMS], "conv_block_dims has no effect without block_dims or a weight"),
         (["block_lr_zero_threshold=.1"], "block_lr_zero_threshold has no effect without down_lr_weight"),
         (["conv_alpha=2"], "conv_alpha has no effect without conv_dim"),
-        (["block_dims=" + SD_DIMS], "blocks 0, 1, 24 of the U-Net get no LoRA"),
-        (["mid_lr_weight=0"], "block 12 of the U-Net get"),
+        (["block_dims=" + SD_DIMS], "no LoRA in blocks 0, 1, 24 of the U-Net"),
+        (["mid_lr_weight=0"], "no LoRA in block 12 of the U-Net"),
     ],
 )
 def test_what_words_do_otherwise_is_said(words, notice):
