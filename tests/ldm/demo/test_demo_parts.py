@@ -363,8 +363,8 @@ def test_the_default_run_is_offered_until_there_is_a_run_of_ones_own(tmp_path):
     (run,) = places.runs().values()
     assert isinstance(run, ExampleRun) and run.damage() == [] and places.base_of(run) == "small"
     assert run.settings()["train_data_dir"] == str(images["ones"])
-    assert {"turning point", "last"} <= set(run.weights()) and run.verdict().startswith("Stopped early at step")
-    assert {preview.moment for preview in run.previews()} == {"no LoRA", "turning point", "last"}
+    assert list(run.weights()) == ["turning point"] and run.verdict().startswith("Stopped early at step")
+    assert {preview.moment for preview in run.previews()} == {"no LoRA", "last"}
     assert run.history() is not None
     make_run(tmp_path / "own", [0.1])
     assert list(places.runs()) == ["own"]
@@ -380,7 +380,7 @@ def test_the_example_run_fits_the_embedded_base_and_names_no_place_of_a_machine(
     for file in EXAMPLE.glob("*.safetensors"):
         assert not re.search(rb'"/(tmp|home|root|work)', file.read_bytes()[:100_000])
         create_network(model, dim_from_weights=True, weights=file)
-    assert sum(file.stat().st_size for file in EXAMPLE.rglob("*")) < 4e6
+    assert sum(file.stat().st_size for file in EXAMPLE.rglob("*")) < 2e6
 
 
 # -------------------------------------------------------------------------------- start of the page
