@@ -54,14 +54,15 @@ NOT_RUN = {
     r"tag_wd14\.py": "needs a hub; tests/ldm/prepare runs it on a tagger of its own",
     r"--captioner claude": "needs a service; tests/ldm/prepare runs it against a server of its own",
 }
+# Scripts of other projects, to which a patch adds the flags of early stopping.
+UPSTREAMS = ("train_network.py", "src/musubi_tuner/wan_train_network.py", "train_dreambooth_lora_flux.py", "qlora.py")
 # What takes the flags of a script: the trainer behind it, or what is put beside an upstream's.
 TRAINERS = {
     "early_stop_lora_llm.sh": "lora-llm/es_lora_llm.py",
     "early_stop_lora_ldm.sh": "lora-ldm/es_lora_ldm.py",
     "lora-llm/start.py": "lora-llm/es_lora_llm.py",
     "lora-ldm/start.py": "lora-ldm/es_lora_ldm.py",
-    "train_network.py": "lora-llm/es_lora/settings.py",
-    "qlora.py": "lora-llm/es_lora/settings.py",
+    **dict.fromkeys(UPSTREAMS, "lora-llm/es_lora/settings.py"),
 }
 HUGGING_FACE = ("training_args.py", "training_args_seq2seq.py")  # files of transformers with flags of its own
 
@@ -156,7 +157,13 @@ def missing_paths(command: Command) -> list[str]:
     missing = []
     for word in command.words:
         path, _, test = word.partition("::")
-        if "/" not in path or path.startswith(("output/", ".venv-", "-")) or " " in path or "=" in path:
+        if (
+            "/" not in path
+            or path in UPSTREAMS
+            or path.startswith(("output/", ".venv-", "-"))
+            or " " in path
+            or "=" in path
+        ):
             continue
         if not (ROOT / path).exists() or (test and f"def {test}(" not in (ROOT / path).read_text(encoding="utf-8")):
             missing.append(word)
