@@ -38,6 +38,8 @@ def make_network(args: Namespace, model: SDModel) -> tuple[Any, dict]:
 
 def network_notices(args: Namespace) -> list[str]:
     """What --network_args do other than they seem to, in sentences."""
+    if args.network_module == "lycoris.kohya" and not args.train_full_unet:
+        return _lycoris_notices(_texts(args.network_args))
     if args.network_module != "networks.lora" or args.train_full_unet:
         return []
     read = parse_network_args(args.network_args, args.sdxl)
@@ -47,6 +49,16 @@ def network_notices(args: Namespace) -> list[str]:
         if args.dim_from_weights and name in _texts(args.network_args)
     ]
     return read.notices + sized
+
+
+def _lycoris_notices(words):
+    """Of a DoRA whose file other programs apply otherwise than it was trained (loaders.md)."""
+    if words.get("dora_wd", "").lower() != "true" or words.get("wd_on_output", "").lower() == "false":
+        return []
+    return [
+        "--network_args dora_wd=True: its magnitudes are of outputs, as LyCORIS has them by default. ComfyUI applies "
+        "them nearly, AUTOMATIC1111 wrongly; add wd_on_output=False, which both apply as it was trained"
+    ]
 
 
 def _texts(words):

@@ -274,9 +274,21 @@ def _network_like(weights, model, text_encoders):
         if module.startswith(flat) and not hasattr(model.text_encoders[0], "text_model"):
             module = module.replace("_text_model_", "_", 1)
         renamed[own_names.get(module, module) + dot + part] = value
+    along_input = {key: value for key, value in renamed.items() if key.endswith(".dora_scale") and len(value) == 1}
+    others = {key: value for key, value in renamed.items() if key not in along_input}
     LycorisNetworkKohya.apply_preset(PRESET["full"])
-    network, _ = create_network_from_weights(1.0, "", model.vae, text_encoders, model.unet, weights_sd=renamed)
+    network, _ = create_network_from_weights(1.0, "", model.vae, text_encoders, model.unet, weights_sd=others)
+    for module in network.unet_loras + network.text_encoder_loras:
+        _set_magnitudes(module, along_input.get(f"{module.lora_name}.dora_scale"))
     return network
+
+
+def _set_magnitudes(module, magnitudes):
+    """DoRA's magnitudes of input channels (1, in, ...): lycoris-lora 4.1.3 reads a file's as of
+    outputs."""
+    if magnitudes is not None:
+        module.wd, module.wd_on_out, module.dora_norm_dims = True, False, magnitudes.dim() - 1
+        module.dora_scale = torch.nn.Parameter(magnitudes.float().clone())
 
 
 def _unet_names(model):

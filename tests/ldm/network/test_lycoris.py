@@ -1,11 +1,14 @@
 """LyCORIS networks: names, training, CS, loading."""
 
+from argparse import Namespace
+
 import pytest
 import quiet_libraries  # noqa: E402, F401
 import torch  # noqa: E402
 from tiny_sd import tiny_sd  # noqa: E402
 
 from cs_fluctuation import layer_cosine, mean_cosine  # noqa: E402
+from network.creation import network_notices  # noqa: E402
 from network.lora_file import load_lora, save_lora  # noqa: E402
 from network.lycoris_network import DenseUpdateLayer, create_lycoris_network, parse_lycoris_args  # noqa: E402
 
@@ -171,3 +174,23 @@ def test_options_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             parse_lycoris_args([argument])
+
+
+@pytest.mark.parametrize("algorithm", ["locon", "loha", "lokr"])
+def test_a_dora_with_magnitudes_of_inputs_is_taken_from_its_file(model, tmp_path, algorithm):
+    network = network_of(model, f"algo={algorithm}", "dora_wd=True", "wd_on_output=False")
+    save_lora(tmp_path / "dora.safetensors", network.state_for_file())
+    adapted = noise_of(model)
+    fresh = tiny_sd(tmp_path)
+    again = create_lycoris_network(fresh, weights=tmp_path / "dora.safetensors", dim_from_weights=True)
+    assert set(again.tensors()) == set(network.tensors())
+    assert torch.allclose(noise_of(fresh), adapted, atol=1e-5)
+
+
+def test_a_dora_that_web_uis_apply_otherwise_is_said():
+    def said(*words):
+        settings = {"network_module": "lycoris.kohya", "network_args": list(words), "train_full_unet": False}
+        return network_notices(Namespace(**settings))
+
+    assert "wd_on_output=False" in said("algo=locon", "dora_wd=True")[0]
+    assert said("algo=locon", "dora_wd=True", "wd_on_output=False") == said("algo=loha") == []
