@@ -4,11 +4,16 @@ import os
 import re
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Iterable, List, Union
 
 OURS = r"adapter.*|checkpoint.*|model|.+-state|state.*|cs_.+|.+\.(?:safetensors|json|jsonl|html|png)"  # what runs leave
 ASIDE = re.compile(rf"\.({OURS})(?:\.\d+\.tmp|(?:\.[a-z0-9_]{{8}})?\.part|\.old)")  # and how it is called until then
+
+# Windows refuses to replace a file that is open: the demo page reads result.json every two seconds.
+WAITS_SEC = (0.05,) * 40 if os.name == "nt" else ()
 
 
 def read_text(path: Union[str, Path]) -> str:
@@ -47,9 +52,18 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         aside = folder / path.name
         write(aside)
         flush(aside)
-        os.replace(aside, path)
+        put_in_place(aside, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Name what was made aside, in one step; on Windows, wait while another program reads the old."""
+    for wait_sec in WAITS_SEC:
+        with suppress(PermissionError):
+            return os.replace(aside, path)
+        time.sleep(wait_sec)
+    os.replace(aside, path)
 
 
 def write_text_whole(path: Path, text: str) -> None:
@@ -85,8 +99,8 @@ def replace_folder(aside: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
+        put_in_place(folder, old)
+    put_in_place(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,7 +1,10 @@
-"""Text files as people write them: marks, line ends, other encodings."""
+"""Text files as people write them: marks, line ends, other encodings; files that are replaced."""
+
+import os
 
 import pytest
 
+from es_lora import files
 from es_lora.files import read_text, split_lines
 
 
@@ -21,3 +24,23 @@ def test_lines_end_at_lf_and_crlf_only():
     within = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh"
     assert split_lines(f"{within}\r\n\nlast") == [within, "", "last"]
     assert split_lines("one\n") == ["one"] and split_lines("") == [] and split_lines("\n") == [""]
+
+
+def test_a_file_that_another_program_reads_is_replaced_once_it_lets_go(tmp_path, monkeypatch):
+    """As Windows answers while a file is open."""
+    replace, refused = os.replace, []
+
+    def open_elsewhere(source, target):
+        if len(refused) < 2:
+            refused.append(target)
+            raise PermissionError(13, "the file is in use", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", open_elsewhere)
+    with pytest.raises(PermissionError):
+        files.write_text_whole(tmp_path / "result.json", "one")  # elsewhere such a refusal is final
+    monkeypatch.setattr(files, "WAITS_SEC", (0.0,) * 3)
+    refused.clear()
+    files.write_text_whole(tmp_path / "result.json", "two")
+    assert len(refused) == 2 and (tmp_path / "result.json").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
