@@ -247,10 +247,12 @@ def create_network(
         linear = (4 if rank is None else rank, alpha or 0)  # kohya's default
         sizes = _sizes(candidates, linear, (conv_rank or 0, conv_alpha), blocks)
     sizes = {name: size for _, _, name, _ in candidates if (size := sizes.get(name))}
-    if not sizes:
+    if not sizes and not dim_from_weights:
         raise ValueError("no layer to train: every block of the U-Net has rank 0 or the weight 0")
     if weights is not None:
         weights = _of_trained(weights, sizes, model, candidates, source)
+    if not sizes:
+        raise ValueError(f"no layer to train: {source} has none of the parts that are switched on")
     if not dim_from_weights:
         _refuse_ranks(candidates, sizes, blocks)
     modules = _inject(model, candidates, sizes)

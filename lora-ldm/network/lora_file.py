@@ -32,7 +32,7 @@ _DIFFUSERS_KEY = re.compile(
     r"^(?P<part>unet|text_encoder|text_encoder_2|clip_l|clip_g)\.(?P<module>.+?)"
     r"(?:\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"
     r"|(?:\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)(?P<plain>down|up)\.weight"
-    r"|\.(?P<kept>alpha|dora_scale|hada_\w+|lokr_\w+))$"
+    r"|\.(?P<kept>alpha|dora_scale|hada_\w+|lokr_\w+)|\.(?P<magnitude>lora_magnitude_vector)(?:\.\w+)*)$"
 )
 _TEXT_NAME = re.compile(r"lora_te([12]?)_(?:text_model_)?(.+)")
 # How the modules of a part begin where PEFT's file does not name the part.
@@ -185,6 +185,9 @@ def from_diffusers_names(
         if match["kept"]:
             converted[f"{kohya_name}.{match['kept']}"] = value
             continue
+        if match["magnitude"]:  # PEFT's DoRA: one number an output
+            converted[f"{kohya_name}.dora_scale"] = value.flatten()
+            continue
         is_down = match["peft"] == "A" or match["plain"] == "down"
         converted[f"{kohya_name}.lora_{'down' if is_down else 'up'}.weight"] = value
         modules[kohya_name] = (match["part"], match["module"])
@@ -194,6 +197,9 @@ def from_diffusers_names(
         )
     adapter = parsed_json((metadata or {}).get(PEFT_SETTINGS, "{}"))
     for kohya_name, (part, module) in modules.items():
+        down, scale = converted.get(f"{kohya_name}.lora_down.weight"), converted.get(f"{kohya_name}.dora_scale")
+        if scale is not None and scale.dim() == 1 and down is not None:
+            converted[f"{kohya_name}.dora_scale"] = scale.reshape(-1, *[1] * (down.dim() - 1))  # LyCORIS' shape
         alpha = (adapter.get(f"{part}.alpha_pattern") or {}).get(module, adapter.get(f"{part}.lora_alpha"))
         if alpha is not None:
             if adapter.get(f"{part}.use_rslora"):  # whose scale is alpha over the root of the rank

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from tiny_sdxl import original_layout, tiny_sdxl
 
@@ -156,3 +157,30 @@ def test_an_sdxl_lora_named_as_diffusers_names_the_unet_folds_into_a_model_and_a
     fold_lora(model, theirs)
     assert torch.equal(original_layout(model)["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"],
                        expected["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"])  # fmt: skip
+
+
+def test_a_dora_of_pefts_is_taken_as_lycoris_has_it(base, tmp_path):
+    model = load_base_model(base)
+    targets = ["to_q", "to_out.0", "conv1"]
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4, target_modules=targets, use_dora=True), model.unet)
+    for name, value in model.unet.named_parameters():
+        if ".lora_" in name:
+            value.data += 0.1 * torch.randn(value.shape)
+    tensors = get_peft_model_state_dict(model.unet)
+    assert any("lora_magnitude_vector" in key for key in tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "r": 2, "use_dora": True}))
+    plain = load_base_model(base)
+    create_lycoris_network(plain, weights=tmp_path, dim_from_weights=True, train_text_encoder=False)
+    latents, text = torch.randn(1, 4, 8, 8), model.encode_text(["a cat"])
+    with torch.no_grad():
+        mine, theirs, without = (
+            some.predict_noise(latents, torch.tensor([100]), text) for some in (plain, model, load_base_model(base))
+        )
+    assert torch.allclose(mine, theirs, atol=1e-4) and not torch.allclose(theirs, without, atol=1e-2)
+
+
+def test_a_file_of_another_part_than_is_trained_is_refused(base, lora):
+    text_only = {key: value for key, value in lora.state_for_file().items() if key.startswith("lora_te_")}
+    with pytest.raises(ValueError, match="none of the parts that are switched on"):
+        create_network(load_base_model(base), weights=text_only, dim_from_weights=True, train_text_encoder=False)
