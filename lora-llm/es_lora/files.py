@@ -58,7 +58,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def put_in_place(aside: Path, path: Path) -> None:
-    """Name what was made aside, in one step; on Windows, wait while another program reads the old."""
+    """Name what was made aside, in one step; on Windows, once no other program reads the old."""
     for wait_sec in WAITS_SEC:
         with suppress(PermissionError):
             return os.replace(aside, path)

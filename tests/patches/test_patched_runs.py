@@ -284,9 +284,11 @@ def unet(folder):
 
 
 @pytest.mark.parametrize("more", [[], ["--train_text_encoder"]], ids=["denoiser", "with text encoder"])
-def test_a_script_stops_and_saves_the_turning_point_and_the_last_weights(checkouts, tmp_path, more):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    plain = train(checkouts["diffusers", "plain"], "--output_dir", whole, *EACH_STEP, *more)
+def test_a_script_stops_and_saves_the_turning_point_and_the_last_weights(checkouts, script_run, tmp_path, more):
+    (whole, plain), stopped = script_run, tmp_path / "stopped"
+    if more:
+        whole = tmp_path / "whole"
+        plain = train(checkouts["diffusers", "plain"], "--output_dir", whole, *EACH_STEP, *more)
     done = train(checkouts["diffusers", "patched"], "--output_dir", stopped, *STOP, *more)
     assert done.returncode == 0 and "the end" in done.stdout, done.stderr
     result = json.loads((stopped / "es-lora" / "result.json").read_text())
