@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel
 
 from es_lora.hugging_face.peft_models import trainable_tensors
-from es_lora.monitor import scalars
 from es_lora.settings import StopSettings
 from es_lora.weights import copies, put_in
 from es_lora_layers import peft_layers
@@ -90,9 +89,7 @@ class ScriptEarlyStop:
     def after_step(self, accelerator: Any, global_step: int, loss: torch.Tensor) -> None:
         """After every completed optimizer step. global_step: the script's own count."""
         if self.run.after_step(loss, self._learning_rate, accelerator.device):
-            record = self.run.monitor.last_record if self.run.monitor is not None else None
-            if record and accelerator.trackers:
-                accelerator.log(scalars(record), step=global_step)
+            self.run.log_measured(accelerator, global_step)
         self._learning_rate = self.optimizer.param_groups[0]["lr"]  # of the next step
 
     def put_in_kept(self) -> None:

@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 
 from es_lora.files import write_folder_whole, write_text_whole
 from es_lora.hugging_face.peft_models import trainable_tensors
-from es_lora.monitor import scalars
 from es_lora.settings import StopSettings
 from es_lora.weights import copies, put_in
 from es_lora_layers import all_tensors, network_layers, peft_layers
@@ -120,9 +119,7 @@ class NetworkEarlyStop:
         trackers."""
         self._trained = True
         if self.run.after_step(loss, self._learning_rate, accelerator.device):
-            record = self.run.monitor.last_record if self.run.monitor is not None else None
-            if record and accelerator.trackers:
-                accelerator.log(scalars(record), step=global_step)
+            self.run.log_measured(accelerator, global_step)
         self._learning_rate = self.optimizer.param_groups[-1]["lr"]  # of the next step
 
     def before_last_save(

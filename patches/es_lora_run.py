@@ -21,7 +21,7 @@ from cs_fluctuation import NonFiniteWeightsError
 from es_lora.files import write_text_whole
 from es_lora.gradient_evidence import GradientEvidence
 from es_lora.history import HISTORY_NAME
-from es_lora.monitor import MEASURED, EarlyStopMonitor
+from es_lora.monitor import MEASURED, EarlyStopMonitor, scalars
 from es_lora.outcome import REPORT_NAME, Outcome
 from es_lora.report import write_report
 from es_lora.rules import RULES
@@ -181,6 +181,12 @@ class EarlyStopRun:
         print()  # the progress bar stands on this line
         say(decision.reason)
         return STOP if self.settings.early_stop else GO_ON
+
+    def log_measured(self, accelerator: Any, step: int) -> None:
+        """Give the last measurement to the trainer's trackers. step: the trainer's own count."""
+        record = self.monitor.last_record if self.monitor is not None else None
+        if record and accelerator.trackers:
+            accelerator.log(scalars(record), step=step)
 
     def save_state(self, folder: Path) -> None:
         """Put the monitor, and the number of steps done, into a saved training state."""

@@ -148,13 +148,14 @@ LOOP_ENDS = (
     Point("inner loop", "at the end of the loop over batches", _loop_end(1), ("if es_lora.stopped:", "    break")),
     Point("outer loop", "at the end of the loop over epochs", _loop_end(0), ("if es_lora.stopped:", "    break")),
 )
+STEP = Point(
+    "step",
+    "after global_step is advanced, inside the sync_gradients branch",
+    _after_step,
+    ("es_lora.after_step(accelerator, {step}, loss)",),
+)
 NETWORK_LOOP = (
-    Point(
-        "step",
-        "after global_step is advanced, inside the sync_gradients branch",
-        _after_step,
-        ("es_lora.after_step(accelerator, {step}, loss)",),
-    ),
+    STEP,
     *LOOP_ENDS,
     Point(
         "last save",
@@ -241,12 +242,7 @@ DIFFUSERS = (
         _before_epochs,
         (f"es_lora = {DIFFUSERS_HOOK}.start(args, accelerator, optimizer, train_dataloader, global_step)",),
     ),
-    Point(
-        "step",
-        "after global_step is advanced, inside the sync_gradients branch",
-        _after_step,
-        ("es_lora.after_step(accelerator, {step}, loss)",),
-    ),
+    STEP,
     *LOOP_ENDS,
     Point(
         "kept weights",

@@ -1,7 +1,6 @@
 """Runs in processes of their own: interruption, a kill at any time, and two processes that stop
 together."""
 
-import os
 import shutil
 import signal
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 from ldm_runs import TREE, command, history_of, result_of, run, words
+from two_processes import in_two_processes
 
 from network.lora_file import load_lora
 
@@ -112,20 +112,6 @@ def test_two_processes_share_gradients_and_stop_together(base, images, tmp_path)
     assert result["last_step"] == one["step"] and Path(tmp_path / "out/lora.safetensors").exists()
     header = (tmp_path / "out/cs_history.jsonl").read_text().splitlines()[0]
     assert '"steps_per_epoch": 3' in header  # six pictures, two processes
-
-
-def in_two_processes(*programs):
-    """What each of two ranks of one gloo group ended with: (exit code, what it said)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    runs = []
-    for rank, program in enumerate(programs):
-        environment = {**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        runs.append(subprocess.Popen([sys.executable, *program], env=environment, stderr=subprocess.PIPE, text=True))
-    said = [run.communicate(timeout=300)[1] for run in runs]
-    return [(run.returncode, text) for run, text in zip(runs, said)]
 
 
 def test_processes_with_different_captions_are_told_before_the_first_step(base, images, tmp_path):

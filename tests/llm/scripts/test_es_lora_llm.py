@@ -17,6 +17,7 @@ from generate_text import run_adapters
 from literal_average import is_average
 from safetensors import safe_open
 from short_runs import ENVIRONMENT, PROGRAM, adapter_of, flags, result_of, same, start
+from two_processes import in_two_processes
 
 from es_lora.history import read_history
 
@@ -303,20 +304,6 @@ def test_killed_and_resumed_equals_uninterrupted(uninterrupted, random_base, tex
     for name in ("adapter", "adapter-last"):
         assert same(adapter_of(output / name), adapter_of(uninterrupted / name))
     assert (output / "cs_history.jsonl").read_text() == (uninterrupted / "cs_history.jsonl").read_text()
-
-
-def in_two_processes(*programs):
-    """What each of two ranks of one gloo group ended with: (exit code, output)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    runs = []
-    for rank, words in enumerate(programs):
-        environment = {**ENVIRONMENT, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        runs.append(subprocess.Popen([sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True))
-    said = [run.communicate(timeout=300)[1] for run in runs]
-    return [(run.returncode, text) for run, text in zip(runs, said)]
 
 
 def test_processes_with_different_examples_are_told_before_the_first_step(random_base, text_files, tmp_path):
