@@ -50,6 +50,6 @@ for tree in "${trees[@]}"; do
     (cd lora-llm && "$environment/bin/mypy" --config-file ../pyproject.toml "${typed[@]}") || status=1
   fi
   echo "Testing lora-$tree ..."
-  "$environment/bin/python" -m pytest -n 2 --dist loadfile "${paths[@]}" "$@" || status=1
+  "$environment/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${paths[@]}" "$@" || status=1
 done
 exit "$status"
