@@ -12,9 +12,9 @@ FAULTS = Path(__file__).resolve().parents[2] / "faults"
 @pytest.mark.parametrize(
     "words",
     [
-        ["kills.py", "image", "--rounds", "4", "--seed", "1"],
-        ["write_boundaries.py", "image", "--every", "55"],
-        ["fuzz.py", "image", "--cases", "26", "--seed", "1"],
+        ["kills.py", "image", "--rounds", "2", "--seed", "1"],
+        ["write_boundaries.py", "image", "--every", "110"],
+        ["fuzz.py", "image", "--cases", "13", "--seed", "1"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )

@@ -12,10 +12,10 @@ FAULTS = Path(__file__).resolve().parents[2] / "faults"
 @pytest.mark.parametrize(
     "words",
     [
-        ["kills.py", "text", "--rounds", "4", "--seed", "1"],
+        ["kills.py", "text", "--rounds", "2", "--seed", "1"],
         ["kills.py", "jobs", "--rounds", "1", "--seed", "1"],
-        ["write_boundaries.py", "text", "--every", "70"],
-        ["fuzz.py", "text", "--cases", "28", "--seed", "1"],
+        ["write_boundaries.py", "text", "--every", "140"],
+        ["fuzz.py", "text", "--cases", "14", "--seed", "1"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )
