@@ -1,7 +1,9 @@
 """The tool on synthetic checkouts: apply, check, reverse, and everything that can be in its way."""
 
 import ast
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -339,3 +341,48 @@ def test_tool_needs_the_standard_library_alone():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert {found.split(".")[0] for found in names} <= allowed
+
+
+# ------------------------------------------------------------------------------- several trainers
+
+
+def test_a_script_that_is_not_clear_is_left_as_it_is_and_named(tmp_path, capsys):
+    checkout = make_checkout("diffusers", tmp_path / "checkout")
+    scripts = checkout / "examples" / "dreambooth"
+    odd = scripts / "train_dreambooth_lora_odd.py"
+    odd.write_text((scripts / "train_dreambooth_lora.py").read_text().replace("wait_for_everyone()", "end_training()"))
+    commit(checkout)
+    before = tree(checkout)
+    assert run(checkout, "--check") == 0 and run(checkout, "--yes") == 0
+    said = capsys.readouterr().out
+    assert said.count("left as it is: examples/dreambooth/train_dreambooth_lora_odd.py: ") == 2
+    assert "kept weights (after the loops" in said
+    patched = tree(checkout)
+    assert patched["examples/dreambooth/train_dreambooth_lora_odd.py"] == before[str(odd.relative_to(checkout))]
+    assert b"es_lora_diffusers_hook" in (scripts / "train_dreambooth_lora.py").read_bytes()
+    assert run(checkout, "--reverse") == 0
+    assert tree(checkout) == before
+
+
+def test_copies_of_scripts_in_a_folder_of_their_own_are_patched_there(tmp_path):
+    scripts = make_checkout("diffusers", tmp_path / "checkout") / "examples" / "dreambooth"
+    own = tmp_path / "own"
+    shutil.copytree(scripts, own)
+    before = tree(own)
+    assert run(own, "--yes") == 0 and (own / "es_lora_diffusers_hook.py").is_file()
+    assert run(own) == 0 and run(own, "--reverse") == 0
+    assert tree(own) == before
+
+
+def test_a_receipt_of_an_earlier_version_is_still_reversed(tmp_path, monkeypatch):
+    monkeypatch.setattr(apply_patches, "HERE", make_table(tmp_path / "table", "qlora"))
+    checkout = make_checkout("qlora", tmp_path / "checkout")
+    before = tree(checkout)
+    assert run(checkout) == 0
+    path = checkout / apply_patches.RECEIPT
+    receipt = json.loads(path.read_text())
+    facts = receipt.pop("files")["qlora.py"]
+    receipt.pop("beside")
+    path.write_text(json.dumps({**receipt, **facts, "format": "es-lora-patch/1", "file": "qlora.py"}))
+    assert run(checkout, "--check") == 0 and run(checkout, "--reverse") == 0
+    assert tree(checkout) == before
