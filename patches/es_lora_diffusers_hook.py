@@ -98,9 +98,8 @@ class ScriptEarlyStop:
         if self.run.monitor is None:
             return
         self._last = copies(self._parameters)
-        kept = self.run.kept_step()
-        if kept is not None and self.run.settings.early_stop:
-            put_in(self._parameters, self.run.monitor.load_snapshot(kept))
+        if self.run.keeps_turning_point:
+            put_in(self._parameters, self.run.monitor.load_snapshot(self.run.kept_step()))
         elif self.run.outcome().keeps_average_of_all:
             put_in(self._parameters, self.run.monitor.kept_tensors())
 
@@ -110,14 +109,10 @@ class ScriptEarlyStop:
         save, arguments: the pipeline's save_lora_weights, and what the script gives it but for the
         folder. Its tensors are the models' own, renamed, so that other weights are saved by putting
         them into the models."""
-        run, kept, last = self.run, self.run.kept_step(), self.run.step
-        outcome = run.outcome()
-        stops = kept is not None and run.settings.early_stop
-        averaged = outcome.averages and (stops or outcome.keeps_average_of_all)
-        outcome.saved("kept", f"../{FILE_NAME}", kept if stops else last, averaged)
-        others = {}
+        run, kept, stops = self.run, self.run.kept_step(), self.run.keeps_turning_point
+        outcome, others = run.outcome_kept_in(f"../{FILE_NAME}"), {}
         if stops or outcome.keeps_average_of_all:
-            others["last"] = (last, self._last)
+            others["last"] = (run.step, self._last)
         if kept is not None and not stops:
             others["turning_point"] = (kept, run.monitor.load_snapshot(kept))
         if others and not self._hold_all(arguments):

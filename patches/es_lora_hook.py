@@ -134,10 +134,8 @@ class NetworkEarlyStop:
         that, and the last weights are NAME-last.
         """
         run, kept, last = self.run, self.run.kept_step(), self.run.step
-        outcome, live = run.outcome(), all_tensors(network)
-        stops = kept is not None and run.settings.early_stop
-        averaged = outcome.averages and (stops or outcome.keeps_average_of_all)
-        outcome.saved("kept", f"../{self._file()}", kept if stops else last, averaged)
+        outcome, live = run.outcome_kept_in(f"../{self._file()}"), all_tensors(network)
+        stops = run.keeps_turning_point
 
         def save_as(what: str, of_step: int) -> None:
             name = self._file(f"-{what.replace('_', '-')}")

@@ -201,6 +201,18 @@ class EarlyStopRun:
             return self.monitor.latest_snapshot_step()
         return self.monitor.decision.keep_step if self.monitor.decision is not None else None
 
+    @property
+    def keeps_turning_point(self) -> bool:
+        """Whether the turning point is the result, and not the end of the training."""
+        return self.settings.early_stop and self.kept_step() is not None
+
+    def outcome_kept_in(self, path: str) -> Outcome:
+        """The outcome with the file of the result. path: from the folder of the history."""
+        outcome = self.outcome()
+        averaged = outcome.averages and (self.keeps_turning_point or outcome.keeps_average_of_all)
+        outcome.saved("kept", path, self.kept_step() if self.keeps_turning_point else self.step, averaged)
+        return outcome
+
     def outcome(self) -> Outcome:
         """How the run ended, as far as it is known now."""
         decision, name = self.monitor.decision, "no_turning_point"
